@@ -1,0 +1,118 @@
+"""Catalog queries: what tables a database has and what they are made of; the same for source and target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import asyncpg
+from live_migration.common.relation import QualifiedName, ReplicaIdentity
+
+BINARY_SAFE_TYPES = frozenset(
+    {
+        16, 17, 18, 19, 20, 21, 23, 25, 26, 114, 142, 600, 601, 602, 603, 604, 628, 650, 700, 701, 718, 774, 790, 829, 869,
+        1042, 1043, 1082, 1083, 1114, 1184, 1186, 1266, 1560, 1562, 1700, 2950, 3614, 3802,
+    }
+    | {1000, 1001, 1005, 1007, 1014, 1015, 1016, 1009, 1021, 1022, 1115, 1182, 1183, 1185, 1231, 2951, 199, 3807}
+)  # fmt: skip
+"""Oids of built-in types (then their arrays) whose binary form is the same on every server from 14 on and holds no oids."""
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnInfo:
+    """A table's column. `type` is `format_type` (schema-qualified where not built in); `generated` is '', 's' or 'v'."""
+
+    name: str
+    type: str
+    type_oid: int
+    generated: str
+    identity: str
+    not_null: bool
+
+    @property
+    def is_binary_safe(self) -> bool:
+        """Whether values may travel in binary form."""
+        return self.type_oid in BINARY_SAFE_TYPES
+
+
+@dataclass(frozen=True, slots=True)
+class TableInfo:
+    """An ordinary table or leaf partition of a user's.
+
+    `identity_index`: oid of the index that UPDATE and DELETE are identified by, as the server sees it
+    (`pg_get_replica_identity_index`), else None. `persistence`: 'p' permanent, 'u' unlogged.
+    """
+
+    oid: int
+    name: QualifiedName
+    persistence: str
+    identity: ReplicaIdentity
+    identity_index: int | None
+    columns: tuple[ColumnInfo, ...]
+    size_bytes: int
+    row_estimate: int
+
+    @property
+    def copied_columns(self) -> tuple[ColumnInfo, ...]:
+        """The columns that carry data of their own: all but generated ones."""
+        return tuple(column for column in self.columns if not column.generated)
+
+    @property
+    def is_binary_safe(self) -> bool:
+        """Whether the table may be copied and streamed in binary form."""
+        return all(column.is_binary_safe for column in self.copied_columns)
+
+
+_COLUMNS = """
+    select a.attrelid as relation, a.attname as name, format_type(a.atttypid, a.atttypmod) as type, a.atttypid as type_oid,
+           a.attgenerated::text as generated, a.attidentity::text as identity, a.attnotnull as not_null
+    from pg_attribute a
+    where a.attrelid = any($1::oid[]) and a.attnum > 0 and not a.attisdropped
+    order by a.attrelid, a.attnum
+"""
+
+_TABLES = """
+    select c.oid, n.nspname as schema, c.relname as name, c.relpersistence::text as persistence,
+           c.relreplident::text as identity, nullif(pg_get_replica_identity_index(c.oid)::oid, 0) as identity_index,
+           pg_relation_size(c.oid) as size, greatest(c.reltuples, 0)::bigint as rows
+    from pg_class c join pg_namespace n on n.oid = c.relnamespace
+    where c.relkind = 'r' and c.relpersistence in ('p', 'u')
+      and n.nspname !~ '^pg_' and n.nspname not in ('information_schema', '_live_migration')
+      and not exists (select from pg_depend d
+                      where d.classid = 'pg_class'::regclass and d.objid = c.oid and d.deptype = 'e')
+    order by c.oid
+"""
+
+
+async def read_columns(connection: asyncpg.Connection, oids: Iterable[int]) -> dict[int, tuple[ColumnInfo, ...]]:
+    """Give the columns of relations by oid, in attnum order; a relation that is gone, or has no column, is absent."""
+    columns: dict[int, list[ColumnInfo]] = {}
+    for row in await connection.fetch(_COLUMNS, list(oids)):
+        fields = dict(row)
+        columns.setdefault(fields.pop("relation"), []).append(ColumnInfo(**fields))
+    return {oid: tuple(found) for oid, found in columns.items()}
+
+
+async def find_relation(connection: asyncpg.Connection, name: QualifiedName) -> int | None:
+    """Give the oid of a relation by its name, or None."""
+    oid: int | None = await connection.fetchval("select to_regclass($1)::oid", name.sql)
+    return oid
+
+
+async def list_tables(connection: asyncpg.Connection) -> list[TableInfo]:
+    """Give a database's own tables: ordinary ones and leaf partitions, without extensions' and temporary ones."""
+    rows = await connection.fetch(_TABLES)
+    columns = await read_columns(connection, [row["oid"] for row in rows])
+    return [
+        TableInfo(
+            row["oid"],
+            QualifiedName(row["schema"], row["name"]),
+            row["persistence"],
+            ReplicaIdentity(row["identity"]),
+            row["identity_index"],
+            columns.get(row["oid"], ()),
+            row["size"],
+            row["rows"],
+        )
+        for row in rows
+    ]

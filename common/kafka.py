@@ -1,0 +1,177 @@
+"""The broker: client options, our two topics as they must be, the control topic's newest values, errors turned into ours."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import errors as kafka_errors
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from live_migration.common.errors import ConnectionLost, KafkaError, LiveMigrationError
+from live_migration.common.settings import Settings
+
+CHANGES_CONFIG = {
+    "cleanup.policy": "delete",
+    "retention.ms": "-1",
+    "retention.bytes": "-1",
+    "unclean.leader.election.enable": "false",
+    "max.message.bytes": str(2 * 1024 * 1024),
+}
+"""What the change topic must say, or buffered changes could vanish."""
+
+CONTROL_CONFIG = {"cleanup.policy": "compact", "unclean.leader.election.enable": "false"}
+
+
+def client_options(settings: Settings) -> dict[str, Any]:
+    """Give the connection options that every aiokafka client takes."""
+    options: dict[str, Any] = {
+        "bootstrap_servers": settings.kafka_servers(),
+        "security_protocol": settings.kafka_security_protocol,
+        "request_timeout_ms": 30_000,
+        "retry_backoff_ms": 100,
+    }
+    if "SSL" in settings.kafka_security_protocol:
+        options["ssl_context"] = ssl.create_default_context(
+            cafile=str(settings.kafka_ca_file) if settings.kafka_ca_file else None
+        )
+    if "SASL" in settings.kafka_security_protocol:
+        options["sasl_mechanism"] = settings.kafka_sasl_mechanism
+        options["sasl_plain_username"] = settings.kafka_username
+        options["sasl_plain_password"] = settings.kafka_password.get_secret_value() if settings.kafka_password else None
+    return options
+
+
+def translate(error: kafka_errors.KafkaError, doing: str) -> LiveMigrationError:
+    """Turn a client's error into ours: retriable ones and lost connections into ConnectionLost."""
+    reason = f"Kafka: {doing}: {error or type(error).__name__}"
+    if isinstance(error, kafka_errors.KafkaConnectionError | kafka_errors.KafkaTimeoutError) or getattr(
+        error, "retriable", False
+    ):
+        return ConnectionLost(reason, hint="Check the broker's address, and that it runs.")
+    return KafkaError(reason)
+
+
+@asynccontextmanager
+async def admin(settings: Settings) -> AsyncIterator[AIOKafkaAdminClient]:
+    """Give an admin client. Raises ConnectionLost when no broker answers."""
+    client = AIOKafkaAdminClient(**client_options(settings))
+    try:
+        await client.start()
+    except kafka_errors.KafkaError as error:
+        await client.close()
+        raise ConnectionLost(
+            f"cannot reach Kafka at {settings.kafka_servers()}: {error}",
+            hint="Check --kafka, and that the broker runs.",
+        ) from error
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+async def topic_exists(client: AIOKafkaAdminClient, topic: str) -> bool:
+    """Tell whether a topic exists, without creating it."""
+    return topic in await client.list_topics()
+
+
+async def create_topics(settings: Settings) -> None:
+    """Create the change topic and the control topic. Raises KafkaError when either exists."""
+    async with admin(settings) as client:
+        brokers = len((await client.describe_cluster())["brokers"])
+        factor = settings.replication_factor or min(3, brokers)
+        in_sync = {"min.insync.replicas": "2" if factor >= 3 else "1"}
+        topics = [
+            NewTopic(settings.changes_topic, settings.partitions, factor, topic_configs={**CHANGES_CONFIG, **in_sync}),
+            NewTopic(settings.control_topic, 1, factor, topic_configs={**CONTROL_CONFIG, **in_sync}),
+        ]
+        for topic in topics:
+            if await topic_exists(client, topic.name):
+                raise KafkaError(
+                    f"topic {topic.name} exists already",
+                    hint="It may hold another migration's changes. Choose another --name, or delete the topic if nobody needs it.",
+                )
+        await client.create_topics(topics)
+        await _await_leaders(client, settings)
+
+
+async def delete_topics(settings: Settings) -> list[str]:
+    """Delete our two topics where they exist; give the names of those that did."""
+    async with admin(settings) as client:
+        present = [t for t in (settings.changes_topic, settings.control_topic) if await topic_exists(client, t)]
+        if present:
+            await client.delete_topics(present)
+        return present
+
+
+async def check_topics(settings: Settings, lane_count: int) -> None:
+    """Raise KafkaError unless both topics are there with the settings and partition count that we gave them."""
+    async with admin(settings) as client:
+        for topic in (settings.changes_topic, settings.control_topic):
+            if not await topic_exists(client, topic):
+                raise KafkaError(
+                    f"topic {topic} does not exist any more",
+                    hint="Somebody deleted it, or KAFKA names another broker. The changes in it are lost: `clean` and start again.",
+                )
+        (description,) = await client.describe_topics([settings.changes_topic])
+        if len(description["partitions"]) != lane_count:
+            raise KafkaError(
+                f"topic {settings.changes_topic} has {len(description['partitions'])} partitions, the migration has {lane_count} lanes",
+                hint="Partitions must never be added to this topic. Run `live-migration clean` and start again.",
+            )
+        found = await _topic_config(client, settings.changes_topic)
+        for key, value in CHANGES_CONFIG.items():
+            if found.get(key) != value:
+                raise KafkaError(
+                    f"topic {settings.changes_topic} has {key}={found.get(key)}, it must be {value}",
+                    hint="With this setting buffered changes may be deleted. Set it back before going on.",
+                )
+
+
+async def _topic_config(client: AIOKafkaAdminClient, topic: str) -> dict[str, str]:
+    (response,) = await client.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
+    (resource,) = response.resources
+    return {entry[0]: entry[1] for entry in resource[-1]}
+
+
+async def _await_leaders(client: AIOKafkaAdminClient, settings: Settings) -> None:
+    """Wait until each partition of both topics has a leader, so that a client's first request finds them."""
+    async with asyncio.timeout(30):
+        while True:
+            descriptions = await client.describe_topics([settings.changes_topic, settings.control_topic])
+            partitions = [p for d in descriptions for p in d["partitions"]]
+            if len(partitions) == settings.partitions + 1 and all(p["leader"] >= 0 for p in partitions):
+                return
+            await asyncio.sleep(0.1)
+
+
+async def read_control(settings: Settings) -> dict[bytes, bytes]:
+    """Give the newest committed value of each key of the control topic, read from its start to its end."""
+    consumer = AIOKafkaConsumer(
+        **client_options(settings),
+        isolation_level="read_committed",
+        enable_auto_commit=False,
+        auto_offset_reset="none",
+        group_id=None,
+    )
+    partition = TopicPartition(settings.control_topic, 0)
+    try:
+        await consumer.start()
+        consumer.assign([partition])
+        first = (await consumer.beginning_offsets([partition]))[partition]
+        end = (await consumer.end_offsets([partition]))[partition]
+        consumer.seek(partition, first)
+        newest: dict[bytes, bytes] = {}
+        while await consumer.position(partition) < end:
+            for record in (await consumer.getmany(partition, timeout_ms=500)).get(partition, []):
+                if record.offset < end and record.key is not None:
+                    newest[record.key] = record.value
+        return newest
+    except kafka_errors.KafkaError as error:
+        raise translate(error, f"reading {settings.control_topic}") from error
+    finally:
+        await consumer.stop()

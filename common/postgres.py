@@ -1,0 +1,159 @@
+"""PostgreSQL connections: session settings that make values travel unchanged, and server errors turned into ours."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Literal
+from urllib.parse import urlsplit
+
+import asyncpg
+from live_migration.common.errors import ConnectionLost, LiveMigrationError, SourceError, TargetError, UsageError
+
+Side = Literal["source", "target"]
+
+SESSION_SETTINGS: dict[str, str] = {
+    "search_path": "",
+    "row_security": "off",
+    "client_encoding": "UTF8",
+    "DateStyle": "ISO, YMD",
+    "IntervalStyle": "postgres",
+    "TimeZone": "UTC",
+    "extra_float_digits": "3",
+    "bytea_output": "hex",
+    "lc_monetary": "C",
+    "standard_conforming_strings": "on",
+    "statement_timeout": "0",
+    "lock_timeout": "0",
+    "idle_in_transaction_session_timeout": "0",
+    "synchronize_seqscans": "off",
+    "xmloption": "content",
+}
+"""Settings of each of our sessions, the walsender's included: values leave and enter by the same text form."""
+
+CONNECTION_ERRORS = (
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.ConnectionDoesNotExistError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.TooManyConnectionsError,
+    asyncpg.exceptions.ConnectionFailureError,
+    asyncpg.exceptions._base.InternalClientError,
+)
+"""What a connection that broke, or a server that is (re)starting, looks like."""
+
+
+async def connect(
+    uri: str, side: Side, *, application: str = "live-migration", timeout: float = 20.0
+) -> asyncpg.Connection:
+    """Open a session with our settings and TCP keepalives.
+
+    Raises:
+        UsageError: the URI cannot be read.
+        SourceError | TargetError: the server refuses (password, database, no such role).
+        ConnectionLost: the server cannot be reached.
+    """
+    check_uri(uri, side)
+    try:
+        connection = await asyncpg.connect(
+            uri,
+            timeout=timeout,
+            statement_cache_size=0,
+            server_settings={**SESSION_SETTINGS, "application_name": application},
+        )
+    except CONNECTION_ERRORS as error:
+        raise ConnectionLost(
+            f"cannot reach the {side} at {describe(uri)}: {_reason(error)}",
+            hint=f"Check the {side}'s address, and that it runs.",
+        ) from error
+    except asyncpg.PostgresError as error:
+        raise server_error(error, side, f"connecting to {describe(uri)}") from error
+    except (ValueError, ssl.SSLError, asyncpg.InterfaceError) as error:
+        raise UsageError(f"the {side}'s URI cannot be used: {_reason(error)}") from error
+    _keep_alive(connection)
+    return connection
+
+
+@asynccontextmanager
+async def session(uri: str, side: Side, *, application: str = "live-migration") -> AsyncIterator[asyncpg.Connection]:
+    """Open a session as `connect` does and end it, at once if the work was cancelled or failed."""
+    connection = await connect(uri, side, application=application)
+    try:
+        yield connection
+    except BaseException:
+        connection.terminate()
+        raise
+    else:
+        await connection.close(timeout=10)
+
+
+def check_uri(uri: str, side: Side) -> None:
+    """Raise UsageError unless `uri` looks like a libpq URI; never repeats it, for it may hold a password."""
+    try:
+        parts = urlsplit(uri)
+        _ = parts.port
+    except ValueError:
+        parts = None
+    if parts is None or parts.scheme not in ("postgresql", "postgres"):
+        raise UsageError(
+            f"the {side}'s URI is not of the form postgresql://user:password@host:port/database",
+            hint="Special characters in user and password are percent-encoded.",
+        )
+
+
+def describe(uri: str) -> str:
+    """Give host, port and database of a URI for people: no user, no password, no parameters."""
+    parts = urlsplit(uri)
+    host = parts.hostname or "localhost"
+    return f"{host}:{parts.port or 5432}{parts.path}"
+
+
+def server_error(error: asyncpg.PostgresError, side: Side, doing: str) -> LiveMigrationError:
+    """Turn a server's error into ours, with its SQLSTATE, detail and hint."""
+    kind = SourceError if side == "source" else TargetError
+    detail = f" ({error.detail})" if getattr(error, "detail", None) else ""
+    return kind(
+        f"{side}: {doing}: {error.args[0]}{detail} [SQLSTATE {error.sqlstate}]", hint=getattr(error, "hint", None) or ""
+    )
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) or type(error).__name__
+
+
+def _keep_alive(connection: asyncpg.Connection) -> None:
+    transport = connection._transport  # asyncpg offers no other way to its socket
+    sock = transport.get_extra_info("socket")
+    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    raw = socket.socket(fileno=os.dup(sock.fileno()))
+    with raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in (
+            ("TCP_KEEPIDLE", 10),
+            ("TCP_KEEPINTVL", 5),
+            ("TCP_KEEPCNT", 3),
+            ("TCP_USER_TIMEOUT", 30_000),
+        ):
+            if hasattr(socket, option):
+                raw.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+async def terminate_backend(
+    connection: asyncpg.Connection, pid: int, started: object, *, timeout: float = 10.0
+) -> None:
+    """End the backend `pid` of the same server, if it is still the one that started at `started`, and wait until it is gone.
+
+    Does nothing for a backend that is gone or whose pid was taken by another.
+    """
+    alive = "select pg_terminate_backend(pid) from pg_stat_activity where pid = $1 and backend_start = $2"
+    async with asyncio.timeout(timeout):
+        while await connection.fetchval(alive, pid, started) is not None:
+            await asyncio.sleep(0.05)

@@ -1,0 +1,149 @@
+-- The migration's state, on the target. Dropped by `clean`.
+create schema _live_migration;
+
+create table _live_migration.migration (
+    singleton boolean primary key default true check (singleton),
+    id uuid not null,
+    name text not null,
+    phase text not null check (phase in ('prepare', 'schema', 'copy', 'replay', 'cutover', 'done')),
+    settings jsonb not null,                -- without secrets
+    kafka text not null,
+    source_address text not null,           -- host:port/database, for people
+    source_system text not null,
+    source_timeline integer not null,
+    source_database text not null,
+    source_version integer not null,
+    topic_id uuid not null,
+    lane_count integer not null,
+    binary_stream boolean,                  -- decided in prepare
+    start_lsn pg_lsn,                       -- the slot's consistent point
+    publication_change integer not null default 0,
+    cutover_lsn pg_lsn,
+    created_at timestamptz not null default clock_timestamp(),
+    phase_at timestamptz not null default clock_timestamp(),
+    -- the coordinator's lease
+    owner text,
+    epoch bigint not null default 0,
+    backend_pid integer,
+    backend_start timestamptz,
+    lease_until timestamptz
+);
+
+create table _live_migration.tables (
+    oid oid primary key,                    -- on the source: a relation is its oid, never its name
+    schema_name text not null,
+    table_name text not null,
+    lane integer not null,
+    publication text not null check (publication in ('all', 'insert')),
+    persistence "char" not null default 'p',
+    columns jsonb not null,                 -- [{"name", "type", "generated"}] as planned, in attnum order
+    binary_copy boolean not null,
+    row_estimate bigint not null default 0,
+    size_bytes bigint not null default 0,
+    state text not null default 'planned' check (state in ('planned', 'copying', 'copied', 'ready', 'stopped')),
+    attempt integer not null default 0,
+    snapshot_id text,                       -- exported by the holder, while state = 'copying'
+    snapshot text,                          -- pg_current_snapshot() of the copy
+    horizon pg_lsn,                         -- insert position right after the snapshot
+    row_count bigint not null default 0,    -- copied
+    byte_count bigint not null default 0,
+    started_at timestamptz,
+    copied_at timestamptz,
+    error text,
+    hint text,
+    retry_at timestamptz,
+    -- the lease of the snapshot's holder
+    owner text,
+    backend_pid integer,                    -- the holder's target backend
+    backend_start timestamptz,
+    lease_until timestamptz,
+    unique (schema_name, table_name)
+);
+
+create table _live_migration.parts (
+    oid oid not null references _live_migration.tables on delete cascade,
+    part integer not null,
+    attempt integer not null,
+    first_block bigint not null,
+    end_block bigint,                       -- exclusive; null: open end
+    size_bytes bigint not null,
+    state text not null default 'pending' check (state in ('pending', 'copying', 'done')),
+    row_count bigint not null default 0,
+    byte_count bigint not null default 0,
+    owner text,
+    backend_pid integer,
+    backend_start timestamptz,
+    lease_until timestamptz,
+    primary key (oid, part)
+);
+
+create table _live_migration.indexes (
+    oid oid primary key,                    -- on the source
+    table_oid oid not null,
+    name text not null,
+    statements text[] not null,             -- run in one transaction
+    is_primary boolean not null,
+    is_unique boolean not null,
+    size_bytes bigint not null default 0,
+    state text not null default 'pending' check (state in ('pending', 'building', 'done')),
+    error text,
+    retry_at timestamptz,
+    owner text,
+    backend_pid integer,
+    backend_start timestamptz,
+    lease_until timestamptz
+);
+
+create table _live_migration.checkpoints (
+    lane integer primary key,
+    next_offset bigint not null default 0,  -- of the topic's partition with the lane's number
+    commit_lsn pg_lsn not null default '0/0',
+    ordinal bigint not null default 0,
+    barrier text,                           -- id of the last barrier passed
+    epoch bigint not null default 0,        -- raised by each new owner
+    owner text,
+    backend_pid integer,
+    backend_start timestamptz,
+    change_count bigint not null default 0,
+    byte_count bigint not null default 0,
+    commit_time timestamptz,                -- of the last source transaction applied
+    updated_at timestamptz,
+    error text,
+    hint text
+) with (fillfactor = 50);
+
+create table _live_migration.workers (
+    id text primary key,
+    kind text not null check (kind in ('producer', 'consumer', 'coordinator')),
+    host text not null,
+    pid integer not null,
+    started_at timestamptz not null default clock_timestamp(),
+    seen_at timestamptz not null default clock_timestamp(),
+    rss_bytes bigint not null default 0,
+    error text
+);
+
+create table _live_migration.source_changes (   -- what `clean` gives back
+    id bigint generated always as identity primary key,
+    kind text not null,                     -- replica_identity
+    oid oid,
+    object text not null,
+    before text not null,
+    after text not null,
+    restored boolean not null default false
+);
+
+create table _live_migration.requests (
+    id bigint generated always as identity primary key,
+    kind text not null check (kind in ('cutover')),
+    requested_at timestamptz not null default clock_timestamp(),
+    handled_at timestamptz,
+    result text
+);
+
+create table _live_migration.events (
+    id bigint generated always as identity primary key,
+    at timestamptz not null default clock_timestamp(),
+    level text not null,
+    message text not null
+);

@@ -1,0 +1,1 @@
+"""The conductor: preflight, schema, planning, phases, cutover, verify and the command line."""
