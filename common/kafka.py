@@ -6,12 +6,14 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka import errors as kafka_errors
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+
 from live_migration.common.errors import ConnectionLost, KafkaError, LiveMigrationError
 from live_migration.common.settings import Settings
 
@@ -175,3 +177,51 @@ async def read_control(settings: Settings) -> dict[bytes, bytes]:
         raise translate(error, f"reading {settings.control_topic}") from error
     finally:
         await consumer.stop()
+
+
+class ControlReader:
+    """Keeps the control topic's newest values at hand: each `read` fetches only what came since the last one."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._topic = settings.control_topic
+        self._partition = TopicPartition(settings.control_topic, 0)
+        self._consumer = AIOKafkaConsumer(
+            **client_options(settings),
+            isolation_level="read_committed",
+            enable_auto_commit=False,
+            auto_offset_reset="none",
+            group_id=None,
+        )
+        self._newest: dict[bytes, bytes] = {}
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._consumer.start()
+            self._consumer.assign([self._partition])
+            first = (await self._consumer.beginning_offsets([self._partition]))[self._partition]
+        except kafka_errors.KafkaError as error:
+            await self._consumer.stop()
+            raise translate(error, f"reading {self._topic}") from error
+        except BaseException:
+            await self._consumer.stop()
+            raise
+        self._consumer.seek(self._partition, first)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._consumer.stop()
+
+    async def read(self) -> dict[bytes, bytes]:
+        """Give the newest committed value of each key, up to the topic's present end."""
+        try:
+            end = (await self._consumer.end_offsets([self._partition]))[self._partition]
+            while await self._consumer.position(self._partition) < end:
+                records = await self._consumer.getmany(self._partition, timeout_ms=500)
+                for record in records.get(self._partition, []):
+                    if record.key is not None:
+                        self._newest[record.key] = record.value
+        except kafka_errors.KafkaError as error:
+            raise translate(error, f"reading {self._topic}") from error
+        return dict(self._newest)

@@ -6,8 +6,8 @@ import asyncio
 import os
 import socket
 import ssl
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -122,6 +122,24 @@ def server_error(error: asyncpg.PostgresError, side: Side, doing: str) -> LiveMi
     return kind(
         f"{side}: {doing}: {error.args[0]}{detail} [SQLSTATE {error.sqlstate}]", hint=getattr(error, "hint", None) or ""
     )
+
+
+@contextmanager
+def asking(side: Side, doing: str) -> Iterator[None]:
+    """Turn errors of statements inside into ours; `doing` says what was attempted. Ours pass through.
+
+    Not for use around `asyncio.timeout`: its TimeoutError would count as a lost connection.
+    """
+    try:
+        yield
+    except CONNECTION_ERRORS as error:
+        raise ConnectionLost(f"{side}: {doing}: connection lost: {_reason(error)}") from error
+    except asyncpg.PostgresError as error:
+        raise server_error(error, side, doing) from error
+    except asyncpg.InterfaceError as error:
+        if "connection" not in str(error):
+            raise
+        raise ConnectionLost(f"{side}: {doing}: connection lost: {_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:

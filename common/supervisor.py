@@ -31,10 +31,11 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import psutil
+
 from live_migration.common.errors import LiveMigrationError
 
 if TYPE_CHECKING:
-    from jgo.maven import Artifact
+    from jgo.maven import Artifact, MavenContext
 
 # Below the range that Linux gives to outgoing connections: such a connection could take a stopped server's port.
 _PORTS = range(20_000, 32_000)
@@ -276,25 +277,36 @@ def fill_once(target: Path, fill: Callable[[Path], None]) -> Path:
 def download_jars(coordinates: Sequence[str], folder: Path, *, transitive: bool = True) -> None:
     """Put the jars of these Maven coordinates, and by default what they need at run time, into a folder.
 
-    The user's local Maven repository is not touched: an interrupted download stays in it as a broken jar for ever.
+    The first one decides about the version of what several need. The user's local Maven repository is not touched: an interrupted download stays in it as a broken jar for ever.
     Nor is `jgo.build` used, which downloads a JDK to sort jars from modules; we put both on the class path.
     """
     from jgo.maven import MavenContext  # of the extra `local`, which a producer or consumer alone goes without
 
-    with tempfile.TemporaryDirectory(prefix="live-migration-maven-") as repository:
+    with tempfile.TemporaryDirectory(dir=folder) as repository:
         context = MavenContext(repo_cache=Path(repository), local_repos=[], timeout=60)
-        dependencies = [context.create_dependency(each) for each in coordinates]
-        for each in dependencies:
-            each.scope = "compile"
-        inputs, others = context.resolver.resolve(dependencies, transitive=transitive)
-        if transitive:
-            inputs = [*inputs, *(each for each in others if each.scope in ("compile", "runtime"))]
+        chosen: dict[tuple[str, str], Artifact] = {}
+        for coordinate in coordinates:
+            for artifact in _resolve(context, coordinate, transitive=transitive):
+                chosen.setdefault((artifact.groupId, artifact.artifactId), artifact)
 
         def download(artifact: Artifact) -> None:
             shutil.copyfile(artifact.resolve(), folder / artifact.filename)
 
         with ThreadPoolExecutor(max_workers=6) as pool:
-            list(pool.map(download, {each.artifact.filename: each.artifact for each in inputs}.values()))
+            list(pool.map(download, chosen.values()))
+
+
+def _resolve(context: MavenContext, coordinate: str, *, transitive: bool) -> list[Artifact]:
+    """List the artifacts of one coordinate.
+
+    Never several at once: jgo lets what one of them manages override versions that another one needs, and a broker
+    with the clients of another version is what comes of it.
+    """
+    dependency = context.create_dependency(coordinate)
+    dependency.scope = "compile"
+    inputs, others = context.resolver.resolve([dependency], transitive=transitive)
+    needed = [each for each in others if transitive and each.scope in ("compile", "runtime")]
+    return [each.artifact for each in (*inputs, *needed)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,10 +52,13 @@ create table _live_migration.tables (
     error text,
     hint text,
     retry_at timestamptz,
+    copy_again boolean not null default false,  -- lost its identity on the source: copied once more at the cutover
     -- the lease of the snapshot's holder
     owner text,
     backend_pid integer,                    -- the holder's target backend
     backend_start timestamptz,
+    source_pid integer,                     -- its backend on the source, which holds lock and snapshot there
+    source_start timestamptz,
     lease_until timestamptz,
     unique (schema_name, table_name)
 );
@@ -73,6 +76,8 @@ create table _live_migration.parts (
     owner text,
     backend_pid integer,
     backend_start timestamptz,
+    source_pid integer,
+    source_start timestamptz,
     lease_until timestamptz,
     primary key (oid, part)
 );
@@ -146,4 +151,27 @@ create table _live_migration.events (
     at timestamptz not null default clock_timestamp(),
     level text not null,
     message text not null
+);
+
+create table _live_migration.steps (            -- what a phase has done already, for when it is entered again
+    name text primary key,
+    progress bigint not null default 0,         -- how many of the step's entries are done
+    is_done boolean not null default false,
+    at timestamptz not null default clock_timestamp()
+);
+
+create table _live_migration.archives (         -- the source's schema as pg_dump gave it, so that any host can go on
+    name text primary key,
+    content bytea not null
+);
+
+create table _live_migration.foreign_keys (
+    oid oid primary key,                        -- of the constraint on the source
+    schema_name text not null,
+    table_name text not null,
+    name text not null,
+    statement text not null,                    -- as pg_dump gave it
+    is_partitioned boolean not null,            -- its table
+    is_valid boolean not null,                  -- on the source
+    state text not null default 'pending' check (state in ('pending', 'added', 'valid', 'failed'))
 );

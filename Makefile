@@ -1,0 +1,22 @@
+export PYTHONSAFEPATH = 1
+
+.PHONY: venv check test demo
+
+venv: .venv/stamp
+
+.venv/stamp: pyproject.toml
+	test -x .venv/bin/python || python3 -m venv .venv
+	.venv/bin/pip install --quiet --editable '.[test]'
+	touch $@
+
+check: venv
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+test: venv
+	.venv/bin/pytest
+
+demo: venv
+	.venv/bin/live-migration demo

@@ -1,0 +1,348 @@
+"""Batches to the target: each in the transaction that the caller began, which also takes the checkpoint.
+
+Three ways, the fastest that is right: runs of inserts go by COPY; mixed runs are folded by key, staged by COPY and
+applied by one DELETE, UPDATE and COPY each; what cannot be folded is staged with its order and applied change by change.
+Rows hit must equal rows staged, each time: a plain insert never upserts, an update without its row is an alarm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from typing import NoReturn
+from zlib import crc32
+
+import asyncpg
+
+from live_migration.common import pgoutput
+from live_migration.common.errors import FormatError, LaneStopped
+from live_migration.common.postgres import CONNECTION_ERRORS
+from live_migration.common.relation import QualifiedName, quote_identifier
+from live_migration.consumer import statements
+from live_migration.consumer.decoder import Batch, TableRun, TruncateStep, all_runs
+from live_migration.consumer.folding import NotFoldable, decode_change, fold, fold_whole_rows
+from live_migration.consumer.row_encoding import (
+    UNCHANGED,
+    Value,
+    binary_row,
+    copy_chunks,
+    insert_as_binary_row,
+    insert_as_text_row,
+    is_binary,
+    text_row,
+)
+from live_migration.consumer.target_tables import TargetTable
+
+_CLASHES = (asyncpg.UniqueViolationError, asyncpg.ExclusionViolationError)
+_SESSION = (
+    "set local session_replication_role = replica; set local synchronous_commit = off; set constraints all deferred"
+)
+
+
+class Applier:
+    """Applies batches over one connection to the target."""
+
+    def __init__(self, connection: asyncpg.Connection, lane: int) -> None:
+        self._connection = connection
+        self._lane = lane
+        self._used_stages: set[str] = set()
+
+    async def begin(self) -> None:
+        """Begin a target transaction in which no trigger fires."""
+        self._used_stages.clear()
+        await self._connection.execute(f"begin; {_SESSION}")
+
+    async def apply(self, batch: Batch) -> None:
+        """Apply a batch inside the transaction that `begin` opened.
+
+        Raises:
+            LaneStopped: the target refuses a change, or a change does not find exactly its row. Roll back.
+        """
+        for step in batch.steps:
+            if isinstance(step, TruncateStep):
+                await self._truncate(step)
+            else:
+                for run in all_runs(step):
+                    if run.messages:
+                        await self._apply_run(run)
+
+    async def _truncate(self, step: TruncateStep) -> None:
+        names = ", ".join(table.sql for table in step.tables)
+        try:
+            await self._connection.execute(f"truncate {names}")
+        except CONNECTION_ERRORS:
+            raise
+        except asyncpg.PostgresError as error:
+            raise LaneStopped(
+                f"TRUNCATE of {', '.join(str(t.name) for t in step.tables)} at {step.position} fails on the target: {_said(error)}"
+            ) from error
+
+    async def _apply_run(self, run: TableRun) -> None:
+        try:
+            if run.only_inserts:
+                await self._insert(run)
+            else:
+                await self._apply_mixed(run)
+        except CONNECTION_ERRORS:
+            raise
+        except asyncpg.PostgresError as error:
+            self._refuse(run, error)
+
+    # runs of inserts
+
+    async def _insert(self, run: TableRun) -> None:
+        table, messages = run.table, run.messages
+        if not table.columns:
+            await self._connection.execute(
+                f"insert into {table.name.sql} select from generate_series(1, {len(messages)})"
+            )
+            return
+        binary = _is_binary(messages)
+        if table.kept is None:
+            encode = insert_as_binary_row if binary else insert_as_text_row
+            await self._copy(table.name, _names(table), map(encode, messages), len(messages), binary=binary)
+        else:
+            rows = (decode_change(message).new or [] for message in messages)
+            await self._copy_rows(table, [[_whole(row[i]) for i in table.kept] for row in rows], binary=binary)
+
+    async def _copy_rows(self, table: TargetTable, rows: Sequence[Sequence[bytes | None]], *, binary: bool) -> None:
+        if rows:
+            encode = binary_row if binary else text_row
+            await self._copy(table.name, _names(table), map(encode, rows), len(rows), binary=binary)
+
+    async def _copy(
+        self, table: QualifiedName, columns: Sequence[str] | None, rows: Iterable[bytes], expected: int, *, binary: bool
+    ) -> None:
+        """COPY encoded rows into a table and see that each arrived."""
+        status = await self._connection.copy_to_table(
+            table.name,
+            schema_name=table.schema,
+            columns=columns,
+            source=_as_async(copy_chunks(rows, binary=binary)),
+            format="binary" if binary else "text",
+        )
+        if (arrived := _row_count(status)) != expected:
+            raise LaneStopped(f"{table}: COPY took {arrived} of {expected} rows")
+
+    # mixed runs
+
+    async def _apply_mixed(self, run: TableRun) -> None:
+        table = run.table
+        if not table.is_foldable and (table.key or not table.is_full):
+            await self._in_source_order(run)
+            return
+        guarded = table.has_other_unique
+        if guarded:
+            await self._connection.execute("savepoint run")
+        try:
+            if table.key:
+                await self._apply_folded(run)
+            else:
+                await self._apply_whole_rows(run)
+        except NotFoldable:
+            if guarded:
+                await self._connection.execute("rollback to savepoint run")
+            await self._in_source_order(run)
+        except _CLASHES:
+            if not guarded:
+                raise
+            # folding lost the order between keys, which another unique index or an exclusion constraint needs
+            await self._connection.execute("rollback to savepoint run")
+            await self._in_source_order(run)
+        if guarded:
+            await self._connection.execute("release savepoint run")
+
+    async def _apply_folded(self, run: TableRun) -> None:
+        table = run.table
+        net = fold(run.messages, [column.index for column in table.key])
+        if any(table.columns[i].identity == "a" for present in net.updates for i in present):
+            raise NotFoldable("an identity column that is generated always takes no assignment")
+        binary = _is_binary(run.messages)
+        if net.deletes:
+            stage = await self._stage(table, "d", statements.key_stage_columns(table))
+            await self._copy(
+                stage, None, map(binary_row if binary else text_row, net.deletes), len(net.deletes), binary=binary
+            )
+            status = await self._connection.execute(statements.delete_staged(table, stage.sql))
+            self._expect_rows(run, "DELETE", status, len(net.deletes))
+        for present, updates in net.updates.items():
+            await self._update(run, present, updates, binary=binary)
+        if table.kept is None:
+            await self._copy_rows(table, net.inserts, binary=binary)
+        else:
+            await self._copy_rows(table, [[row[i] for i in table.kept] for row in net.inserts], binary=binary)
+
+    async def _update(
+        self,
+        run: TableRun,
+        present: Sequence[int],
+        updates: Sequence[tuple[tuple[bytes | None, ...], list[bytes | None]]],
+        *,
+        binary: bool,
+    ) -> None:
+        table = run.table
+        columns = statements.key_stage_columns(table) + statements.value_stage_columns(table, present)
+        stage = await self._stage(table, "u", columns)
+        encode = binary_row if binary else text_row
+        await self._copy(stage, None, (encode([*key, *values]) for key, values in updates), len(updates), binary=binary)
+        assigned = [i for i in present if not table.columns[i].generated]
+        if assigned:
+            status = await self._connection.execute(statements.update_staged(table, stage.sql, assigned))
+        else:
+            status = f"UPDATE {await self._connection.fetchval(statements.count_staged_keys(table, stage.sql))}"
+        self._expect_rows(run, "UPDATE", status, len(updates))
+
+    async def _apply_whole_rows(self, run: TableRun) -> None:
+        table = run.table
+        deletes, inserts = fold_whole_rows(run.messages)
+        binary = _is_binary(run.messages)
+        written = table.written
+        if deletes:
+            columns = [("seq", "int"), ("n", "int"), *statements.value_stage_columns(table, written)]
+            stage = await self._stage(table, "w", columns)
+            encode = binary_row if binary else text_row
+            rows = (
+                encode([_integer(seq, binary=binary), _integer(n, binary=binary), *(row[i] for i in written)])
+                for seq, (row, n) in enumerate(deletes.items())
+            )
+            await self._copy(stage, None, rows, len(deletes), binary=binary)
+            status = await self._connection.execute(statements.delete_whole_rows(table, stage.sql))
+            self._expect_rows(run, "DELETE", status, deletes.total())
+        await self._copy_rows(table, [[row[i] for i in written] for row in inserts.elements()], binary=binary)
+
+    # source order
+
+    async def _in_source_order(self, run: TableRun) -> None:
+        table = run.table
+        if not table.key and not table.is_full:
+            raise LaneStopped(
+                f"{table.name}: an UPDATE or DELETE at {run.position(0)} has no replica identity to find its row by",
+                hint="Give the table a replica identity on the source before its changes are published.",
+            )
+        binary = _is_binary(run.messages)
+        columns = statements.source_order_columns(table)
+        stage = await self._stage(table, "s", columns)
+        encode = binary_row if binary else text_row
+        staged = [
+            row
+            for number, message in enumerate(run.messages)
+            for row in _staged_changes(table, number, message, binary=binary)
+        ]
+        await self._copy(stage, None, map(encode, staged), len(staged), binary=binary)
+        try:
+            await self._connection.execute(statements.apply_in_source_order(table, stage.sql))
+        except asyncpg.PostgresError as error:
+            if error.sqlstate != statements.WRONG_ROW_COUNT:
+                raise
+            number = int(error.detail or 0)
+            raise LaneStopped(
+                f"{table.name}: the change at {run.position(number)}: {error.args[0]}",
+                hint="The target's rows are not the source's: somebody wrote to the target, or the copy was not whole.",
+            ) from error
+
+    async def _stage(self, table: TargetTable, kind: str, columns: Sequence[tuple[str, str]]) -> QualifiedName:
+        """Give an empty staging table for these columns. A rolled back savepoint may have taken it along: so ask each time."""
+        name = f"lm_{table.source_oid}_{kind}_{crc32(repr(columns).encode())}"
+        await self._connection.execute(statements.create_stage(name, columns))
+        stage = QualifiedName("pg_temp", name)
+        if name in self._used_stages:
+            await self._connection.execute(f"truncate {stage.sql}")
+        self._used_stages.add(name)
+        return stage
+
+    # what the server said
+
+    def _expect_rows(self, run: TableRun, verb: str, status: str, expected: int) -> None:
+        hit = _row_count(status)
+        if hit != expected:
+            first, last = run.position(0), run.position(len(run.messages) - 1)
+            raise LaneStopped(
+                f"{run.table.name}: {verb} hits {hit} rows where the source changed {expected}, between {first} and {last}",
+                hint="The target's rows are not the source's: somebody wrote to the target, or the copy was not whole.",
+            )
+
+    def _refuse(self, run: TableRun, error: asyncpg.PostgresError) -> NoReturn:
+        first, last = run.position(0), run.position(len(run.messages) - 1)
+        where = str(first) if first == last else f"between {first} and {last}"
+        raise LaneStopped(
+            f"{run.table.name}: the target refuses a change at {where}: {_said(error)}",
+            hint=error.hint or "Mend the target (or the row that stands in the way); the lane then goes on by itself.",
+        ) from error
+
+
+def _staged_changes(table: TargetTable, number: int, message: bytes, *, binary: bool) -> Iterator[list[bytes | None]]:
+    """Give a change as rows of the source order stage: one, or a delete and an insert where an update cannot say it."""
+    kind, old, new = decode_change(message)
+    written = table.written
+    before = old if old is not None else new
+    assert before is not None
+    if kind == pgoutput.INSERT:
+        identity: list[bytes | None] = [None] * (len(table.key) or len(written))
+    else:
+        identity = [_whole(before[i]) for i in ([column.index for column in table.key] or written)]
+    head = _integer(number, binary=binary)
+    nothing: list[bytes | None] = [None] * len(written)
+    if new is None:
+        yield [head, b"D", None, *identity, *nothing]
+        return
+    values = [None if new[i] is UNCHANGED else _whole(new[i]) for i in written]
+    present = bytes([48 if new[i] is UNCHANGED else 49 for i in written])
+    if kind == pgoutput.INSERT:
+        yield [head, b"I", present, *identity, *values]
+    elif _moves_identity(table, old, new):
+        yield [head, b"D", None, *identity, *nothing]
+        yield [head, b"I", present, *identity, *values]
+    else:
+        yield [head, b"U", present, *identity, *values]
+
+
+def _moves_identity(table: TargetTable, old: Sequence[Value] | None, new: Sequence[Value]) -> bool:
+    """Tell whether a GENERATED ALWAYS column may have changed: the server takes it by an insert only.
+
+    Raises:
+        LaneStopped: it may have, and the row is not whole.
+    """
+    keys = {column.index for column in table.key}
+    for i, column in enumerate(table.columns):
+        if column.identity != "a" or (i in keys and (old is None or old[i] == new[i])):
+            continue
+        if UNCHANGED in new:
+            raise LaneStopped(
+                f"{table.name}: an update may have changed the identity column {column.name}, and left a TOASTed value out",
+                hint=f"ALTER TABLE {table.name.sql} ALTER COLUMN {quote_identifier(column.name)} SET GENERATED BY DEFAULT; on the target, "
+                "and back after the cutover.",
+            )
+        return True
+    return False
+
+
+def _whole(value: Value) -> bytes | None:
+    if value is UNCHANGED:
+        raise FormatError("a value that should be whole is not in the stream")
+    return value
+
+
+def _names(table: TargetTable) -> list[str]:
+    return [table.columns[i].name for i in table.written]
+
+
+def _is_binary(messages: Iterable[bytes]) -> bool:
+    """Tell by the first value that is not NULL; the first tuple of each kind of row message starts at byte 6."""
+    return next((found for message in messages if (found := is_binary(message, 6)) is not None), False)
+
+
+def _integer(number: int, *, binary: bool) -> bytes:
+    return number.to_bytes(4, "big") if binary else str(number).encode()
+
+
+async def _as_async(chunks: Iterable[bytes]) -> AsyncIterator[bytes]:
+    for chunk in chunks:
+        yield chunk
+
+
+def _row_count(status: str) -> int:
+    return int(status.rpartition(" ")[2])
+
+
+def _said(error: asyncpg.PostgresError) -> str:
+    detail = f" ({error.detail})" if error.detail else ""
+    return f"{error.args[0]}{detail} [SQLSTATE {error.sqlstate}]"

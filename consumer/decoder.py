@@ -1,0 +1,230 @@
+"""Segments to batches: the changes of each table, without those that its copy already holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import orjson
+
+from live_migration.common import control, pgoutput
+from live_migration.common.errors import FormatError
+from live_migration.common.relation import Relation
+from live_migration.common.segment import BASE, FRAME, Position
+from live_migration.consumer.target_tables import TargetTable
+
+_TAKES_ROWS = frozenset((pgoutput.INSERT, pgoutput.UPDATE, pgoutput.DELETE))
+
+
+class RelationResolver(Protocol):
+    """Finds the target's table of a relation."""
+
+    async def resolve(self, relation: Relation) -> TargetTable: ...
+
+
+class TableRun:
+    """Row messages of one table, of one shape, in source order. `marks`: where transactions begin: index, commit LSN, base ordinal."""
+
+    __slots__ = ("marks", "messages", "only_inserts", "ordinals", "table")
+
+    def __init__(self, table: TargetTable) -> None:
+        self.table = table
+        self.messages: list[bytes] = []
+        self.ordinals: list[int] = []  # less the base of the mark before
+        self.marks: list[tuple[int, int, int]] = []
+        self.only_inserts = True
+
+    def position(self, index: int) -> Position:
+        """Give the position of the run's message number `index`."""
+        commit_lsn, base = 0, 0
+        for start, mark_lsn, mark_base in self.marks:
+            if start > index:
+                break
+            commit_lsn, base = mark_lsn, mark_base
+        return Position(commit_lsn, base + self.ordinals[index])
+
+
+class TruncateStep:
+    """Tables to empty, after everything before and before everything after."""
+
+    __slots__ = ("position", "tables")
+
+    def __init__(self, tables: list[TargetTable], position: Position) -> None:
+        self.tables = tables
+        self.position = position
+
+
+Step = dict[int, list[TableRun]] | TruncateStep
+"""Runs by table, independent of one another between tables; or a truncate."""
+
+
+class Batch:
+    """What one target transaction, or one flush of it, applies."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.change_count = 0
+        self.byte_count = 0
+        self.barrier: str | None = None
+        self.commit_time: int | None = None
+        self.is_inside_transaction = False
+        self.must_end_at_commit = False
+
+    def is_empty(self) -> bool:
+        """Tell whether there is nothing to write but the checkpoint."""
+        return not self.steps
+
+    def runs(self) -> dict[int, list[TableRun]]:
+        """Give the runs that the next change goes into."""
+        if not self.steps or isinstance(self.steps[-1], TruncateStep):
+            self.steps.append({})
+        last = self.steps[-1]
+        assert isinstance(last, dict)
+        return last
+
+
+class _Known:
+    """A relation of the stream: its message, its table, and whether the present transaction's changes are in the table's copy."""
+
+    __slots__ = ("message", "run", "serial", "skips", "step", "table")
+
+    def __init__(self, message: bytes, table: TargetTable) -> None:
+        self.message = message
+        self.table = table
+        self.serial = -1
+        self.skips = False
+        self.run: TableRun | None = None
+        self.step: object = None
+
+
+class LaneDecoder:
+    """Decodes one lane's segments in order; a new one after each acquisition of the lane."""
+
+    def __init__(self, tables: RelationResolver, migration_id: str) -> None:
+        self._tables = tables
+        self._migration_id = migration_id
+        self._known: dict[int, _Known] = {}
+        self._serial = 0
+        self._begin = pgoutput.Begin(0, 0, 0)
+        self._base = 0
+        self._inside = False
+
+    async def decode(self, body: bytes, batch: Batch) -> None:
+        """Add a segment's changes to a batch.
+
+        Raises:
+            LaneStopped: the target cannot take a relation's rows.
+            FormatError: the segment is malformed.
+        """
+        at, end = 0, len(body)
+        batch.byte_count += end
+        unpack, from_bytes = FRAME.unpack_from, int.from_bytes
+        step: object = batch.steps[-1] if batch.steps else None
+        while at < end:
+            if at + 8 > end:
+                raise FormatError(f"segment ends within a frame at byte {at}")
+            length, relative = unpack(body, at)
+            start = at + 8
+            at = start + length
+            if at > end or not length:
+                raise FormatError(f"segment ends within a frame at byte {start}")
+            kind = body[start]
+            if kind in _TAKES_ROWS:
+                known = self._known.get(from_bytes(body[start + 1 : start + 5], "big"))
+                if known is None:
+                    raise FormatError(f"segment has a row at byte {start} before its relation")
+                if known.serial != self._serial:
+                    self._enter(known)
+                if known.skips:
+                    continue
+                run = known.run
+                if run is None or known.step is not step:
+                    run = self._open_run(known, batch)
+                    step = known.step
+                run.messages.append(body[start:at])
+                run.ordinals.append(relative)
+                batch.change_count += 1
+                if kind != pgoutput.INSERT:
+                    run.only_inserts = False
+            else:
+                await self._other(kind, body[start:at], relative, batch)
+                step = batch.steps[-1] if batch.steps else None
+        batch.is_inside_transaction = self._inside
+
+    def _enter(self, known: _Known) -> None:
+        """Note that a relation's next changes are of the present transaction."""
+        known.serial = self._serial
+        snapshot = known.table.snapshot
+        known.skips = snapshot is not None and snapshot.includes(self._begin.commit_lsn, self._begin.xid)
+        if known.run is not None:
+            known.run.marks.append((len(known.run.messages), self._begin.commit_lsn, self._base))
+
+    def _open_run(self, known: _Known, batch: Batch) -> TableRun:
+        """Give the run of the batch's last step that a relation's changes go into."""
+        runs = batch.runs()
+        table_runs = runs.setdefault(known.table.source_oid, [])
+        if not table_runs or table_runs[-1].table is not known.table:
+            table_runs.append(TableRun(known.table))
+        run = table_runs[-1]
+        run.marks.append((len(run.messages), self._begin.commit_lsn, self._base))
+        known.run, known.step = run, runs
+        if known.table.is_deferrable:
+            batch.must_end_at_commit = True
+        return run
+
+    async def _other(self, kind: int, message: bytes, relative: int, batch: Batch) -> None:
+        match kind:
+            case pgoutput.BEGIN:
+                (self._base,) = BASE.unpack_from(message, len(message) - 8)
+                begin = pgoutput.decode_begin(message)
+                batch.commit_time = begin.commit_time
+                self._begin = begin
+                self._serial += 1
+                self._inside = True
+            case pgoutput.COMMIT:
+                self._inside = False
+            case pgoutput.RELATION:
+                await self._learn(message)
+            case pgoutput.TRUNCATE:
+                self._truncate(message, relative, batch)
+            case pgoutput.MESSAGE:
+                self._logical_message(message, batch)
+            case pgoutput.TYPE | pgoutput.ORIGIN:
+                pass
+            case _:
+                raise FormatError(f"segment has a message of unknown type {chr(kind)!r}")
+
+    async def _learn(self, message: bytes) -> None:
+        oid = pgoutput.relation_oid(message)
+        known = self._known.get(oid)
+        if known is None or known.message != message:
+            table = await self._tables.resolve(pgoutput.decode_relation(message))
+            self._known[oid] = _Known(message, table)
+
+    def _truncate(self, message: bytes, relative: int, batch: Batch) -> None:
+        tables = []
+        for oid in pgoutput.decode_truncate(message).relation_oids:
+            known = self._known.get(oid)
+            if known is None:
+                raise FormatError(f"segment truncates relation oid {oid} before describing it")
+            if known.serial != self._serial:
+                self._enter(known)
+            if not known.skips:
+                tables.append(known.table)
+        if tables:
+            batch.steps.append(TruncateStep(tables, Position(self._begin.commit_lsn, self._base + relative)))
+            batch.change_count += 1
+
+    def _logical_message(self, message: bytes, batch: Batch) -> None:
+        logical = pgoutput.decode_logical_message(message)
+        if logical.prefix != control.MESSAGE_PREFIX:
+            return
+        content = orjson.loads(logical.content)
+        if content.get("kind") == "barrier" and content.get("migration_id") == self._migration_id:
+            batch.barrier = content["id"]
+
+
+def all_runs(step: dict[int, list[TableRun]]) -> Iterator[TableRun]:
+    """Give the runs of a step, each table's in their order."""
+    for runs in step.values():
+        yield from runs

@@ -1,0 +1,159 @@
+"""pgoutput tuples to values, and values to COPY rows: text and binary, byte for byte, nothing converted.
+
+A value is `bytes` as the source sent it, `None` for NULL, or `UNCHANGED` for a TOASTed value that an UPDATE left alone and
+the stream therefore does not carry. Text and binary values never mix within a stream.
+
+Source: PostgreSQL manual, "Logical Replication Message Formats" (TupleData) and "COPY" (File Formats).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from enum import Enum
+from typing import Final, Literal
+
+from live_migration.common.errors import FormatError
+
+
+class Unchanged(Enum):
+    """A value that the stream does not carry, for the UPDATE did not touch it."""
+
+    UNCHANGED = "unchanged"
+
+
+UNCHANGED: Final = Unchanged.UNCHANGED
+
+Value = bytes | None | Literal[Unchanged.UNCHANGED]
+Row = Sequence[Value]
+
+_NULL = ord("n")
+_TOASTED = ord("u")
+_TEXT = ord("t")
+_BINARY = ord("b")
+
+BINARY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
+BINARY_TRAILER = b"\xff\xff"
+_BINARY_NULL = b"\xff\xff\xff\xff"
+
+_SPECIAL = re.compile(rb"[\\\t\n\r]")
+_ESCAPES = {b"\\": b"\\\\", b"\t": b"\\t", b"\n": b"\\n", b"\r": b"\\r"}
+
+
+def decode_tuple(message: bytes, at: int) -> tuple[list[Value], int]:
+    """Give the values of the tuple that starts at byte `at` of a message, and where it ends.
+
+    Raises:
+        FormatError: the tuple is cut short or has an unknown kind of value.
+    """
+    from_bytes = int.from_bytes
+    count = from_bytes(message[at : at + 2], "big")
+    at += 2
+    values: list[Value] = []
+    append = values.append
+    for _ in range(count):
+        kind = message[at] if at < len(message) else -1
+        if kind in (_TEXT, _BINARY):
+            start = at + 5
+            at = start + from_bytes(message[at + 1 : start], "big")
+            append(message[start:at])
+        elif kind == _NULL:
+            append(None)
+            at += 1
+        elif kind == _TOASTED:
+            append(UNCHANGED)
+            at += 1
+        else:
+            raise FormatError(f"row message of {len(message)} bytes: no value at byte {at}")
+    if at > len(message):
+        raise FormatError(f"row message of {len(message)} bytes is cut short")
+    return values, at
+
+
+def is_binary(message: bytes, at: int) -> bool | None:
+    """Tell by its first non-NULL value whether the tuple at byte `at` is binary; None if it has none."""
+    count = int.from_bytes(message[at : at + 2], "big")
+    at += 2
+    for _ in range(count):
+        kind = message[at]
+        if kind in (_TEXT, _BINARY):
+            return kind == _BINARY
+        at += 1
+    return None
+
+
+def escape_text(value: bytes) -> bytes:
+    """Escape a text value for COPY's text format."""
+    return _SPECIAL.sub(lambda match: _ESCAPES[match[0]], value) if _SPECIAL.search(value) else value
+
+
+def text_row(values: Iterable[bytes | None]) -> bytes:
+    """Give one row of COPY's text format."""
+    return b"\t".join([b"\\N" if value is None else escape_text(value) for value in values]) + b"\n"
+
+
+def binary_row(values: Sequence[bytes | None]) -> bytes:
+    """Give one row of COPY's binary format."""
+    parts = [len(values).to_bytes(2, "big")]
+    for value in values:
+        if value is None:
+            parts.append(_BINARY_NULL)
+        else:
+            parts.append(len(value).to_bytes(4, "big"))
+            parts.append(value)
+    return b"".join(parts)
+
+
+def insert_as_binary_row(message: bytes) -> bytes:
+    """Give an Insert message with binary values as a row of COPY's binary format: all its columns, in their order."""
+    from_bytes = int.from_bytes
+    parts = [message[6:8]]
+    append = parts.append
+    at = 8
+    for _ in range(from_bytes(message[6:8], "big")):
+        if message[at] == _BINARY:
+            start = at + 1
+            at += 5 + from_bytes(message[start : start + 4], "big")
+            append(message[start:at])
+        elif message[at] == _NULL:
+            append(_BINARY_NULL)
+            at += 1
+        else:
+            raise FormatError("insert message: a value that is not binary in a binary stream")
+    return b"".join(parts)
+
+
+def insert_as_text_row(message: bytes) -> bytes:
+    """Give an Insert message with text values as a row of COPY's text format: all its columns, in their order."""
+    from_bytes = int.from_bytes
+    parts: list[bytes] = []
+    append = parts.append
+    at = 8
+    special = _SPECIAL.search(message, 8) is not None  # lengths may look special too: then each value is asked
+    for _ in range(from_bytes(message[6:8], "big")):
+        if message[at] == _TEXT:
+            start = at + 5
+            at = start + from_bytes(message[at + 1 : start], "big")
+            append(escape_text(message[start:at]) if special else message[start:at])
+        elif message[at] == _NULL:
+            append(b"\\N")
+            at += 1
+        else:
+            raise FormatError("insert message: a value that is not text in a text stream")
+    return b"\t".join(parts) + b"\n"
+
+
+def copy_chunks(rows: Iterable[bytes], *, binary: bool, chunk_bytes: int = 131_072) -> Iterable[bytes]:
+    """Join rows into pieces of about `chunk_bytes` for COPY FROM STDIN, with header and trailer where binary."""
+    pending: list[bytes] = [BINARY_HEADER] if binary else []
+    size = 0
+    for row in rows:
+        pending.append(row)
+        size += len(row)
+        if size >= chunk_bytes:
+            yield b"".join(pending)
+            pending, size = [], 0
+    if binary:
+        pending.append(BINARY_TRAILER)
+    if pending:
+        yield b"".join(pending)

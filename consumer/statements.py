@@ -1,0 +1,122 @@
+"""SQL that applies staged changes. Staging tables are temporary, one a table, kind and column set, emptied at each commit.
+
+Each function is pure: names and types in, a statement out. In them `t` is the target's table, `s` the staged row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from live_migration.common.relation import quote_identifier
+from live_migration.consumer.target_tables import TargetTable
+
+INSERTED, UPDATED, DELETED = "I", "U", "D"
+"""Values of the staged column `op` in source order."""
+
+WRONG_ROW_COUNT = "LM001"
+"""SQLSTATE that the source order loop raises when a change hits no row, or several; its detail is the change's number."""
+
+
+def create_stage(stage: str, columns: Sequence[tuple[str, str]]) -> str:
+    """Create a staging table of (name, type) columns."""
+    listed = ", ".join(f"{name} {type_name}" for name, type_name in columns)
+    return f"create temporary table if not exists {stage} ({listed}) on commit delete rows"
+
+
+def key_stage_columns(table: TargetTable) -> list[tuple[str, str]]:
+    """Give the staged columns k0, k1 … of the key."""
+    return [(f"k{i}", table.columns[column.index].type) for i, column in enumerate(table.key)]
+
+
+def value_stage_columns(table: TargetTable, indexes: Sequence[int], prefix: str = "c") -> list[tuple[str, str]]:
+    """Give staged columns for some of the table's; their names carry the column's position."""
+    return [(f"{prefix}{i}", table.columns[i].type) for i in indexes]
+
+
+def _key_matches(table: TargetTable, row: str) -> str:
+    return " and ".join(f"t.{quote_identifier(c.name)} {c.equals} {row}.k{i}" for i, c in enumerate(table.key))
+
+
+def delete_staged(table: TargetTable, stage: str) -> str:
+    """Delete the rows whose keys are staged."""
+    return f"delete from {table.sql} t using {stage} s where {_key_matches(table, 's')}"
+
+
+def update_staged(table: TargetTable, stage: str, present: Sequence[int]) -> str:
+    """Set the `present` columns of the rows whose keys are staged."""
+    assignments = ", ".join(f"{quote_identifier(table.columns[i].name)} = s.c{i}" for i in present)
+    return f"update {table.sql} t set {assignments} from {stage} s where {_key_matches(table, 's')}"
+
+
+def count_staged_keys(table: TargetTable, stage: str) -> str:
+    """Count the rows whose keys are staged: for updates that change nothing the stream carries."""
+    return f"select count(*) from {table.sql} t join {stage} s on {_key_matches(table, 's')}"
+
+
+def _row(table: TargetTable, alias: str, name: str = "") -> str:
+    columns = ", ".join(
+        f"{alias}.{name}{i}" if name else f"{alias}.{quote_identifier(table.columns[i].name)}" for i in table.written
+    )
+    return f"row({columns})::record"  # a bare row constructor would be compared column by column
+
+
+def delete_whole_rows(table: TargetTable, stage: str) -> str:
+    """Delete, for each staged row, `n` of the rows that are its very image; `=` would take 1.0 for 1.00, and json has none."""
+    target, staged = _row(table, "t"), _row(table, "s", "c")
+    return f"""
+        with hit as (
+            select t.ctid as id, s.n, row_number() over (partition by s.seq) as number
+            from {table.sql} t join {stage} s
+              on hashtextextended({target}::text, 0) = hashtextextended({staged}::text, 0)
+             and {target} operator(pg_catalog.*=) {staged}
+        )
+        delete from {table.sql} t using hit where t.ctid = hit.id and hit.number <= hit.n"""
+
+
+def source_order_columns(table: TargetTable) -> list[tuple[str, str]]:
+    """Give the columns that hold any change: number, kind, which values are present, old key or row, new row."""
+    written = table.written
+    old = key_stage_columns(table) if table.key else value_stage_columns(table, written, "o")
+    return [("seq", "int"), ("op", "text"), ("present", "text"), *old, *value_stage_columns(table, written)]
+
+
+def apply_in_source_order(table: TargetTable, stage: str) -> str:
+    """Apply the staged changes one by one, each to exactly one row."""
+    written = table.written
+    names = [quote_identifier(table.columns[i].name) for i in written]
+    values = ", ".join(f"s.c{i}" for i in written)
+    # an identity column GENERATED ALWAYS takes no assignment: one that changes is staged as delete and insert
+    assigned = [(position, i) for position, i in enumerate(written) if table.columns[i].identity != "a"]
+    assignments = ", ".join(
+        f"{names[position]} = case substr(s.present, {position + 1}, 1) when '1' then s.c{i} else t.{names[position]} end"
+        for position, i in assigned
+    )
+    if table.key:
+        match = _key_matches(table, "s")
+    else:
+        image = f"{_row(table, 'x')} operator(pg_catalog.*=) {_row(table, 's', 'o')}"
+        match = f"t.ctid = (select x.ctid from {table.sql} x where {image} limit 1)"
+    update = (
+        f"update {table.sql} t set {assignments} where {match};"
+        if assigned
+        else f"perform from {table.sql} t where {match};"
+    )
+    return f"""
+        do $apply$
+        declare s record; hit bigint;
+        begin
+            for s in select * from {stage} order by seq loop
+                if s.op = '{INSERTED}' then
+                    insert into {table.name.sql} ({", ".join(names)}) overriding system value values ({values});
+                elsif s.op = '{DELETED}' then
+                    delete from {table.sql} t where {match};
+                else
+                    {update}
+                end if;
+                get diagnostics hit = row_count;
+                if hit <> 1 then
+                    raise exception using errcode = '{WRONG_ROW_COUNT}', detail = s.seq,
+                        message = format('a change of kind %s hits %s rows instead of one', s.op, hit);
+                end if;
+            end loop;
+        end $apply$"""

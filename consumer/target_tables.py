@@ -1,0 +1,223 @@
+"""What the target's tables look like to the stream: columns, keys and how they compare, and what the copy already holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import asyncpg
+
+from live_migration.common.catalog import ColumnInfo, read_columns
+from live_migration.common.errors import LaneStopped
+from live_migration.common.relation import QualifiedName, Relation, ReplicaIdentity, quote_identifier
+from live_migration.common.visibility import CopySnapshot
+
+FOLDABLE_TYPES = frozenset({16, 17, 19, 20, 21, 23, 25, 26, 1043, 1082, 1083, 1114, 1184, 2950})
+"""Built-in types whose values are equal exactly when their bytes are (text ones under a deterministic collation); enums too."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyColumn:
+    """A column that identifies rows. `index`: in the stream's columns; `equals`: the operator, schema-qualified."""
+
+    index: int
+    name: str
+    equals: str
+    is_foldable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TargetTable:
+    """A table as the applier needs it. `columns` are those of the stream, in its order, as they are on the target.
+
+    `kept`: positions in the stream of the columns that are written; None when that is all of them (the target computes its
+    generated ones itself). `key` is empty where rows have no identity but themselves.
+    """
+
+    source_oid: int
+    name: QualifiedName
+    relation: Relation
+    columns: tuple[ColumnInfo, ...]
+    kept: tuple[int, ...] | None
+    key: tuple[KeyColumn, ...]
+    is_full: bool
+    has_other_unique: bool
+    is_deferrable: bool
+    is_ordinary: bool
+    snapshot: CopySnapshot | None
+
+    @property
+    def sql(self) -> str:
+        """The table's name in a statement that must not touch its inheritance children."""
+        return f"only {self.name.sql}" if self.is_ordinary else self.name.sql
+
+    @property
+    def is_foldable(self) -> bool:
+        """Whether changes may be folded by the bytes of their key."""
+        return bool(self.key) and all(column.is_foldable for column in self.key)
+
+    @property
+    def written(self) -> tuple[int, ...]:
+        """Positions in the stream of the columns that are written."""
+        return tuple(range(len(self.columns))) if self.kept is None else self.kept
+
+
+_TABLE = """
+    select t.schema_name, t.table_name, t.snapshot, t.horizon - '0/0'::pg_lsn as horizon, t.state, c.oid, c.relkind::text as kind
+    from _live_migration.tables t
+    left join pg_namespace n on n.nspname = t.schema_name
+    left join pg_class c on c.relnamespace = n.oid and c.relname = t.table_name
+    where t.oid = $1
+"""
+
+# each unique index of a table, with its columns' numbers, whether it may identify rows, and the equality operator of each column
+_UNIQUE_INDEXES = """
+    select i.indexrelid, i.indisprimary as is_primary, not i.indimmediate as is_deferrable, i.indisexclusion as is_exclusion,
+           i.indimmediate and i.indisunique and i.indpred is null and i.indexprs is null
+               and not exists (select from unnest((i.indkey::int2[])[0:i.indnkeyatts - 1]) k
+                               join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k where not a.attnotnull) as is_identity,
+           array(select a.attname::text from unnest((i.indkey::int2[])[0:i.indnkeyatts - 1]) with ordinality k(attnum, n)
+                 join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum order by k.n) as columns,
+           array(select format('operator(%I.%s)', s.nspname, o.oprname)
+                 from unnest((i.indclass::oid[])[0:i.indnkeyatts - 1]) with ordinality k(opclass, n)
+                 join pg_opclass p on p.oid = k.opclass
+                 join pg_amop m on m.amopfamily = p.opcfamily and m.amoplefttype = p.opcintype
+                     and m.amoprighttype = p.opcintype and m.amopstrategy = 3
+                 join pg_operator o on o.oid = m.amopopr join pg_namespace s on s.oid = o.oprnamespace
+                 order by k.n) as operators
+    from pg_index i join pg_class c on c.oid = i.indexrelid join pg_am a on a.oid = c.relam
+    where i.indrelid = $1 and (i.indisunique or i.indisexclusion) and i.indisvalid
+    order by i.indisprimary desc, i.indnkeyatts, i.indexrelid
+"""
+
+# default btree equality of columns' types, for keys that no unique index of the target covers
+_TYPE_OPERATORS = """
+    select a.attname::text as name, format('operator(%I.%s)', s.nspname, o.oprname) as operator
+    from pg_attribute a
+    join pg_type t on t.oid = a.atttypid
+    join pg_opclass p on p.opcdefault and p.opcmethod = (select oid from pg_am where amname = 'btree')
+        and p.opcintype = case when t.typtype = 'e' then 'anyenum'::regtype when t.typtype = 'r' then 'anyrange'::regtype
+                               when t.typcategory = 'A' then 'anyarray'::regtype when t.typtype = 'c' then 'record'::regtype
+                               when a.atttypid = 'varchar'::regtype then 'text'::regtype
+                               when t.typtype = 'd' then t.typbasetype else a.atttypid end
+    join pg_amop m on m.amopfamily = p.opcfamily and m.amoplefttype = p.opcintype and m.amoprighttype = p.opcintype and m.amopstrategy = 3
+    join pg_operator o on o.oid = m.amopopr join pg_namespace s on s.oid = o.oprnamespace
+    where a.attrelid = $1 and a.attname = any($2::text[])
+"""
+
+_FOLDABLE = """
+    select a.attname::text as name,
+           (a.atttypid = any($3::oid[]) or t.typtype = 'e') and coalesce(l.collisdeterministic, true) as foldable
+    from pg_attribute a join pg_type t on t.oid = a.atttypid left join pg_collation l on l.oid = a.attcollation
+    where a.attrelid = $1 and a.attname = any($2::text[])
+"""
+
+
+class TargetTables:
+    """Looks tables up on one connection and remembers them until their Relation message changes."""
+
+    def __init__(self, connection: asyncpg.Connection) -> None:
+        self._connection = connection
+
+    async def resolve(self, relation: Relation) -> TargetTable:
+        """Give the target's table for a source relation.
+
+        Raises:
+            LaneStopped: the relation is not part of the migration, or the target cannot take its columns.
+        """
+        row = await self._connection.fetchrow(_TABLE, relation.oid)
+        if row is None:
+            raise LaneStopped(
+                f"relation {relation.name} (oid {relation.oid}) is in the stream but not part of the migration",
+                hint="It was made after the migration was planned. Drop it from our publication, or `clean` and start again.",
+            )
+        name = QualifiedName(row["schema_name"], row["table_name"])
+        if row["oid"] is None:
+            raise LaneStopped(
+                f"table {name} does not exist on the target", hint="Restore it there; the lane then goes on by itself."
+            )
+        columns = await self._match_columns(relation, name, row["oid"])
+        indexes = await self._connection.fetch(_UNIQUE_INDEXES, row["oid"])
+        key_names = _key_names(relation, indexes)
+        kept = tuple(i for i, column in enumerate(columns) if not column.generated)
+        return TargetTable(
+            relation.oid,
+            name,
+            relation,
+            columns,
+            None if len(kept) == len(columns) else kept,
+            await self._key(relation, row["oid"], key_names, indexes),
+            relation.identity is ReplicaIdentity.FULL,
+            any(set(index["columns"]) != set(key_names) or index["is_exclusion"] for index in indexes),
+            any(index["is_deferrable"] for index in indexes),
+            row["kind"] == "r",
+            CopySnapshot.parse(row["snapshot"], int(row["horizon"])) if row["snapshot"] else None,
+        )
+
+    async def _match_columns(self, relation: Relation, name: QualifiedName, oid: int) -> tuple[ColumnInfo, ...]:
+        found = {column.name: column for column in (await read_columns(self._connection, [oid])).get(oid, ())}
+        missing = [column for column in relation.columns if column.name not in found]
+        if missing:
+            types = await self._type_names([(column.type_oid, column.type_modifier) for column in missing])
+            adds = ", ".join(f"ADD COLUMN {quote_identifier(c.name)} {t}" for c, t in zip(missing, types, strict=True))
+            raise LaneStopped(
+                f"the source's table {relation.name} has columns that the target's lacks: {', '.join(c.name for c in missing)}",
+                hint=f"Mend the target, the lane then goes on by itself: ALTER TABLE {name.sql} {adds};",
+            )
+        for column in relation.columns:
+            target = found[column.name]
+            if column.type_oid < 16384 and target.type_oid < 16384 and column.type_oid != target.type_oid:
+                (type_name,) = await self._type_names([(column.type_oid, column.type_modifier)])
+                alter = f"ALTER TABLE {name.sql} ALTER COLUMN {quote_identifier(column.name)} TYPE {type_name};"
+                raise LaneStopped(
+                    f"column {column.name} of {relation.name} is {type_name} on the source and {target.type} on the target",
+                    hint=f"Mend the target, the lane then goes on by itself: {alter}",
+                )
+        return tuple(found[column.name] for column in relation.columns)
+
+    async def _type_names(self, types: Sequence[tuple[int, int]]) -> list[str]:
+        """Name types by the source's oids; user-defined ones, whose oids mean nothing here, are left to the reader."""
+        names = []
+        for oid, modifier in types:
+            name = (
+                await self._connection.fetchval("select format_type($1::oid, $2::int)", oid, modifier)
+                if oid < 16384
+                else None
+            )
+            names.append(name or "<its type on the source>")
+        return names
+
+    async def _key(
+        self, relation: Relation, oid: int, names: Sequence[str], indexes: Sequence[asyncpg.Record]
+    ) -> tuple[KeyColumn, ...]:
+        if not names:
+            return ()
+        operators = await self._operators(oid, names, indexes)
+        rows = await self._connection.fetch(_FOLDABLE, oid, list(names), list(FOLDABLE_TYPES))
+        foldable = {row["name"]: row["foldable"] for row in rows}
+        positions = {column.name: i for i, column in enumerate(relation.columns)}
+        return tuple(KeyColumn(positions[name], name, operators[name], foldable[name]) for name in names)
+
+    async def _operators(self, oid: int, names: Sequence[str], indexes: Sequence[asyncpg.Record]) -> dict[str, str]:
+        for index in indexes:
+            if set(index["columns"]) == set(names) and len(index["operators"]) == len(index["columns"]):
+                return dict(zip(index["columns"], index["operators"], strict=True))
+        rows = await self._connection.fetch(_TYPE_OPERATORS, oid, list(names))
+        operators = {row["name"]: row["operator"] for row in rows}
+        if lacking := [name for name in names if name not in operators]:
+            raise LaneStopped(
+                f"key columns {', '.join(lacking)} of relation oid {oid} have no equality on the target",
+                hint="Give the target's table a unique index over the replica identity's columns.",
+            )
+        return operators
+
+
+def _key_names(relation: Relation, indexes: Sequence[asyncpg.Record]) -> tuple[str, ...]:
+    """Give the columns that identify a row: the replica identity's, or under FULL those of a unique index of the target's."""
+    if relation.identity is not ReplicaIdentity.FULL:
+        return tuple(column.name for column in relation.columns if column.is_key)
+    names = {column.name for column in relation.columns}
+    for index in indexes:
+        if index["is_identity"] and not index["is_exclusion"] and index["columns"] and set(index["columns"]) <= names:
+            return tuple(index["columns"])
+    return ()

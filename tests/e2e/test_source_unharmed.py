@@ -1,0 +1,129 @@
+"""The source's own statements succeed during the whole migration, and each table is followed or named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from live_migration.common.errors import LiveMigrationError
+from live_migration.coordinator.clean import clean
+from tests.e2e.migration import Migration
+from tests.support.workload import differences, read_rows
+
+pytestmark = [pytest.mark.e2e, pytest.mark.integration]
+
+SCHEMA = """
+create schema app;
+create table app.with_key (id int primary key, v int);
+create table app.deferrable_key (id int, v int, primary key (id) deferrable initially deferred);
+create table app.unique_identity (id int not null unique, v int);
+alter table app.unique_identity replica identity using index unique_identity_id_key;
+create table app.full_identity (id int, v int);
+alter table app.full_identity replica identity full;
+create table app.full_generated (id int, v int, w int generated always as (id * 2) stored);
+alter table app.full_generated replica identity full;
+create table app.no_identity (id int, v int);
+create table app.nothing_identity (id int primary key, v int);
+alter table app.nothing_identity replica identity nothing;
+create table app.parts_key (id int, v int, primary key (id)) partition by range (id);
+create table app.parts_key_1 partition of app.parts_key for values from (0) to (1000);
+create table app.parts_none (id int, v int) partition by range (id);
+create table app.parts_none_1 partition of app.parts_none for values from (0) to (1000);
+"""
+LEAVES = [
+    "with_key",
+    "deferrable_key",
+    "unique_identity",
+    "full_identity",
+    "full_generated",
+    "no_identity",
+    "nothing_identity",
+    "parts_key_1",
+    "parts_none_1",
+]
+FOLLOWED = tuple(f"app.{t}" for t in ("with_key", "unique_identity", "full_identity", "parts_key_1"))
+INSERT_ONLY = ("deferrable_key", "no_identity", "nothing_identity", "parts_none_1")
+WRITTEN = [t.removesuffix("_1") for t in LEAVES]
+
+
+async def _write(connection: asyncpg.Connection, number: int, tables: list[str]) -> None:
+    for table in tables:
+        await connection.execute(f"insert into app.{table} (id, v) values ({number}, 1), ({number + 1}, 1)")
+        await connection.execute(f"update app.{table} set v = v + 1 where id = {number}")
+        await connection.execute(f"delete from app.{table} where id = {number + 1}")
+
+
+async def test_updates_and_deletes_succeed_on_every_kind_of_table(
+    source_database: str, target_database: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    source = await asyncpg.connect(source_database)
+    await source.execute(SCHEMA)
+    await _write(source, 0, WRITTEN)
+    async with Migration(source_database, target_database, kafka_bootstrap, unique_name, tmp_path) as migration:
+        await migration.until(
+            "publication", "select 1 from pg_publication where pubname = $1", unique_name, where="source"
+        )
+        await _write(source, 10, WRITTEN)
+        await migration.until_phase("replay")
+        await _write(source, 20, WRITTEN)
+        await source.execute("create table app.newcomer (id int primary key, v int)")
+        await source.execute("create table app.newcomer_no_key (id int, v int)")
+        await source.execute("create table app.parts_key_2 partition of app.parts_key for values from (1000) to (2000)")
+        await source.execute(
+            "create table app.parts_none_2 partition of app.parts_none for values from (1000) to (2000)"
+        )
+        await _write(source, 1500, ["parts_key", "parts_none", "newcomer", "newcomer_no_key"])
+        await source.execute("alter table app.with_key drop constraint with_key_pkey")
+        await migration.until(
+            "the table that lost its identity leaves the publication",
+            "select not exists (select from pg_publication_tables where pubname = $1 and tablename = 'with_key')",
+            unique_name,
+            where="source",
+            timeout=15,
+        )
+        await _write(source, 30, WRITTEN)
+        with pytest.raises(LiveMigrationError) as refused:
+            await migration.finish()
+        warnings = "\n".join(migration.observer.warnings) + str(refused.value)
+        for table in (*INSERT_ONLY, "newcomer", "newcomer_no_key", "parts_key_2", "parts_none_2", "with_key"):
+            assert table in warnings, f"{table} is neither followed nor named: {warnings}"
+    await source.close()
+
+
+async def test_every_table_with_identity_is_followed(
+    source_database: str, target_database: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    source = await asyncpg.connect(source_database)
+    await source.execute(SCHEMA)
+    await _write(source, 0, WRITTEN)
+    async with Migration(source_database, target_database, kafka_bootstrap, unique_name, tmp_path) as migration:
+        await migration.until_phase("replay")
+        await _write(source, 10, WRITTEN)
+        await migration.finish()
+    found = differences(await read_rows(source_database, FOLLOWED), await read_rows(target_database, FOLLOWED))
+    assert not found
+    await source.close()
+
+
+async def test_tables_get_full_identity_on_request_and_clean_gives_it_back(
+    source_database: str, target_database: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    source = await asyncpg.connect(source_database)
+    await source.execute(SCHEMA)
+    await _write(source, 0, WRITTEN)
+    identities = "select relname, relreplident::text from pg_class where relnamespace = 'app'::regnamespace order by 1"
+    before = await source.fetch(identities)
+    async with Migration(
+        source_database, target_database, kafka_bootstrap, unique_name, tmp_path, replica_identity_full=True
+    ) as migration:
+        await migration.until_phase("replay")
+        await _write(source, 10, WRITTEN)
+        await migration.finish()
+    followed = (*FOLLOWED, *(f"app.{table}" for table in INSERT_ONLY))
+    found = differences(await read_rows(source_database, followed), await read_rows(target_database, followed))
+    assert not found
+    await clean(migration.settings, prune=False, note=print)
+    assert await source.fetch(identities) == before
+    await source.close()
