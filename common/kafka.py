@@ -13,6 +13,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka import errors as kafka_errors
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.protocol.admin import DeleteGroupsRequest
 
 from live_migration.common.errors import ConnectionLost, KafkaError, LiveMigrationError
 from live_migration.common.settings import Settings
@@ -108,6 +109,19 @@ async def delete_topics(settings: Settings) -> list[str]:
         if present:
             await client.delete_topics(present)
         return present
+
+
+async def delete_group(settings: Settings, group: str) -> bool:
+    """Delete a consumer group where it exists and has no members any more; tell whether it did."""
+    async with admin(settings) as client:
+        try:
+            if all(name != group for name, *_ in await client.list_consumer_groups()):
+                return False
+            coordinator = await client.find_coordinator(group)
+            response = await client._send_request(DeleteGroupsRequest([group]), coordinator)  # no public way in 0.14
+        except kafka_errors.KafkaError as error:
+            raise translate(error, f"deleting consumer group {group}") from error
+    return all(code == kafka_errors.NoError.errno for _, code in response.results)
 
 
 async def check_topics(settings: Settings, lane_count: int) -> None:

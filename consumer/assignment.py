@@ -1,0 +1,148 @@
+"""Which lanes this process applies: what the Kafka group assigns to it, through every rebalance."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Coroutine
+from contextlib import suppress
+
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka import errors as kafka_errors
+from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
+
+from live_migration.common.errors import LiveMigrationError, Retry
+from live_migration.common.kafka import client_options, translate
+from live_migration.common.settings import Settings
+from live_migration.common.telemetry import get_logger
+
+COMMIT_SECONDS = 5.0
+POLL_SECONDS = 1.0
+SESSION_SECONDS = 10.0
+
+log = get_logger(__name__)
+
+
+@ConsumerRebalanceListener.register
+class LaneTasks:
+    """Runs a task for each assigned lane; as the group's listener, it starts and ends them."""
+
+    def __init__(self, group: asyncio.TaskGroup, run_lane: Callable[[int], Coroutine[None, None, None]]) -> None:
+        self._group = group
+        self._run_lane = run_lane
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._is_closed = False
+        self.member: AIOKafkaConsumer | None = None
+
+    async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
+        """End the lanes' tasks and wait for them, so that the next owner finds them free."""
+        await self.stop([partition.partition for partition in revoked])
+
+    async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
+        """Start the lanes' tasks. The member itself reads nothing: each lane has a client of its own."""
+        if self.member is not None:
+            for partition in assigned:
+                self.member.seek(partition, 0)  # a partition without a position would look for a committed one
+            self.member.pause(*assigned)
+        lanes = sorted(partition.partition for partition in assigned)
+        log.info("lanes assigned", lanes=lanes)
+        for lane in lanes:
+            if not self._is_closed and lane not in self._tasks:
+                self._tasks[lane] = self._group.create_task(self._run_lane(lane), name=f"lane {lane}")
+
+    async def stop(self, lanes: Collection[int]) -> None:
+        """End the tasks of these lanes; errors of theirs are the task group's."""
+        tasks = [self._tasks.pop(lane) for lane in list(lanes) if lane in self._tasks]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def stop_all(self) -> None:
+        """End all tasks."""
+        await self.stop(list(self._tasks))
+
+    async def close(self) -> None:
+        """End all tasks and start no more."""
+        self._is_closed = True
+        await self.stop_all()
+
+
+class GroupMember:
+    """Our membership in the Kafka group: heartbeats, assignment, and offsets committed now and then for lag charts."""
+
+    def __init__(self, settings: Settings, lanes: LaneTasks) -> None:
+        self._settings = settings
+        self._lanes = lanes
+        self._offsets: dict[int, int] = {}
+        self._committed: dict[int, int] = {}
+
+    def note_progress(self, lane: int, next_offset: int) -> None:
+        """Remember how far a lane is, for the next lazy commit. What counts is the checkpoint on the target."""
+        self._offsets[lane] = next_offset
+
+    async def run(self) -> None:
+        """Be a member until cancelled; after a lost connection, become one again.
+
+        Raises:
+            LiveMigrationError: the broker refuses what no retry mends.
+        """
+        while True:
+            try:
+                await self._run_once()
+            except LiveMigrationError as error:
+                if error.retry is Retry.STOP:
+                    raise
+                log.warning("group membership lost", reason=error.message)
+                await asyncio.sleep(POLL_SECONDS)
+
+    async def _run_once(self) -> None:
+        client = self._client()
+        self._lanes.member = client
+        client.subscribe([self._settings.changes_topic], listener=self._lanes)
+        try:
+            await client.start()
+            while True:
+                for _ in range(int(COMMIT_SECONDS / POLL_SECONDS)):
+                    await self._look_for_errors(client)
+                    await asyncio.sleep(POLL_SECONDS)
+                await self._commit(client)
+        except kafka_errors.KafkaError as error:
+            raise translate(error, f"being a member of group {self._settings.name}") from error
+        finally:
+            self._lanes.member = None
+            with suppress(kafka_errors.KafkaError):
+                await client.stop()  # leaves the group, so that the others need not wait for our session to end
+            await self._lanes.stop_all()
+
+    def _client(self) -> AIOKafkaConsumer:
+        return AIOKafkaConsumer(
+            **client_options(self._settings),
+            group_id=self._settings.name,
+            enable_auto_commit=False,
+            auto_offset_reset="none",
+            isolation_level="read_committed",
+            partition_assignment_strategy=(StickyPartitionAssignor,),
+            session_timeout_ms=int(SESSION_SECONDS * 1000),
+            heartbeat_interval_ms=3000,
+            rebalance_timeout_ms=30_000,
+            max_poll_interval_ms=3_600_000,
+            max_partition_fetch_bytes=1,
+        )
+
+    async def _look_for_errors(self, client: AIOKafkaConsumer) -> None:
+        """Raise what the coordination ran into; `getmany` is also what shows the group that we are alive."""
+        with suppress(kafka_errors.NoOffsetForPartitionError, kafka_errors.OffsetOutOfRangeError):
+            await client.getmany(timeout_ms=0)  # the member's own positions mean nothing
+
+    async def _commit(self, client: AIOKafkaConsumer) -> None:
+        assigned = {partition.partition for partition in client.assignment()}
+        news = {
+            TopicPartition(self._settings.changes_topic, lane): offset
+            for lane, offset in self._offsets.items()
+            if lane in assigned and self._committed.get(lane) != offset
+        }
+        if not news:
+            return
+        with suppress(kafka_errors.CommitFailedError, kafka_errors.IllegalStateError):  # a rebalance came between
+            await client.commit(news)
+            self._committed.update({partition.partition: offset for partition, offset in news.items()})

@@ -1,0 +1,96 @@
+"""What the tasks of one consumer's copy share."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass
+
+import asyncpg
+
+from live_migration.common.errors import Fenced, LiveMigrationError, Retry
+from live_migration.common.postgres import terminate_backend
+from live_migration.common.settings import Settings
+from live_migration.common.state import record_event
+from live_migration.common.telemetry import get_logger
+from live_migration.consumer.claims import Claimant, PartClaim, TableClaim, give_part_back, give_table_back, show_error
+from live_migration.consumer.copy_errors import AttemptOver, CopyDeferred, CopyEnded, TableStopped
+from live_migration.consumer.interrupts import Bell
+from live_migration.consumer.lease_keeper import Lease, LeaseKeeper
+from live_migration.consumer.sessions import CopySession, SharedSession
+from live_migration.consumer.source_watch import SourceWatch
+
+IDLE_SECONDS = 0.5
+"""How often a worker without work looks for some."""
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CopyContext:
+    """`control`: the target session for state; `workers`: the group in which all work runs; `ended`: leave off."""
+
+    settings: Settings
+    owner: str
+    control: SharedSession
+    keeper: LeaseKeeper
+    watch: SourceWatch
+    workers: asyncio.TaskGroup
+    ended: asyncio.Event
+    bell: Bell
+
+    def claimant(self, target: CopySession, source: CopySession | None) -> Claimant:
+        return Claimant(self.owner, target.backend, source.backend if source else None, self.settings.lease)
+
+    async def set_back(
+        self, lease: Lease[TableClaim] | Lease[PartClaim], error: LiveMigrationError, target: CopySession | None = None
+    ) -> None:
+        """Write down that a copy failed, so that it is done again: at once, later, or when somebody mended something.
+
+        `target`, given up already, is ended: it may wait for a lock there, which a backend does deaf to its client.
+
+        Raises:
+            LiveMigrationError: `error` itself where it is to end the consumer; ConnectionLost when the target is away: the
+                claim is freed by a keeper then.
+        """
+        claim = lease.claim
+        if error.retry is Retry.STOP and not isinstance(error, Fenced):
+            raise error
+        async with self.control.use(f"giving {claim} back") as connection:
+            if target is not None:
+                await terminate_backend(connection, target.backend.pid, target.backend.started)
+            if isinstance(claim, TableClaim):
+                await self._give_table_back(connection, claim, error)
+            else:
+                await self._give_part_back(connection, claim, error)
+        self.bell.ring()
+
+    async def _give_part_back(
+        self, connection: asyncpg.Connection, claim: PartClaim, error: LiveMigrationError
+    ) -> None:
+        await give_part_back(connection, claim, self.owner)
+        log.info("part set back", table=str(claim.name), part=claim.part, reason=error.message)
+        if isinstance(error, AttemptOver):
+            await self._give_table_back(connection, claim, error)
+        elif isinstance(error, TableStopped):
+            await show_error(connection, claim, error)
+
+    async def _give_table_back(
+        self, connection: asyncpg.Connection, claim: TableClaim | PartClaim, error: LiveMigrationError
+    ) -> None:
+        if isinstance(error, TableStopped):
+            delay, shown = error.retry_seconds, error
+        else:
+            delay, shown = self.settings.lock_timeout * random.uniform(0.5, 1.5), None
+        is_news = await give_table_back(
+            connection,
+            claim,
+            0.0 if isinstance(error, CopyEnded) else delay,
+            error=shown.message if shown else None,
+            hint=shown.hint if shown else None,
+        )
+        if not is_news:
+            return
+        log.info("table set back", table=str(claim.name), attempt=claim.attempt, reason=error.message)
+        if shown or (isinstance(error, CopyDeferred) and error.is_news):
+            await record_event(connection, "warning", error.message)

@@ -1,0 +1,153 @@
+"""The copy phase of one consumer: workers that copy, builders that index, and what keeps their claims alive."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import asyncpg
+
+from live_migration.common import state
+from live_migration.common.errors import LiveMigrationError, Retry
+from live_migration.common.postgres import session
+from live_migration.common.settings import Settings
+from live_migration.common.state import Migration, Phase
+from live_migration.common.telemetry import get_logger
+from live_migration.consumer.copy_context import CopyContext
+from live_migration.consumer.copy_errors import CopyEnded, leading_error, server_errors
+from live_migration.consumer.index_builder import IndexBuilder
+from live_migration.consumer.interrupts import Bell
+from live_migration.consumer.lease_keeper import LeaseKeeper
+from live_migration.consumer.part_copier import CopyWorker
+from live_migration.consumer.sessions import Backoff, SharedSession
+from live_migration.consumer.source_watch import SourceWatch
+
+POLL_SECONDS = 1.0
+"""How often the phase is looked at when no notification comes."""
+
+log = get_logger(__name__)
+
+
+async def run_copy_phase(settings: Settings, worker: str, stop: asyncio.Event) -> None:
+    """Copy tables and build indexes until the migration leaves the phase `copy`, or `stop` is set.
+
+    Any number of consumers may run this at once. What was begun when it ends is given back to the others. Lost connections are
+    made again, without end.
+
+    Raises:
+        LiveMigrationError: what no retry mends; Fenced is none of that.
+    """
+    control = SharedSession(settings.target_uri(), "target")
+    beside = SharedSession(settings.source_uri(), "source")
+    try:
+        with _single_error():
+            migration = await _read_migration(control, stop)
+            if migration is not None and migration.phase is Phase.COPY:
+                await _run(settings, worker, stop, migration, control, beside)
+    finally:
+        control.discard()
+        beside.discard()
+
+
+async def _run(
+    settings: Settings,
+    worker: str,
+    stop: asyncio.Event,
+    migration: Migration,
+    control: SharedSession,
+    beside: SharedSession,
+) -> None:
+    keeper = LeaseKeeper(worker, settings.lease, control, beside)
+    watch = SourceWatch(beside, migration.id, settings.lock_timeout)
+    ended, bell = asyncio.Event(), Bell()
+    async with asyncio.TaskGroup() as background:
+        tasks = [
+            background.create_task(keeper.run(ended)),
+            background.create_task(watch.run(ended)),
+            background.create_task(_end_with_phase(settings, stop, ended, keeper, bell)),
+        ]
+        async with asyncio.TaskGroup() as workers:
+            context = CopyContext(settings, worker, control, keeper, watch, workers, ended, bell)
+            for _ in range(settings.table_jobs):
+                workers.create_task(CopyWorker(context).run())
+            for _ in range(settings.index_jobs):
+                workers.create_task(IndexBuilder(context).run())
+        for task in tasks:
+            task.cancel()
+
+
+async def _read_migration(control: SharedSession, stop: asyncio.Event) -> Migration | None:
+    backoff = Backoff()
+    while not stop.is_set():
+        try:
+            async with control.use("reading the migration's state") as connection:
+                return await state.read_migration(connection)
+        except LiveMigrationError as error:
+            if error.retry is Retry.STOP:
+                raise
+            await backoff.pause(error, stop)
+    return None
+
+
+async def _end_with_phase(
+    settings: Settings, stop: asyncio.Event, ended: asyncio.Event, keeper: LeaseKeeper, bell: Bell
+) -> None:
+    """Wait for `stop` or for another phase, then end all work."""
+    backoff = Backoff()
+    while not stop.is_set():
+        try:
+            if await _wait_for_other_phase(settings, stop):
+                break
+        except LiveMigrationError as error:
+            if error.retry is Retry.STOP:
+                raise
+            await backoff.pause(error, stop)
+    ended.set()
+    bell.ring()
+    keeper.interrupt_all(CopyEnded("the consumer stops" if stop.is_set() else "the migration left the phase copy"))
+
+
+async def _wait_for_other_phase(settings: Settings, stop: asyncio.Event) -> bool:
+    """Return True when the phase is another than `copy`, False when told to stop. Listens, and polls as well."""
+    async with session(settings.target_uri(), "target", application="live-migration phase") as connection:
+        news = asyncio.Event()
+
+        def wake(*_: object) -> None:
+            news.set()
+
+        with server_errors("target", "following the migration's phase"):
+            await connection.add_listener(state.CHANNEL, wake)
+            connection.add_termination_listener(wake)
+            while not stop.is_set():
+                news.clear()
+                if await _phase(connection) is not Phase.COPY:
+                    return True
+                await _first_of(stop, news, POLL_SECONDS)
+    return False
+
+
+async def _phase(connection: asyncpg.Connection) -> Phase | None:
+    migration = await state.read_migration(connection)
+    return migration.phase if migration else None
+
+
+async def _first_of(first: asyncio.Event, second: asyncio.Event, timeout: float) -> None:
+    """Return when either event is set, or after `timeout` seconds."""
+    try:
+        async with asyncio.timeout(timeout), asyncio.TaskGroup() as group:
+            waiting = [group.create_task(event.wait()) for event in (first, second)]
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in waiting:
+                task.cancel()
+    except TimeoutError:
+        pass
+
+
+@contextmanager
+def _single_error() -> Iterator[None]:
+    """Raise the one error that tells most in place of a group."""
+    try:
+        yield
+    except BaseExceptionGroup as errors:
+        raise leading_error(errors) from errors

@@ -1,0 +1,94 @@
+"""Building a copied table's indexes and constraints on the target."""
+
+from __future__ import annotations
+
+from live_migration.common.errors import Fenced, LiveMigrationError, Retry
+from live_migration.common.relation import quote_literal
+from live_migration.common.telemetry import get_logger
+from live_migration.consumer.claims import IndexClaim, claim_index, finish_index, give_index_back
+from live_migration.consumer.copy_context import IDLE_SECONDS, CopyContext
+from live_migration.consumer.copy_errors import CopyEnded, TableStopped, server_errors
+from live_migration.consumer.lease_keeper import Lease
+from live_migration.consumer.sessions import Backoff, CopySession, SessionPair
+
+ERROR_RETRY_SECONDS = 10.0
+"""How often an index that could not be made is tried again: somebody may have mended the rows."""
+
+log = get_logger(__name__)
+
+
+class IndexBuilder:
+    """Builds one index at a time, on a session of its own."""
+
+    def __init__(self, context: CopyContext) -> None:
+        self._context = context
+        self._pair = SessionPair(context.settings.source_uri(), context.settings.target_uri())
+
+    async def run(self) -> None:
+        """Build until the phase is over; a target that is away is waited for.
+
+        Raises:
+            LiveMigrationError: what no retry mends.
+        """
+        backoff = Backoff()
+        try:
+            while not self._context.ended.is_set():
+                try:
+                    is_busy = await self._work_once()
+                except LiveMigrationError as error:
+                    if error.retry is Retry.STOP:
+                        raise
+                    self._pair.discard()
+                    await backoff.pause(error, self._context.ended)
+                else:
+                    backoff.reset()
+                    if not is_busy:
+                        await self._context.bell.wait(IDLE_SECONDS)
+        finally:
+            self._pair.discard()
+
+    async def _work_once(self) -> bool:
+        target = await self._pair.open("target")
+        who = self._context.claimant(target, None)
+        with server_errors("target", "claiming an index"):
+            lease = await self._context.keeper.claim(claim_index(target.connection, who))
+        if lease is None:
+            return False
+        try:
+            await lease.interrupt.guard(self._build(lease, target))
+        except LiveMigrationError as error:
+            self._pair.discard()
+            await self._set_back(lease, error)
+        finally:
+            self._context.keeper.drop(lease)
+        return True
+
+    async def _build(self, lease: Lease[IndexClaim], target: CopySession) -> None:
+        claim = lease.claim
+        memory = quote_literal(self._context.settings.maintenance_work_mem)
+        with server_errors("target", f"building {claim}"):
+            await target.connection.execute(
+                f"begin; set local synchronous_commit = off; set local maintenance_work_mem = {memory}"
+            )
+            for statement in claim.statements:
+                await target.connection.execute(statement)
+        lease.is_finishing = True
+        with server_errors("target", f"finishing {claim}"):
+            await finish_index(target.connection, claim, self._context.owner)
+            await target.connection.execute("commit")
+        log.info("index built", index=claim.name, table=str(claim.table))
+        self._context.bell.ring()
+
+    async def _set_back(self, lease: Lease[IndexClaim], error: LiveMigrationError) -> None:
+        if error.retry is Retry.STOP and not isinstance(error, Fenced):
+            raise error
+        log.warning("index not built", index=lease.claim.name, table=str(lease.claim.table), reason=error.message)
+        if isinstance(error, Fenced):
+            return
+        delay, message = 1.0, None
+        if isinstance(error, CopyEnded):
+            delay = 0.0
+        elif isinstance(error, TableStopped):
+            delay, message = ERROR_RETRY_SECONDS, str(error)
+        async with self._context.control.use(f"giving {lease.claim} back") as connection:
+            await give_index_back(connection, lease.claim, self._context.owner, delay, message)

@@ -1,0 +1,227 @@
+"""A lane at work: records are fetched, decoded and applied at the same time, one batch being applied while the next grows.
+
+An error travels down the pipeline behind what was read before it, so that the lane applies all it can first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import asyncpg
+
+from live_migration.common.errors import LiveMigrationError
+from live_migration.common.postgres import asking
+from live_migration.common.segment import START, Position
+from live_migration.common.settings import Settings
+from live_migration.consumer.applier import Applier
+from live_migration.consumer.checkpoint import Advance, Checkpoint, advance
+from live_migration.consumer.decoder import Batch, LaneDecoder
+from live_migration.consumer.log_reader import LogReader, Segment
+from live_migration.consumer.memory_budget import MemoryBudget
+
+READ_AHEAD_BYTES = 2 * 1024 * 1024
+"""How much is read and not yet decoded: a lane whose target is slow must not use up the budget of all."""
+
+
+@dataclass(slots=True)
+class Flush:
+    """Segments decoded into one batch, to be applied in one go."""
+
+    batch: Batch = field(default_factory=Batch)
+    segment_count: int = 0
+    held_bytes: int = 0
+    next_offset: int = 0
+    position: Position = START
+    may_commit: bool = True
+
+
+class LanePipeline:
+    """Applies one lane from a checkpoint on, until it is cancelled or something stops it."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        checkpoint: Checkpoint,
+        connection: asyncpg.Connection,
+        reader: LogReader,
+        decoder: LaneDecoder,
+        budget: MemoryBudget,
+        lane_count: int,
+        on_progress: Callable[[Checkpoint], None],
+    ) -> None:
+        self._settings = settings
+        self._checkpoint = checkpoint
+        self._on_progress = on_progress
+        self._connection = connection
+        self._reader = reader
+        self._decoder = decoder
+        self._budget = budget
+        self._lane_count = lane_count
+        self._inbox: deque[Segment] = deque()
+        self._inbox_bytes = 0
+        self._growing = Flush()
+        self._ready: Flush | None = None
+        self._must_end_at_commit = False
+        self._reading_error: LiveMigrationError | None = None
+        self._decoding_error: LiveMigrationError | None = None
+        self._is_applying = False
+        self._held_bytes = 0
+        self._changed = asyncio.Condition()
+
+    async def run(self) -> None:
+        """Work until cancelled.
+
+        Raises:
+            LiveMigrationError: what stops the lane, after everything before it has been applied.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._read())
+                group.create_task(self._decode())
+                group.create_task(self._apply())
+        except BaseExceptionGroup as errors:
+            raise _first_leaf(errors) from errors
+        finally:
+            self._budget.release(self._held_bytes)
+            self._held_bytes = 0
+
+    # reading
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                async with self._changed:
+                    await self._changed.wait_for(lambda: self._inbox_bytes < READ_AHEAD_BYTES)
+                for record in await self._reader.fetch():
+                    segment = await self._reader.take(record)
+                    if segment is not None:
+                        await self._put(segment)
+        except LiveMigrationError as error:
+            async with self._changed:
+                self._reading_error = error
+                self._changed.notify_all()
+
+    async def _put(self, segment: Segment) -> None:
+        self._held_bytes += segment.held_bytes  # before the wait below, so that a cancelled one gives them back
+        async with self._changed:
+            self._inbox.append(segment)
+            self._inbox_bytes += segment.held_bytes
+            self._changed.notify_all()
+
+    # decoding
+
+    async def _decode(self) -> None:
+        try:
+            while await self._grow():
+                await self._hand_over()
+        except LiveMigrationError as error:
+            async with self._changed:
+                self._decoding_error = error
+                self._changed.notify_all()
+
+    async def _grow(self) -> bool:
+        """Decode into the growing batch until it is to be applied; False when reading has ended and nothing is left."""
+        flush = self._growing = Flush()
+        while not self._is_full(flush):
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._inbox or self._is_due(flush))
+                if not self._inbox:
+                    if self._reading_error and not flush.segment_count:
+                        raise self._reading_error
+                    break
+                segment = self._inbox.popleft()
+                self._inbox_bytes -= segment.held_bytes
+                self._changed.notify_all()
+            await asyncio.sleep(0)  # nothing else here need wait: let the other lanes have their turn
+            with asking("target", "looking at the tables"):
+                await self._decoder.decode(segment.body, flush.batch)
+            flush.segment_count += 1
+            flush.held_bytes += segment.held_bytes
+            flush.next_offset, flush.position = segment.next_offset, segment.last
+        flush.may_commit = self._may_commit(flush.batch)
+        return True
+
+    def _is_full(self, flush: Flush) -> bool:
+        batch = flush.batch
+        return batch.change_count >= self._settings.batch_rows or batch.byte_count >= self._settings.batch_bytes
+
+    def _is_due(self, flush: Flush) -> bool:
+        """Tell whether a batch is applied as it is: nothing more is there, and the target waits for us."""
+        if self._reading_error:
+            return True
+        return bool(flush.segment_count) and not self._is_applying and self._ready is None
+
+    def _may_commit(self, batch: Batch) -> bool:
+        """With one lane, the target shows whole source transactions; with several, any point will do.
+
+        Deferrable constraints of the source hold at its commits only, so that a lane goes on to the next one.
+        """
+        self._must_end_at_commit |= batch.must_end_at_commit
+        may = not batch.is_inside_transaction or not (self._lane_count == 1 or self._must_end_at_commit)
+        if may:
+            self._must_end_at_commit = False
+        return may
+
+    async def _hand_over(self) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._ready is None)
+            self._ready = self._growing
+            self._changed.notify_all()
+
+    # applying
+
+    async def _apply(self) -> None:
+        applier = Applier(self._connection, self._checkpoint.lane)
+        while True:
+            flush = await self._next_flush()
+            await self._apply_transaction(applier, flush)
+
+    async def _next_flush(self) -> Flush:
+        """Give the next flush; raise what ended the decoding when there is none."""
+        async with self._changed:
+            self._is_applying = False
+            self._changed.notify_all()
+            await self._changed.wait_for(lambda: self._ready or self._decoding_error)
+            if self._ready is None:
+                assert self._decoding_error is not None
+                raise self._decoding_error
+            flush, self._ready = self._ready, None
+            self._is_applying = True
+            self._changed.notify_all()
+        return flush
+
+    async def _apply_transaction(self, applier: Applier, flush: Flush) -> None:
+        """Apply flushes up to one that may end a target transaction, with the checkpoint in it."""
+        with asking("target", f"applying lane {self._checkpoint.lane}"):
+            await applier.begin()
+            change_count = byte_count = 0
+            barrier, commit_time = None, None
+            while True:
+                batch = flush.batch
+                await applier.apply(batch)
+                change_count += batch.change_count
+                byte_count += batch.byte_count
+                barrier = batch.barrier or barrier
+                commit_time = commit_time if batch.commit_time is None else batch.commit_time
+                self._release(flush)
+                if flush.may_commit:
+                    break
+                flush = await self._next_flush()
+            to = Advance(flush.next_offset, flush.position, barrier, change_count, byte_count, commit_time)
+            reached = await advance(self._connection, self._checkpoint, to)
+            await self._connection.execute("commit")
+        self._checkpoint = reached
+        self._on_progress(reached)
+
+    def _release(self, flush: Flush) -> None:
+        self._budget.release(flush.held_bytes)
+        self._held_bytes -= flush.held_bytes
+
+
+def _first_leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Give the error that ended the others."""
+    first = group.exceptions[0]
+    return _first_leaf(first) if isinstance(first, BaseExceptionGroup) else first

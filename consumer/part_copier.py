@@ -1,0 +1,174 @@
+"""Copying: a worker claims parts and tables, biggest first, and streams them from source to target."""
+
+from __future__ import annotations
+
+from live_migration.common.errors import LiveMigrationError, Retry
+from live_migration.common.telemetry import get_logger
+from live_migration.consumer.claims import (
+    PartClaim,
+    TableClaim,
+    claim_part,
+    claim_table,
+    finish_part,
+    finish_table,
+    share_snapshot,
+)
+from live_migration.consumer.copy_context import IDLE_SECONDS, CopyContext
+from live_migration.consumer.copy_errors import server_errors
+from live_migration.consumer.copy_stream import stream_copy
+from live_migration.consumer.lease_keeper import Lease
+from live_migration.consumer.sessions import Backoff, CopySession, SessionPair
+from live_migration.consumer.snapshot_holder import hold_snapshot
+from live_migration.consumer.table_snapshot import check_target, end_earlier_parts, import_snapshot, lock_table
+
+_TARGET_LOCK_TIMEOUT = "30s"
+"""For emptying a table on the target: whoever uses it there must not keep our lock on the source for ever."""
+
+log = get_logger(__name__)
+
+
+class CopyWorker:
+    """Copies one part at a time, on a session of its own on either side."""
+
+    def __init__(self, context: CopyContext) -> None:
+        self._context = context
+        self._pair = SessionPair(context.settings.source_uri(), context.settings.target_uri())
+
+    async def run(self) -> None:
+        """Copy until the phase is over; servers that are away are waited for.
+
+        Raises:
+            LiveMigrationError: what no retry mends.
+        """
+        backoff = Backoff()
+        try:
+            while not self._context.ended.is_set():
+                try:
+                    is_busy = await self._work_once()
+                except LiveMigrationError as error:
+                    if error.retry is Retry.STOP:
+                        raise
+                    self._pair.discard()
+                    await backoff.pause(error, self._context.ended)
+                else:
+                    backoff.reset()
+                    if not is_busy:
+                        await self._context.bell.wait(IDLE_SECONDS)
+        finally:
+            self._pair.discard()
+
+    async def _work_once(self) -> bool:
+        """Copy what comes next, and tell whether there was anything."""
+        source, target = await self._pair.open("source"), await self._pair.open("target")
+        who = self._context.claimant(target, source)
+        with server_errors("target", "claiming work"):
+            part = await self._context.keeper.claim(claim_part(target.connection, who))
+        if part is not None:
+            return await self._copy_part_or_set_back(part, source, target)
+        with server_errors("target", "claiming work"):
+            table = await self._context.keeper.claim(claim_table(target.connection, who))
+        if table is not None:
+            await self._copy_table_or_set_back(table, source, target)
+        return table is not None
+
+    async def _copy_part_or_set_back(self, lease: Lease[PartClaim], source: CopySession, target: CopySession) -> bool:
+        """Copy a part, and tell whether that went well: if not, a pause is in place, as the part can be claimed at once."""
+        try:
+            with self._context.watch.watching(source.backend.pid, lease):
+                await lease.interrupt.guard(self._copy_part(lease, source, target))
+        except LiveMigrationError as error:
+            self._pair.discard()
+            await self._context.set_back(lease, error, target)
+            return False
+        finally:
+            self._context.keeper.drop(lease)
+        return True
+
+    async def _copy_table_or_set_back(self, lease: Lease[TableClaim], source: CopySession, target: CopySession) -> None:
+        is_shared = False
+        try:
+            with self._context.watch.watching(source.backend.pid, lease):
+                is_shared = await lease.interrupt.guard(self._copy_table(lease, source, target))
+            if is_shared:
+                holder = self._pair.give_away("source")
+                self._context.workers.create_task(hold_snapshot(self._context, lease, holder))
+        except LiveMigrationError as error:
+            self._pair.discard()
+            await self._context.set_back(lease, error, target)
+        finally:
+            if not is_shared:
+                self._context.keeper.drop(lease)
+
+    async def _copy_part(self, lease: Lease[PartClaim], source: CopySession, target: CopySession) -> None:
+        claim = lease.claim
+        await import_snapshot(source.connection, claim, self._context.settings.lock_timeout)
+        await _begin_on_target(target, str(claim))
+        count = await stream_copy(
+            source.connection,
+            target.connection,
+            claim.plan,
+            blocks=claim.blocks,
+            freeze=False,
+            on_bytes=lease.progress,
+        )
+        await _end_on_source(source, str(claim))
+        lease.is_finishing = True
+        with server_errors("target", f"finishing {claim}"):
+            await finish_part(target.connection, claim, self._context.owner, count)
+            await target.connection.execute("commit")
+        log.info("part copied", table=str(claim.name), part=claim.part, rows=count.rows, bytes=count.bytes)
+        self._context.bell.ring()
+
+    async def _copy_table(self, lease: Lease[TableClaim], source: CopySession, target: CopySession) -> bool:
+        """Copy a small table, or hand out the parts of a big one: True then, and `source` holds its snapshot."""
+        claim = lease.claim
+        settings = self._context.settings
+        if claim.has_parts:
+            await end_earlier_parts(target.connection, claim)
+        table = await lock_table(source.connection, claim, settings.lock_timeout)
+        plan, origin = await check_target(target.connection, table)
+        await self._context.watch.flush_barrier()
+        ranges = table.parts(settings.part_size)
+        await _begin_on_target(target, str(claim), f"truncate only {claim.name.sql}")
+        if len(ranges) > 1:
+            with server_errors("source", f"exporting the snapshot of {claim}"):
+                snapshot_id = await source.connection.fetchval("select pg_export_snapshot()")
+            with server_errors("target", f"planning the parts of {claim}"):
+                await share_snapshot(target.connection, claim, self._context.owner, origin, snapshot_id, ranges)
+                await target.connection.execute("commit")
+            log.info("table is copied in parts", table=str(claim), parts=len(ranges), attempt=claim.attempt)
+            self._context.bell.ring()
+            return True
+        count = await stream_copy(
+            source.connection, target.connection, plan, blocks=None, freeze=True, on_bytes=lease.progress
+        )
+        await _end_on_source(source, str(claim))
+        lease.is_finishing = True
+        with server_errors("target", f"finishing {claim}"):
+            await finish_table(target.connection, claim, self._context.owner, origin, count)
+            await target.connection.execute("commit")
+        log.info("table copied", table=str(claim), rows=count.rows, bytes=count.bytes, attempt=claim.attempt)
+        self._context.bell.ring()
+        return False
+
+
+async def _begin_on_target(target: CopySession, what: str, *statements: str) -> None:
+    """Begin the transaction for the rows; `statements` are run in it, before anything that COPY FREEZE would mind."""
+    with server_errors("target", f"beginning to copy {what}"):
+        await target.connection.execute(
+            "; ".join(
+                [
+                    "begin",
+                    "set local synchronous_commit = off",
+                    f"set local lock_timeout = '{_TARGET_LOCK_TIMEOUT}'",
+                    *target.copy_settings,
+                    *statements,
+                ]
+            )
+        )
+
+
+async def _end_on_source(source: CopySession, what: str) -> None:
+    """Let go of lock and snapshot as soon as the last row is read."""
+    with server_errors("source", f"ending the copy of {what}"):
+        await source.connection.execute("rollback")

@@ -1,0 +1,158 @@
+"""One lane in this process: takes its checkpoint, runs the pipeline, and after any error begins again from the checkpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
+
+import asyncpg
+
+from live_migration.common.errors import ConnectionLost, Fenced, LaneStopped, LiveMigrationError, Retry, TargetError
+from live_migration.common.postgres import asking, connect, session
+from live_migration.common.settings import Settings
+from live_migration.common.state import Migration
+from live_migration.common.telemetry import get_logger
+from live_migration.consumer import checkpoint as checkpoints
+from live_migration.consumer.checkpoint import Checkpoint
+from live_migration.consumer.decoder import LaneDecoder
+from live_migration.consumer.lane_pipeline import LanePipeline
+from live_migration.consumer.log_reader import LogReader
+from live_migration.consumer.memory_budget import MemoryBudget
+from live_migration.consumer.target_tables import TargetTables
+
+STANDBY_SECONDS = 1.0
+STOPPED_SECONDS = 5.0
+"""How long a lane waits after the target refused a change."""
+BROKEN_LOG_SECONDS = 30.0
+"""How long after the log turned out to be wrong, which seldom mends itself."""
+_FIRST_BACKOFF_SECONDS, _LONGEST_BACKOFF_SECONDS = 0.2, 10.0
+
+log = get_logger(__name__)
+
+
+class PartitionTask:
+    """Applies one lane for as long as this process is assigned its partition; `run` ends by cancellation only."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        worker: str,
+        migration: Migration,
+        lane: int,
+        budget: MemoryBudget,
+        on_progress: Callable[[int, int], None] = lambda lane, next_offset: None,
+    ) -> None:
+        self._settings = settings
+        self._worker = worker
+        self._migration = migration
+        self._lane = lane
+        self._budget = budget
+        self._on_progress = on_progress
+        self._checkpoint: Checkpoint | None = None
+        self._must_take = True  # the group gave us the partition: whoever still holds the lane has to go
+        self._backoff = _FIRST_BACKOFF_SECONDS
+        self._log = log.bind(lane=lane)
+
+    async def run(self) -> None:
+        """Work until cancelled; whatever stops the lane is shown in its checkpoint, and tried again."""
+        task = asyncio.current_task()
+        while (
+            task is not None and not task.cancelling()
+        ):  # a TaskGroup below that ends by an error hides a cancellation
+            try:
+                await self._run_once()
+            except Fenced as error:
+                self._log.info("lane left", reason=error.message)
+                await asyncio.sleep(STANDBY_SECONDS)
+            except LiveMigrationError as error:
+                await self._pause(error)
+        raise asyncio.CancelledError
+
+    async def _run_once(self) -> None:
+        """Take the lane and apply it until something happens.
+
+        Raises:
+            Fenced: another consumer holds it. It may be the group's choice, or we may be; whose session ends first tells.
+        """
+        async with AsyncExitStack() as stack:
+            connection = await self._connect(stack, f"live-migration lane {self._lane}")
+            with asking("target", f"taking lane {self._lane}"):
+                if not self._must_take and await checkpoints.is_taken_over(connection, self._lane, self._worker):
+                    raise Fenced(f"lane {self._lane} was taken over by another consumer")
+                self._checkpoint = None
+                held = await self._acquire(connection)
+            self._checkpoint = held
+            self._must_take = False
+            beside = await self._connect(stack, f"live-migration lane {self._lane} tables")
+            reader = LogReader(
+                self._settings,
+                self._lane,
+                self._migration.topic_id.bytes,
+                held.position,
+                held.next_offset,
+                self._budget,
+            )
+            stack.push_async_callback(reader.close)
+            await reader.open()
+            self._log.info("lane taken", next_offset=held.next_offset, position=str(held.position), epoch=held.epoch)
+            decoder = LaneDecoder(TargetTables(beside), str(self._migration.id))
+            await self._run_pipeline(held, connection, reader, decoder)
+
+    async def _run_pipeline(
+        self, held: Checkpoint, connection: asyncpg.Connection, reader: LogReader, decoder: LaneDecoder
+    ) -> None:
+        pipeline = LanePipeline(
+            self._settings, held, connection, reader, decoder, self._budget, self._migration.lane_count, self._advanced
+        )
+        try:
+            await pipeline.run()
+        finally:
+            connection.terminate()  # before anything that waits: the lane's successor waits for this
+
+    def _advanced(self, reached: Checkpoint) -> None:
+        self._checkpoint = reached
+        self._backoff = _FIRST_BACKOFF_SECONDS
+        self._on_progress(self._lane, reached.next_offset)
+
+    async def _connect(self, stack: AsyncExitStack, application: str) -> asyncpg.Connection:
+        """Open a session that ends at once with the stack: what it was at is rolled back."""
+        connection = await connect(self._settings.target_uri(), "target", application=application)
+        stack.callback(connection.terminate)
+        return connection
+
+    async def _acquire(self, connection: asyncpg.Connection) -> Checkpoint:
+        try:
+            return await checkpoints.acquire(connection, self._lane, self._worker)
+        except TimeoutError as error:
+            raise ConnectionLost(f"lane {self._lane}: its last owner's session on the target does not end") from error
+
+    async def _pause(self, error: LiveMigrationError) -> None:
+        is_passing = isinstance(error.__cause__, asyncpg.TransactionRollbackError)  # a deadlock, say
+        if error.retry is Retry.RECONNECT or is_passing:
+            seconds = self._backoff * random.uniform(0.7, 1.3)
+            self._backoff = min(self._backoff * 2, _LONGEST_BACKOFF_SECONDS)
+            self._log.warning("lane begins again", reason=error.message, seconds=round(seconds, 1))
+        else:
+            seconds = STOPPED_SECONDS if isinstance(error, TargetError) else BROKEN_LOG_SECONDS
+            message = self._placed(error)
+            self._log.error("lane stopped", reason=message, hint=error.hint, retry_seconds=seconds)
+            await self._record(message, error.hint)
+        await asyncio.sleep(seconds)
+
+    def _placed(self, error: LiveMigrationError) -> str:
+        """Give the error with where the lane stands in the topic."""
+        if self._checkpoint is None:
+            return error.message
+        place = f"{self._settings.changes_topic}-{self._lane}-{self._checkpoint.next_offset}"
+        kind = "" if isinstance(error, LaneStopped) else f"{type(error).__name__}: "
+        return f"lane {self._lane} stands at {place} ({self._checkpoint.position}): {kind}{error.message}"
+
+    async def _record(self, message: str, hint: str) -> None:
+        if self._checkpoint is None:
+            return
+        with suppress(LiveMigrationError):  # it is in our log, and written down at the next attempt
+            async with session(self._settings.target_uri(), "target", application="live-migration lane") as connection:
+                with asking("target", f"recording why lane {self._lane} stopped"):
+                    await checkpoints.record_error(connection, self._lane, self._checkpoint.epoch, message, hint)

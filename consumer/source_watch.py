@@ -1,0 +1,85 @@
+"""What a consumer does on the source beside copying: the flush barrier, and looking whether somebody waits behind its locks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from uuid import UUID, uuid4
+
+import asyncpg
+
+from live_migration.common.control import MESSAGE_PREFIX, WalMessage
+from live_migration.common.errors import LiveMigrationError, Retry
+from live_migration.consumer.claims import Claim
+from live_migration.consumer.copy_errors import AttemptOver
+from live_migration.consumer.lease_keeper import Lease
+from live_migration.consumer.sessions import Backoff, SharedSession
+
+LOOK_SECONDS = 1.0
+
+_WAITERS = """
+    select l.pid, blocker, coalesce(a.application_name, '') as application, a.query_start,
+           extract(epoch from clock_timestamp() - l.waitstart)::float8 as seconds
+    from pg_locks l left join pg_stat_activity a on a.pid = l.pid, unnest(pg_blocking_pids(l.pid)) as blocker
+    where not l.granted and l.locktype = 'relation' and l.waitstart < clock_timestamp() - make_interval(secs => $2)
+      and blocker = any($1::int[])
+"""
+
+
+class SourceWatch:
+    """One session on the source for a consumer, beside those that copy."""
+
+    def __init__(self, session: SharedSession, migration_id: UUID, patience_seconds: float) -> None:
+        self._session = session
+        self._migration_id = migration_id
+        self._patience_seconds = patience_seconds
+        self._watched: dict[int, Lease[Claim]] = {}
+
+    async def flush_barrier(self) -> None:
+        """Return when the source has flushed its WAL up to what was the insert position at the call.
+
+        A row that is visible may come from a commit that is not on disk yet, and would be undone by a crash; its
+        transaction id would then come again with another row (DESIGN.md, section 4).
+        """
+        message = WalMessage(kind="heartbeat", migration_id=str(self._migration_id), id=str(uuid4()))
+        async with self._session.use("writing a flush barrier") as connection:
+            await connection.execute("begin read write; set local synchronous_commit = local")
+            await connection.fetchval(
+                "select pg_logical_emit_message(true, $1, $2::text)", MESSAGE_PREFIX, message.model_dump_json()
+            )
+            await connection.execute("commit")
+
+    @contextmanager
+    def watching(self, pid: int, lease: Lease[Claim]) -> Iterator[None]:
+        """While inside, interrupt the work under `lease` when somebody waits for a lock that the backend `pid` holds."""
+        self._watched[pid] = lease
+        try:
+            yield
+        finally:
+            self._watched.pop(pid, None)
+
+    async def run(self, ended: asyncio.Event) -> None:
+        """Look once a second until cancelled; a source that is away is waited for."""
+        backoff = Backoff()
+        while True:
+            try:
+                if self._watched:
+                    async with self._session.use("looking for those who wait behind us") as connection:
+                        await self._look(connection)
+                backoff.reset()
+                await asyncio.sleep(LOOK_SECONDS)
+            except LiveMigrationError as error:
+                if error.retry is Retry.STOP:
+                    raise
+                await backoff.pause(error, ended)
+
+    async def _look(self, connection: asyncpg.Connection) -> None:
+        watched = dict(self._watched)
+        for row in await connection.fetch(_WAITERS, list(watched), self._patience_seconds):
+            lease = watched[row["blocker"]]
+            who = f"{row['application'] or 'a session'} (pid {row['pid']}, its statement began at {row['query_start']:%H:%M:%S})"
+            reason = f"copy of {lease.claim} gives way: on the source {who} waited {row['seconds']:.1f} s for its lock"
+            lease.interrupt.trigger(AttemptOver(reason, is_news=True))
+            # Closing our socket may not be noticed by a backend for a while; this is.
+            await connection.fetchval("select pg_terminate_backend($1::int)", row["blocker"])

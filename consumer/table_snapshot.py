@@ -1,0 +1,213 @@
+"""A table as the source shows it under our lock: lock first, then the snapshot, then a look at its shape and size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import asyncpg
+
+from live_migration.common.catalog import ColumnInfo
+from live_migration.common.postgres import terminate_backend
+from live_migration.common.relation import QualifiedName, quote_literal
+from live_migration.consumer.claims import CopyOrigin, PartClaim, TableClaim, copying_backends
+from live_migration.consumer.copy_errors import AttemptOver, CopyDeferred, TableStopped, server_errors
+from live_migration.consumer.copy_stream import CopyPlan
+from live_migration.consumer.parts import BlockRange, plan_parts
+from live_migration.consumer.table_shape import (
+    ColumnDefinition,
+    copied_columns,
+    find_differences,
+    mending_statements,
+    travels_binary,
+)
+
+_NAME = """
+    select n.nspname, c.relname, c.relkind::text from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = $1
+"""
+
+_UNDER_LOCK = """
+    select pg_current_snapshot()::text as snapshot, pg_current_wal_insert_lsn() as horizon,
+           exists (select from pg_locks l
+                   where l.pid = pg_backend_pid() and l.locktype = 'relation' and l.granted and l.mode = 'AccessShareLock'
+                     and l.relation = $1 and l.database = (select d.oid from pg_database d where d.datname = current_database())
+                  ) as is_locked,
+           (select pg_relation_size(c.oid) from pg_class c where c.oid = $1) as size_bytes,
+           (select m.amname = 'heap' from pg_class c join pg_am m on m.oid = c.relam where c.oid = $1) as is_heap,
+           current_setting('block_size')::int as block_size
+"""
+"""The first query after LOCK TABLE: it takes the transaction's snapshot, and only then is the insert position read."""
+
+_DEFINITIONS = """
+    select a.attname as name, format_type(a.atttypid, a.atttypmod) as type, a.atttypid as type_oid,
+           a.attgenerated::text as generated, a.attidentity::text as identity, a.attnotnull as not_null,
+           case when a.attcollation <> t.typcollation and c.oid is not null
+                then quote_ident(n.nspname) || '.' || quote_ident(c.collname) else '' end as collation,
+           coalesce(pg_get_expr(d.adbin, d.adrelid), '') as expression, a.attinhcount > 0 as is_inherited
+    from pg_attribute a join pg_type t on t.oid = a.atttypid
+    left join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
+    left join pg_collation c on c.oid = a.attcollation left join pg_namespace n on n.oid = c.collnamespace
+    where a.attrelid = $1 and a.attnum > 0 and not a.attisdropped
+    order by a.attnum
+"""
+
+_TARGET = """
+    with recursive ancestors as (
+        select to_regclass($1)::oid as oid, 0 as height
+        union all
+        select i.inhparent, a.height + 1 from ancestors a join pg_inherits i on i.inhrelid = a.oid and i.inhseqno = 1
+    )
+    select c.oid, c.relkind::text as kind, n.nspname as root_schema, r.relname as root_name
+    from pg_class c, ancestors a join pg_class r on r.oid = a.oid join pg_namespace n on n.oid = r.relnamespace
+    where c.oid = to_regclass($1)::oid
+    order by a.height desc limit 1
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class LockedTable:
+    """A table on the source as seen under our lock, by the transaction that is to copy it."""
+
+    name: QualifiedName
+    snapshot: str
+    horizon: int
+    size_bytes: int
+    is_heap: bool
+    block_size: int
+    columns: tuple[ColumnDefinition, ...]
+
+    def parts(self, part_size: int) -> tuple[BlockRange, ...]:
+        """Cut the table into ranges of blocks; only a heap has blocks that can be asked for."""
+        return plan_parts(self.size_bytes, part_size if self.is_heap else max(self.size_bytes, 1), self.block_size)
+
+
+async def lock_table(connection: asyncpg.Connection, claim: TableClaim, lock_timeout: float) -> LockedTable:
+    """Begin a transaction that holds the table's lock and, taken after it, a snapshot; then describe the table.
+
+    Raises:
+        CopyDeferred: somebody holds a conflicting lock.
+        TableStopped: the table is not what was planned any more.
+    """
+    with server_errors("source", f"looking at {claim.name}"):
+        _check_name(claim, await connection.fetchrow(_NAME, claim.oid))
+    await _begin_locked(connection, claim.name, lock_timeout)
+    with server_errors("source", f"looking at {claim.name}"):
+        seen = await connection.fetchrow(_UNDER_LOCK, claim.oid)
+        _check_name(claim, await connection.fetchrow(_NAME, claim.oid))
+        if not seen["is_locked"]:
+            raise CopyDeferred(f"{claim.name} changed places with another table while it was locked")
+        columns = await read_definitions(connection, claim.oid)
+    return LockedTable(
+        claim.name,
+        seen["snapshot"],
+        seen["horizon"],
+        seen["size_bytes"],
+        seen["is_heap"],
+        seen["block_size"],
+        columns,
+    )
+
+
+async def import_snapshot(connection: asyncpg.Connection, claim: PartClaim, lock_timeout: float) -> None:
+    """Begin a transaction that has the holder's snapshot, and the table's lock as well.
+
+    The lock comes first: that the import succeeds, which it does only while the holder's transaction lives, then shows
+    that the table was under lock, his and ours, all the time from the snapshot on.
+
+    Raises:
+        AttemptOver: the lock cannot be had, as somebody waits behind the holder, or the holder is gone.
+    """
+    try:
+        await _begin_locked(connection, claim.name, lock_timeout)
+        with server_errors("source", f"importing the snapshot of {claim.name}"):
+            await connection.execute(f"set transaction snapshot {quote_literal(claim.snapshot_id)}")
+            seen = await connection.fetchrow(_UNDER_LOCK, claim.oid)
+    except (CopyDeferred, TableStopped) as error:
+        raise AttemptOver(f"the snapshot of {claim.name} cannot be had any more: {error.message}") from error
+    if not seen["is_locked"]:
+        raise AttemptOver(f"{claim.name} changed places with another table while it was copied")
+
+
+async def _begin_locked(connection: asyncpg.Connection, name: QualifiedName, lock_timeout: float) -> None:
+    with server_errors("source", f"locking {name}"):
+        try:
+            await connection.execute(
+                "begin isolation level repeatable read read only;"
+                f" set local lock_timeout = '{max(1, round(lock_timeout * 1000))}ms';"
+                f" lock table only {name.sql} in access share mode"
+            )
+        except asyncpg.UndefinedTableError as error:
+            raise CopyDeferred(f"{name} was renamed or dropped on the source just now") from error
+
+
+def _check_name(claim: TableClaim, row: asyncpg.Record | None) -> None:
+    """Raise TableStopped unless the relation with the planned oid is still an ordinary table of the planned name."""
+    where = f"table {claim.name} (oid {claim.oid} on the source)"
+    if row is None:
+        raise TableStopped(
+            f"{where} was dropped on the source",
+            hint="A table made anew is another one. Run `live-migration clean` and start the migration again.",
+        )
+    name = QualifiedName(row["nspname"], row["relname"])
+    if name != claim.name:
+        raise TableStopped(
+            f"{where} is now named {name}",
+            hint=f"Give it back its name {claim.name} on the source; the copy then goes on by itself.",
+        )
+    if row["relkind"] != "r":
+        raise TableStopped(f"{where} is not an ordinary table any more", hint="Undo that on the source.")
+
+
+async def read_definitions(connection: asyncpg.Connection, oid: int) -> tuple[ColumnDefinition, ...]:
+    """Give a relation's columns with all that makes them, in attnum order."""
+    definitions = []
+    for row in await connection.fetch(_DEFINITIONS, oid):
+        fields = dict(row)
+        own = {field: fields.pop(field) for field in ("collation", "expression", "is_inherited")}
+        definitions.append(ColumnDefinition(ColumnInfo(**fields), **own))
+    return tuple(definitions)
+
+
+async def check_target(connection: asyncpg.Connection, table: LockedTable) -> tuple[CopyPlan, CopyOrigin]:
+    """Compare the source's table with the target's as it is now, and give how the rows are to travel.
+
+    Raises:
+        TableStopped: the target cannot take the rows; the hint holds the statements that mend it, one a line.
+    """
+    with server_errors("target", f"looking at {table.name}"):
+        row = await connection.fetchrow(_TARGET, table.name.sql)
+        if row is None or row["kind"] != "r":
+            what = "there is no such table" if row is None else "it is not an ordinary table"
+            raise TableStopped(
+                f"target: {table.name}: {what}",
+                hint="Make the table there as it is on the source; the copy then begins.",
+            )
+        target = await read_definitions(connection, row["oid"])
+    differences = find_differences(table.columns, target)
+    if differences:
+        root = QualifiedName(row["root_schema"], row["root_name"])
+        statements = mending_statements(table.name.sql, root.sql, table.columns, target)
+        raise TableStopped(
+            f"{table.name} has another shape on the source than on the target: {'; '.join(differences)}",
+            hint="\n".join(["Run this on the target; the copy then goes on by itself:", *statements]),
+        )
+    is_binary = travels_binary(table.columns, target)
+    columns = tuple(column.name for column in copied_columns(table.columns))
+    origin = CopyOrigin(table.snapshot, table.horizon, _columns_json(table.columns), is_binary)
+    return CopyPlan(table.name, columns, is_binary), origin
+
+
+def _columns_json(columns: Sequence[ColumnDefinition]) -> str:
+    """Give columns as `_live_migration.tables` keeps them."""
+    return json.dumps(
+        [{"name": c.info.name, "type": c.info.type, "generated": c.info.generated} for c in columns], ensure_ascii=False
+    )
+
+
+async def end_earlier_parts(connection: asyncpg.Connection, claim: TableClaim) -> None:
+    """End the target sessions that still copy parts of an attempt that is over: they keep the table from being emptied."""
+    with server_errors("target", f"ending earlier copies of {claim.name}"):
+        for backend in await copying_backends(connection, claim.oid):
+            await terminate_backend(connection, backend.pid, backend.started)
+        await connection.execute("delete from _live_migration.parts where oid = $1", claim.oid)

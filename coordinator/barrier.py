@@ -1,0 +1,162 @@
+"""Barriers: a message in the source's WAL that comes out of every lane, and the proof that nothing came between two."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from uuid import uuid4
+
+import asyncpg
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import errors as kafka_errors
+
+from live_migration.common import pgoutput
+from live_migration.common.control import MESSAGE_PREFIX, WalMessage
+from live_migration.common.errors import KafkaError, LaneStopped
+from live_migration.common.kafka import client_options, translate
+from live_migration.common.lsn import Lsn
+from live_migration.common.postgres import asking
+from live_migration.common.segment import FRAGMENT, HEADER, decode_header, iterate_frames
+from live_migration.common.settings import Settings
+from live_migration.coordinator.run import Run
+
+_REPORT_SECONDS = 5.0
+_ERROR_PATIENCE_SECONDS = 15.0
+_CHANGES = frozenset({pgoutput.INSERT, pgoutput.UPDATE, pgoutput.DELETE})
+
+
+@dataclass(frozen=True, slots=True)
+class Barrier:
+    """A barrier's id, and the WAL positions right before it was written and right after it was committed."""
+
+    id: str
+    before_lsn: int
+    after_lsn: int
+
+
+@dataclass(frozen=True, slots=True)
+class LanePosition:
+    """A lane's checkpoint when it had passed a barrier."""
+
+    lane: int
+    next_offset: int
+    commit_lsn: int
+
+
+async def emit_barrier(source: asyncpg.Connection, migration_id: str) -> Barrier:
+    """Write a barrier into the source's WAL; it is flushed there when this returns."""
+    barrier = uuid4().hex
+    content = WalMessage(kind="barrier", migration_id=migration_id, id=barrier).model_dump_json()
+    with asking("source", "writing a barrier into the WAL"):
+        before = await source.fetchval("select pg_current_wal_insert_lsn()")
+        async with source.transaction():
+            await source.execute("set local synchronous_commit = local")
+            await source.execute("select pg_logical_emit_message(true, $1, $2::text)", MESSAGE_PREFIX, content)
+        after = await source.fetchval("select pg_current_wal_insert_lsn()")
+    return Barrier(barrier, int(before), int(after))
+
+
+async def await_barrier(run: Run, barrier: Barrier, *, what: str) -> list[LanePosition]:
+    """Wait until every lane has passed the barrier; say every few seconds which have not.
+
+    Raises:
+        LaneStopped: a lane has had the same error for a while.
+    """
+    reported = time.monotonic()
+    failing_since: dict[int, float] = {}
+    while True:
+        with asking("target", "reading checkpoints"):
+            rows = await run.target.fetch(
+                """select lane, next_offset, commit_lsn, barrier, error, hint from _live_migration.checkpoints order by lane"""
+            )
+        waiting = [row for row in rows if row["barrier"] != barrier.id]
+        if not waiting:
+            return [LanePosition(row["lane"], row["next_offset"], int(row["commit_lsn"])) for row in rows]
+        now = time.monotonic()
+        _judge_errors(run, waiting, failing_since, now)
+        if now - reported >= _REPORT_SECONDS:
+            reported = now
+            lanes = ", ".join(f"{row['lane']} (at {Lsn(row['commit_lsn'])})" for row in waiting[:8])
+            run.reporter.note(f"{what}: waiting for {len(waiting)} of {len(rows)} lanes to reach it: {lanes}")
+        await asyncio.sleep(0.05)
+
+
+def _judge_errors(run: Run, waiting: Sequence[asyncpg.Record], failing_since: dict[int, float], now: float) -> None:
+    for row in waiting:
+        lane, error = row["lane"], row["error"]
+        run.reporter.warn_on_change(f"lane {lane}", f"lane {lane} has stopped: {error}" if error else "")
+        if not error:
+            failing_since.pop(lane, None)
+        elif now - failing_since.setdefault(lane, now) > _ERROR_PATIENCE_SECONDS:
+            raise LaneStopped(f"lane {lane} has stopped: {error}", hint=row["hint"] or "")
+
+
+async def changes_between(
+    settings: Settings, since: Mapping[int, int], barrier: Barrier, *, timeout: float = 60.0
+) -> list[str]:
+    """Read each lane from an offset up to the barrier; give the relations that were changed there.
+
+    `since`: next offset of each lane, read before the barrier was written. A change too big for one record shows as
+    `a large row`. Reading ends at the first changes found in a lane.
+    """
+    consumer = AIOKafkaConsumer(
+        **client_options(settings),
+        isolation_level="read_committed",
+        enable_auto_commit=False,
+        auto_offset_reset="none",
+        group_id=None,
+        max_partition_fetch_bytes=4 << 20,
+    )
+    found: set[str] = set()
+    unfinished = {TopicPartition(settings.changes_topic, lane): offset for lane, offset in since.items()}
+    deadline = time.monotonic() + timeout
+    try:
+        await consumer.start()
+        consumer.assign(list(unfinished))
+        for partition, offset in unfinished.items():
+            consumer.seek(partition, offset)
+        while unfinished:
+            if time.monotonic() > deadline:
+                lanes = sorted(partition.partition for partition in unfinished)
+                raise KafkaError(f"the barrier is not found in the change log of lanes {lanes}")
+            for partition, records in (await consumer.getmany(timeout_ms=500)).items():
+                for record in records:
+                    changed, is_end = _read_record(record.value, barrier)
+                    found |= changed
+                    if (is_end or changed) and partition in unfinished:
+                        del unfinished[partition]
+                        consumer.pause(partition)
+    except kafka_errors.KafkaError as error:
+        raise translate(error, f"reading {settings.changes_topic}") from error
+    finally:
+        await consumer.stop()
+    return sorted(found)
+
+
+def _read_record(record: bytes, barrier: Barrier) -> tuple[set[str], bool]:
+    """Give the relations changed before the barrier in a record, and whether the barrier is in it."""
+    if decode_header(record).kind == FRAGMENT:
+        return {"a large row"}, False
+    names: dict[int, str] = {}
+    changed: set[str] = set()
+    for frame in iterate_frames(record[HEADER.size :]):
+        if frame.kind == pgoutput.RELATION:
+            relation = pgoutput.decode_relation(frame.message)
+            names[relation.oid] = str(relation.name)
+        elif frame.kind in _CHANGES:
+            oid = pgoutput.relation_oid(frame.message)
+            changed.add(names.get(oid, f"relation {oid}"))
+        elif frame.kind == pgoutput.TRUNCATE:
+            changed |= {
+                names.get(oid, f"relation {oid}") for oid in pgoutput.decode_truncate(frame.message).relation_oids
+            }
+        elif frame.kind == pgoutput.MESSAGE and _is_barrier(frame.message, barrier):
+            return changed, True
+    return changed, False
+
+
+def _is_barrier(message: bytes, barrier: Barrier) -> bool:
+    decoded = pgoutput.decode_logical_message(message)
+    return decoded.prefix == MESSAGE_PREFIX and WalMessage.model_validate_json(decoded.content).id == barrier.id

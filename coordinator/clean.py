@@ -1,0 +1,130 @@
+"""`clean`: give back everything that a migration made or changed, on either side and on the broker."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable
+
+import asyncpg
+
+from live_migration.common import kafka, state
+from live_migration.common.errors import ConnectionLost, SlotError, SourceError, TargetError
+from live_migration.common.postgres import asking, session
+from live_migration.common.settings import Settings
+from live_migration.common.state import Migration, Phase
+from live_migration.coordinator.cutover import is_coordinator_alive
+from live_migration.coordinator.prepare import give_identities_back, remove_from_source
+from live_migration.coordinator.run import APPLICATION
+from live_migration.producer.slot import identify_system, read_slot
+
+Note = Callable[[str], None]
+
+
+async def clean(settings: Settings, *, prune: bool, note: Note) -> None:
+    """Remove slot, publications, topics and state, and restore what was changed on the source; parts that are missing are passed over.
+
+    The state goes last, so that an attempt that failed half way can be repeated. `prune` removes `settings.dir`, too.
+
+    Raises:
+        TargetError: a coordinator is alive, or the target holds another migration.
+        SourceError: SOURCE is not the migration's source.
+    """
+    async with session(settings.target_uri(), "target", application=f"{APPLICATION} clean") as target:
+        with asking("target", "reading the migration's state"):
+            migration = await state.read_migration(target)
+        if migration is not None:
+            await _require_ours(settings, target, migration)
+        await _clean_source(settings, target, migration, note)
+        await _clean_kafka(settings, migration, note)
+        await _clean_target(target, migration, note)
+    if prune:
+        await asyncio.to_thread(shutil.rmtree, settings.dir, ignore_errors=True)
+        note(f"removed {settings.dir}")
+
+
+async def _require_ours(settings: Settings, target: asyncpg.Connection, migration: Migration) -> None:
+    if migration.name != settings.name:
+        raise TargetError(
+            f"the target holds another migration, named {migration.name}", hint=f"Give --name {migration.name}."
+        )
+    with asking("target", "looking for a coordinator"):
+        is_alive = await is_coordinator_alive(target)
+    if is_alive:
+        raise TargetError(
+            f"the migration is being run by {migration.owner}", hint="Stop that `live-migration migrate` first."
+        )
+    identity = await identify_system(settings.source_uri())
+    if (identity.system_identifier, identity.database) != (migration.source_system, migration.source_database):
+        raise SourceError(
+            f"SOURCE is not the source of this migration, which is {migration.source_address}",
+            hint="Give the migration's own source, so that slot and publications can be removed there.",
+        )
+
+
+async def _clean_source(
+    settings: Settings, target: asyncpg.Connection, migration: Migration | None, note: Note
+) -> None:
+    async with session(settings.source_uri(), "source", application=f"{APPLICATION} clean") as source:
+        if migration is None:
+            await _require_idle(source, settings)
+        for dropped in await remove_from_source(source, settings):
+            note(f"dropped {dropped} on the source")
+        if migration is not None:
+            for table in await give_identities_back(target, source, settings):
+                note(f"{table} has its replica identity back")
+
+
+async def _require_idle(source: asyncpg.Connection, settings: Settings) -> None:
+    """Refuse to take a slot from somebody whose state we do not see."""
+    with asking("source", "looking at the slot"):
+        slot = await read_slot(source, settings.slot)
+    if slot is not None and slot.active_pid is not None:
+        raise SlotError(
+            f"the target holds no migration, but slot {settings.slot} is in use by pid {slot.active_pid} on the source",
+            hint="It belongs to a migration into another target. Check TARGET and --name.",
+        )
+
+
+async def _clean_kafka(settings: Settings, migration: Migration | None, note: Note) -> None:
+    address = settings.kafka or (migration.kafka if migration is not None else None)
+    if not address:
+        return
+    reachable = settings.model_copy(update={"kafka": address})
+    try:
+        for topic in await kafka.delete_topics(reachable):
+            note(f"deleted topic {topic}")
+        if await kafka.delete_group(reachable, settings.name):
+            note(f"deleted consumer group {settings.name}")
+    except ConnectionLost as error:
+        if settings.kafka:
+            raise
+        note(
+            f"the broker at {address} is not running, its topics were left: {error.message}. "
+            "With --prune a broker of our own is removed with its folder."
+        )
+
+
+async def _clean_target(target: asyncpg.Connection, migration: Migration | None, note: Note) -> None:
+    with asking("target", "dropping the migration's state"):
+        present = await target.fetchval("select to_regnamespace('_live_migration') is not null")
+        if not present:
+            return
+        if migration is not None:
+            await _end_workers(target)
+        await target.execute("drop schema _live_migration cascade")
+    note("dropped schema _live_migration on the target")
+    if migration is not None and migration.phase is not Phase.DONE and migration.phase is not Phase.PREPARE:
+        note(
+            f"the migration was in phase {migration.phase.value}: the tables that it restored on the target are left there; "
+            "drop them, or the database, before you migrate into it again"
+        )
+
+
+async def _end_workers(target: asyncpg.Connection) -> None:
+    """End sessions of producers and consumers that still run, for they would keep the state locked."""
+    await target.execute(
+        """select pg_terminate_backend(pid, 2000) from pg_stat_activity
+           where datname = current_database() and application_name like $1 and pid <> pg_backend_pid()""",
+        f"{APPLICATION}%",
+    )

@@ -1,0 +1,214 @@
+"""The conductor: begins or resumes a migration and leads it through its phases."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Sequence
+from contextlib import suppress
+
+import asyncpg
+from aiokafka import errors as kafka_errors
+
+from live_migration.common import kafka, state
+from live_migration.common.errors import ConnectionLost, Fenced, LaneStopped, LiveMigrationError, Retry
+from live_migration.common.postgres import CONNECTION_ERRORS, asking, connect, server_error, session
+from live_migration.common.settings import Settings
+from live_migration.common.state import Phase
+from live_migration.coordinator.cutover import SourceBusy, cut_over
+from live_migration.coordinator.drift import watch_drift
+from live_migration.coordinator.handover import finish_after_handover
+from live_migration.coordinator.held import say_what_is_held
+from live_migration.coordinator.identity_watch import watch_identities
+from live_migration.coordinator.observer import Observer, Reporter
+from live_migration.coordinator.opening import open_migration
+from live_migration.coordinator.prepare import prepare
+from live_migration.coordinator.run import APPLICATION, Run
+from live_migration.coordinator.schema import restore_schema
+from live_migration.coordinator.slot_watch import watch_slot
+from live_migration.coordinator.waiting import await_copy, await_cutover_request
+from live_migration.coordinator.workers import WorkerPool
+
+__all__ = ["Observer", "conduct"]
+
+_FIRST_PAUSE_SECONDS = 0.5
+_LONGEST_PAUSE_SECONDS = 10.0
+_STEADY_SECONDS = 60.0
+_HEARTBEAT_SECONDS = 5.0
+
+
+async def conduct(settings: Settings, *, stop: asyncio.Event, ask_cutover: asyncio.Event, observer: Observer) -> None:
+    """Run a migration from wherever it is to its end, or until `stop` is set; then the next call goes on.
+
+    Lost connections are made anew for ever once the migration has begun.
+
+    Raises:
+        LiveMigrationError: something stands in the way; the message says what is to be done.
+    """
+    reporter = Reporter(observer)
+    opened = await open_migration(settings, reporter)
+    if opened is None:
+        return
+    try:
+        async with WorkerPool(opened, reporter) as pool:
+            await _until(stop, _Conductor(opened, reporter, pool, ask_cutover).run())
+    finally:
+        await say_what_is_held(opened, reporter)
+
+
+async def _until(stop: asyncio.Event, work: Coroutine[None, None, None]) -> None:
+    """Run the work until it ends or `stop` is set, then cancel it."""
+    task, stopping = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait((task, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            await task
+    finally:
+        for each in (task, stopping):
+            each.cancel()
+        await asyncio.wait((task, stopping))
+
+
+class _Conductor:
+    def __init__(self, settings: Settings, reporter: Reporter, pool: WorkerPool, ask_cutover: asyncio.Event) -> None:
+        self._settings = settings
+        self._reporter = reporter
+        self._pool = pool
+        self._ask_cutover = ask_cutover
+        self._owner = state.worker_id("coordinator")
+        self._shown: Phase | None = None
+
+    async def run(self) -> None:
+        """Lead the migration to its end, over lost connections."""
+        pause = _FIRST_PAUSE_SECONDS
+        while True:
+            began = time.monotonic()
+            try:
+                await self._with_lease()
+                return
+            except Exception as error:
+                lost = translated(error)
+                if lost.retry is not Retry.RECONNECT:
+                    raise lost from error
+            if time.monotonic() - began > _STEADY_SECONDS:
+                pause = _FIRST_PAUSE_SECONDS
+            self._reporter.warning(f"{lost.message}; trying again in {pause:g} s")
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
+
+    async def _with_lease(self) -> None:
+        keeper = await connect(self._settings.target_uri(), "target", application=f"{APPLICATION} coordinator")
+        try:
+            epoch = await state.acquire_coordinator_lease(keeper, self._owner, self._settings.lease)
+            try:
+                async with session(
+                    self._settings.target_uri(), "target", application=f"{APPLICATION} conductor"
+                ) as target:
+                    run = Run(self._settings, self._reporter, target, epoch, await state.require_migration(target))
+                    await beside(self._lead(run), [self._keep(keeper, epoch)])
+            finally:
+                await self._give_up_lease(keeper, epoch)
+        finally:
+            keeper.terminate()
+
+    async def _keep(self, keeper: asyncpg.Connection, epoch: int) -> None:
+        """Renew the lease, show that we live, save what was told; never returns."""
+        beats = 0
+        interval = min(1.0, self._settings.lease / 4)
+        while True:
+            with asking("target", "renewing the coordinator's lease"):
+                await state.renew_coordinator_lease(keeper, epoch, self._settings.lease)
+                if beats % round(_HEARTBEAT_SECONDS / interval) == 0:
+                    await state.heartbeat(keeper, self._owner, "coordinator")
+                await self._reporter.save(keeper)
+            beats += 1
+            await asyncio.sleep(interval)
+
+    async def _give_up_lease(self, keeper: asyncpg.Connection, epoch: int) -> None:
+        with suppress(TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            async with asyncio.timeout(5):
+                await self._reporter.save(keeper)
+                await keeper.execute("delete from _live_migration.workers where id = $1", self._owner)
+                await state.release_coordinator_lease(keeper, epoch)
+
+    async def _lead(self, run: Run) -> None:
+        self._show(run)
+        if run.phase is Phase.PREPARE:
+            await prepare(run)
+            self._show(run)
+        if run.phase is not Phase.DONE:
+            await self._pool.start()
+            await beside(self._lead_to_done(run), [self._pool.watch(), watch_identities(run), watch_slot(run)])
+        await self._pool.stop()
+        self._reporter.note("the migration is done: write to the target now")
+        await finish_after_handover(run)
+
+    async def _lead_to_done(self, run: Run) -> None:
+        if run.phase is Phase.SCHEMA:
+            await restore_schema(run)
+            self._show(run)
+        await beside(self._follow(run), [watch_drift(run)])
+
+    async def _follow(self, run: Run) -> None:
+        if run.phase is Phase.COPY:
+            await await_copy(run)
+            self._show(run)
+        while run.phase is not Phase.DONE:
+            if run.phase is Phase.REPLAY:
+                await await_cutover_request(run, self._ask_cutover)
+                self._show(run)
+            try:
+                await cut_over(run)
+            except (SourceBusy, LaneStopped) as error:
+                self._reporter.warning(f"no cutover, replay goes on: {error}")
+            self._show(run)
+
+    def _show(self, run: Run) -> None:
+        if self._shown is not run.phase:
+            self._shown = run.phase
+            self._reporter.phase_changed(run.phase)
+
+
+async def beside(work: Coroutine[None, None, None], watchers: Sequence[Coroutine[None, None, None]]) -> None:
+    """Run work with watchers beside it, which never return by themselves; all end when one fails or the work is done."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(watcher) for watcher in watchers]
+            await work
+            for task in tasks:
+                task.cancel()
+    except BaseExceptionGroup as failures:
+        raise most_telling(failures) from failures
+
+
+def most_telling(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Give the failure that explains the others: being fenced, then our own errors, lost connections last."""
+    leaves: list[BaseException] = []
+    for failure in failures.exceptions:
+        leaves.append(most_telling(failure) if isinstance(failure, BaseExceptionGroup) else failure)
+
+    def rank(failure: BaseException) -> int:
+        if isinstance(failure, Fenced):
+            return 0
+        if isinstance(failure, Exception):
+            return 2 if translated(failure).retry is Retry.RECONNECT else 1
+        return 0
+
+    return min(leaves, key=rank)
+
+
+def translated(error: Exception) -> LiveMigrationError:
+    """Give our error for any error that a phase may end with; a fault of this program passes as it is, by raising it."""
+    if isinstance(error, LiveMigrationError):
+        return error
+    if isinstance(error, kafka_errors.KafkaError):
+        return kafka.translate(error, "leading the migration")
+    if isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError | FileExistsError):
+        return LiveMigrationError(f"{error.strerror}: {error.filename}", hint="Look at --dir and --pg-bin.")
+    if isinstance(error, CONNECTION_ERRORS):
+        return ConnectionLost(f"a connection broke: {error or type(error).__name__}")
+    if isinstance(error, asyncpg.PostgresError):
+        return server_error(error, "target", "leading the migration")
+    if isinstance(error, asyncpg.InterfaceError) and "connection" in str(error):
+        return ConnectionLost(f"a connection broke: {error}")
+    raise error

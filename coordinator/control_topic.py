@@ -1,0 +1,65 @@
+"""What the coordinator writes into the control topic: the producer's configuration."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import asyncpg
+from aiokafka import AIOKafkaProducer
+from aiokafka import errors as kafka_errors
+
+from live_migration.common.control import CONFIG, ProducerConfig
+from live_migration.common.errors import LiveMigrationError
+from live_migration.common.kafka import client_options, translate
+from live_migration.common.postgres import asking
+from live_migration.common.settings import Settings
+from live_migration.common.state import Migration
+from live_migration.coordinator.steps import require_role
+
+
+def producer_config(settings: Settings, migration: Migration) -> ProducerConfig:
+    """Give what the producer must know of a prepared migration."""
+    if migration.start_lsn is None or migration.binary_stream is None:
+        raise LiveMigrationError("the migration is not prepared")
+    return ProducerConfig(
+        migration_id=str(migration.id),
+        topic_id=str(migration.topic_id),
+        slot=settings.slot,
+        publications=(settings.publication, settings.insert_publication),
+        binary=migration.binary_stream,
+        lane_count=migration.lane_count,
+        system_identifier=migration.source_system,
+        timeline=migration.source_timeline,
+        start_lsn=migration.start_lsn,
+        publication_change=migration.publication_change,
+    )
+
+
+async def write_config(settings: Settings, config: ProducerConfig) -> None:
+    """Put the configuration into the control topic; it is there when this returns."""
+    try:
+        producer = AIOKafkaProducer(**client_options(settings), acks="all", enable_idempotence=True)
+        await producer.start()
+        try:
+            await producer.send_and_wait(
+                settings.control_topic, key=CONFIG, value=config.model_dump_json().encode(), partition=0
+            )
+        finally:
+            await producer.stop()
+    except kafka_errors.KafkaError as error:
+        raise translate(error, f"writing {settings.control_topic}") from error
+
+
+async def announce_publication_change(
+    settings: Settings, target: asyncpg.Connection, epoch: int, migration: Migration
+) -> int:
+    """Make the producer reconnect its walsender after a publication was changed; give the change's number."""
+    with asking("target", "recording a change of the publications"):
+        async with target.transaction():
+            await require_role(target, epoch)
+            change: int = await target.fetchval(
+                """update _live_migration.migration set publication_change = publication_change + 1
+                   returning publication_change"""
+            )
+    await write_config(settings, producer_config(settings, replace(migration, publication_change=change)))
+    return change

@@ -1,0 +1,231 @@
+"""Phase `cutover`: is the source quiet, is everything accounted for, two barriers, then the handover.
+
+A request is a row in the state; whoever asks, asks there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import asyncpg
+
+from live_migration.common import state
+from live_migration.common.control import POSITION, LogPosition
+from live_migration.common.errors import LiveMigrationError, TargetError
+from live_migration.common.kafka import read_control
+from live_migration.common.postgres import asking, session
+from live_migration.common.settings import Settings
+from live_migration.common.state import Phase
+from live_migration.coordinator import steps
+from live_migration.coordinator.barrier import Barrier, await_barrier, changes_between, emit_barrier
+from live_migration.coordinator.drift import find_drift, shape_differences
+from live_migration.coordinator.findings import name_list
+from live_migration.coordinator.handover import hand_over
+from live_migration.coordinator.identity_watch import reconcile
+from live_migration.coordinator.run import APPLICATION, Run
+from live_migration.producer.slot import OpenTransaction, describe_transactions, open_transactions
+
+_BARRIER = "barrier"
+_QUIET_SECONDS = 10.0
+
+
+class CutoverRefused(LiveMigrationError):
+    """Something must be put right before the cutover; the migration stays in phase replay."""
+
+
+class SourceBusy(LiveMigrationError):
+    """Somebody still writes to the source; replay goes on and the cutover can be asked for again."""
+
+    default_hint = "Stop every writer, then ask for the cutover again."
+
+
+async def request_cutover(settings: Settings) -> str:
+    """Ask the running coordinator for the cutover; gives what to tell the user.
+
+    Raises:
+        TargetError: no coordinator is alive, or the migration is done.
+    """
+    async with session(settings.target_uri(), "target", application=f"{APPLICATION} request") as target:
+        with asking("target", "asking for the cutover"):
+            migration = await state.require_migration(target)
+            if migration.phase is Phase.DONE:
+                raise TargetError("the migration is done already: the target is in charge")
+            if not await is_coordinator_alive(target):
+                raise TargetError(
+                    "no coordinator runs this migration, so nobody could cut over",
+                    hint="Start `live-migration migrate` again, then ask for the cutover.",
+                )
+            await add_request(target)
+    if migration.phase in (Phase.REPLAY, Phase.CUTOVER):
+        return "the coordinator was asked for the cutover"
+    return f"the coordinator was asked for the cutover; it begins after phase {migration.phase.value}"
+
+
+async def is_coordinator_alive(target: asyncpg.Connection) -> bool:
+    """Tell whether a coordinator holds an unexpired lease and its session is connected."""
+    return bool(
+        await target.fetchval(
+            """select owner is not null and lease_until > clock_timestamp()
+                      and exists (select from pg_stat_activity a
+                                  where a.pid = m.backend_pid and a.backend_start = m.backend_start)
+               from _live_migration.migration m"""
+        )
+    )
+
+
+async def add_request(target: asyncpg.Connection) -> None:
+    """Record a request for the cutover, unless one is waiting, and wake the coordinator."""
+    await target.execute(
+        """insert into _live_migration.requests (kind) select 'cutover'
+           where not exists (select from _live_migration.requests where kind = 'cutover' and handled_at is null)"""
+    )
+    await state.notify(target)
+
+
+async def is_requested(run: Run) -> bool:
+    """Tell whether a request waits."""
+    with asking("target", "looking for requests"):
+        return bool(
+            await run.target.fetchval(
+                "select exists (select from _live_migration.requests where kind = 'cutover' and handled_at is null)"
+            )
+        )
+
+
+async def _answer(run: Run, result: str) -> None:
+    await run.target.execute(
+        """update _live_migration.requests set handled_at = clock_timestamp(), result = $1
+           where kind = 'cutover' and handled_at is null""",
+        result,
+    )
+
+
+async def cut_over(run: Run) -> None:
+    """Cut over, from wherever an earlier attempt got to; ends in phase `done`.
+
+    Raises:
+        SourceBusy: the source is still written to; the migration is back in phase replay.
+        CutoverRefused: tables are unaccounted for; the migration is back in phase replay.
+    """
+    async with run.source_session("cutover") as source:
+        if not await steps.is_done(run.target, _BARRIER):
+            try:
+                await _prove_everything_arrived(run, source)
+            except (SourceBusy, CutoverRefused, TargetError) as error:
+                await _back_to_replay(run, error)
+                raise
+        await hand_over(run, source)
+        await _warn_of_late_writes(run)
+    async with run.target_transaction("ending the migration"):
+        await _answer(run, "done")
+        await run.enter(Phase.DONE)
+    await run.reload()
+
+
+async def _back_to_replay(run: Run, error: LiveMigrationError) -> None:
+    async with run.target_transaction("going back to replay"):
+        await _answer(run, f"refused: {error.message}")
+        await run.enter(Phase.REPLAY)
+    await run.reload()
+
+
+async def _prove_everything_arrived(run: Run, source: asyncpg.Connection) -> None:
+    migration_id = str(run.migration.id)
+    await _require_quiet(run, source)
+    await _require_accounted_for(run, source)
+    first = await emit_barrier(source, migration_id)
+    run.reporter.note("the first barrier is in the WAL; waiting until the target has reached it")
+    positions = await await_barrier(run, first, what="first barrier")
+    late = [p for p in positions if not first.before_lsn <= p.commit_lsn <= first.after_lsn]
+    if late:
+        raise await _busy(source, "")
+    await _require_quiet(run, source)
+    second = await emit_barrier(source, migration_id)
+    await await_barrier(run, second, what="second barrier")
+    changed = await changes_between(run.settings, {p.lane: p.next_offset for p in positions}, second)
+    if changed:
+        raise await _busy(source, f" to {name_list(changed)}")
+    await _require_accounted_for(run, source)
+    await reconcile(run, source)
+    await _record_barrier(run, second)
+
+
+async def _record_barrier(run: Run, barrier: Barrier) -> None:
+    async with run.target_transaction("recording the barrier") as target:
+        await target.execute("update _live_migration.migration set cutover_lsn = $1", barrier.before_lsn)
+        await steps.finish(target, run.epoch, _BARRIER)
+    run.reporter.note("the target holds every change of the source")
+
+
+async def _busy(source: asyncpg.Connection, to: str) -> SourceBusy:
+    with asking("source", "looking who writes"):
+        rows = await source.fetch(
+            """select format('pid %s (%s, user %s)', pid, coalesce(nullif(application_name, ''), 'no application name'),
+                             usename) as who
+               from pg_stat_activity
+               where datname = current_database() and backend_type = 'client backend' and pid <> pg_backend_pid()
+                 and application_name not like $1
+               order by state_change desc nulls last limit 10""",
+            f"{APPLICATION}%",
+        )
+    who = name_list(row["who"] for row in rows) or "sessions that have left since"
+    return SourceBusy(f"the source was written{to} between the two barriers; connected are: {who}")
+
+
+async def _require_quiet(run: Run, source: asyncpg.Connection) -> None:
+    """Wait a little for open transactions of the source's database that have written to end."""
+    deadline = time.monotonic() + _QUIET_SECONDS
+    while True:
+        with asking("source", "looking at open transactions"):
+            database = await source.fetchval("select current_database()::text")
+            writers = [t for t in await open_transactions(source, database=database) if not _is_ours(t)]
+        prepared = [t for t in writers if t.gid is not None]
+        if not writers:
+            return
+        if prepared or time.monotonic() > deadline:
+            raise SourceBusy(
+                f"transactions on the source have written and are not ended: {describe_transactions(prepared or writers)}",
+                hint="End them (a prepared one by COMMIT PREPARED or ROLLBACK PREPARED), then ask for the cutover again.",
+            )
+        await asyncio.sleep(0.1)
+
+
+def _is_ours(transaction: OpenTransaction) -> bool:
+    return transaction.application.startswith(APPLICATION)
+
+
+async def _require_accounted_for(run: Run, source: asyncpg.Connection) -> None:
+    """Refuse while a table of the source is not on the target as it is, or not followed."""
+    found = (await find_drift(run, source, run.target)).lines
+    found += await shape_differences(run, source, run.target)
+    with asking("target", "looking at tables and indexes"):
+        tables = await run.target.fetch(
+            """select format('%s.%s is %s', schema_name, table_name, state) || coalesce(': ' || error, '') as line
+               from _live_migration.tables where state <> 'ready' order by 1"""
+        )
+        indexes = await run.target.fetch(
+            """select format('index %s is %s', name, state) || coalesce(': ' || error, '') as line
+               from _live_migration.indexes where state <> 'done' order by 1"""
+        )
+    found += [row["line"] for row in (*tables, *indexes)]
+    if found:
+        raise CutoverRefused(
+            "the cutover is refused:" + "".join(f"\n  - {line}" for line in found),
+            hint="Put this right on source or target (ALTER the target, drop what is not needed), then run "
+            "`live-migration migrate` and ask for the cutover again.",
+        )
+
+
+async def _warn_of_late_writes(run: Run) -> None:
+    """Warn when the change log went on after the last barrier: somebody wrote to the source during the handover."""
+    with asking("target", "reading checkpoints"):
+        rows = await run.target.fetch("select commit_lsn from _live_migration.checkpoints")
+    control = await read_control(run.settings)
+    lanes = LogPosition.model_validate_json(control[POSITION]).lanes if POSITION in control else ()
+    # A barrier is the same position in every lane; whatever came after it is a higher one in the lanes it touched.
+    if len({lsn for lsn, _ in lanes} | {int(row["commit_lsn"]) for row in rows}) > 1:
+        run.reporter.warning(
+            "the source was written to after the last barrier; these changes may lack on the target. "
+            "Run `live-migration verify` before you trust it."
+        )

@@ -1,0 +1,160 @@
+"""Whether the source still has the tables that were planned, and the target the shape that they have now."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import asyncpg
+
+from live_migration.common.catalog import ColumnInfo, list_tables
+from live_migration.common.postgres import asking
+from live_migration.common.relation import QualifiedName
+from live_migration.coordinator.findings import name_list
+from live_migration.coordinator.observer import Reporter
+from live_migration.coordinator.run import Run
+
+_INTERVAL_SECONDS = 60.0
+
+_SEQUENCES = """
+    select n.nspname as schema, c.relname as name
+    from pg_class c join pg_namespace n on n.oid = c.relnamespace
+    where c.relkind = 'S' and c.relpersistence in ('p', 'u')
+      and n.nspname !~ '^pg_' and n.nspname not in ('information_schema', '_live_migration')
+      and not exists (select from pg_depend d
+                      where d.classid = 'pg_class'::regclass and d.objid = c.oid and d.deptype = 'e')
+    order by 1, 2
+"""
+_PARENTS = """
+    select i.inhrelid as oid, n.nspname as schema, p.relname as name
+    from pg_inherits i join pg_class p on p.oid = i.inhparent join pg_namespace n on n.oid = p.relnamespace
+    where p.relkind = 'p'
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A table as planned. `oid` is the source's."""
+
+    oid: int
+    name: QualifiedName
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """How the source's tables differ from the plan; each a list of what people read."""
+
+    created: tuple[str, ...]
+    renamed: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+    @property
+    def lines(self) -> list[str]:
+        """One line for each kind of difference."""
+        lines = []
+        if self.created:
+            lines.append(f"created on the source and not followed: {name_list(self.created)}")
+        if self.renamed:
+            lines.append(f"renamed on the source: {name_list(self.renamed)}")
+        if self.dropped:
+            lines.append(f"dropped on the source: {name_list(self.dropped)}")
+        return lines
+
+
+def compare(planned: Mapping[int, QualifiedName], found: Mapping[int, QualifiedName]) -> Drift:
+    """Compare tables by oid: a relation is its oid, never its name."""
+    return Drift(
+        tuple(sorted(str(name) for oid, name in found.items() if oid not in planned)),
+        tuple(
+            sorted(f"{planned[oid]} to {found[oid]}" for oid in planned.keys() & found if planned[oid] != found[oid])
+        ),
+        tuple(sorted(str(name) for oid, name in planned.items() if oid not in found)),
+    )
+
+
+async def read_planned(target: asyncpg.Connection) -> dict[int, QualifiedName]:
+    """Give the planned tables by oid."""
+    rows = await target.fetch("select oid, schema_name, table_name from _live_migration.tables")
+    return {row["oid"]: QualifiedName(row["schema_name"], row["table_name"]) for row in rows}
+
+
+async def find_drift(run: Run, source: asyncpg.Connection, target: asyncpg.Connection) -> Drift:
+    """Compare the source's logged tables with the plan."""
+    with asking("target", "reading the plan"):
+        planned = await read_planned(target)
+    found = {table.oid: table.name for table in await run.list_tables(source) if table.persistence == "p"}
+    return compare(planned, found)
+
+
+async def watch_drift(run: Run) -> None:
+    """Name tables that come, go or change their name, each change once; never returns."""
+    async with run.source_session("drift") as source, run.target_session("drift") as target:
+        while True:
+            drift = await find_drift(run, source, target)
+            for kind, names in (("created", drift.created), ("renamed", drift.renamed), ("dropped", drift.dropped)):
+                _name_each(run.reporter, kind, names)
+            await asyncio.sleep(_INTERVAL_SECONDS)
+
+
+def _name_each(reporter: Reporter, kind: str, names: tuple[str, ...]) -> None:
+    consequence = {
+        "created": "is not followed; the cutover is refused while it is there",
+        "renamed": "stays under its old name on the target; the cutover is refused",
+        "dropped": "stays on the target; the cutover is refused",
+    }[kind]
+    for name in names:
+        reporter.warn_on_change(f"drift {kind} {name}", f"table {name}, {kind} on the source, {consequence}")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What must be equal on both sides at the cutover."""
+
+    persistence: str
+    parent: QualifiedName | None
+    columns: tuple[tuple[str, str, str], ...]
+
+
+async def read_shapes(connection: asyncpg.Connection) -> dict[QualifiedName, Shape]:
+    """Give the shape of each table of a database: columns with type and kind, partitioned parent."""
+    parents = {row["oid"]: QualifiedName(row["schema"], row["name"]) for row in await connection.fetch(_PARENTS)}
+    return {
+        table.name: Shape(table.persistence, parents.get(table.oid), _columns(table.columns))
+        for table in await list_tables(connection)
+    }
+
+
+def _columns(columns: tuple[ColumnInfo, ...]) -> tuple[tuple[str, str, str], ...]:
+    return tuple(sorted((column.name, column.type, column.generated) for column in columns))
+
+
+async def read_sequences(connection: asyncpg.Connection) -> list[QualifiedName]:
+    """Give a database's own sequences."""
+    return [QualifiedName(row["schema"], row["name"]) for row in await connection.fetch(_SEQUENCES)]
+
+
+async def shape_differences(run: Run, source: asyncpg.Connection, target: asyncpg.Connection) -> list[str]:
+    """Say where the target lacks a table, a column or a sequence of the source, or has it otherwise."""
+    ours = await run.patiently("reading the tables' shape", lambda: read_shapes(source))
+    sequences = await run.patiently("listing sequences", lambda: read_sequences(source))
+    with asking("target", "reading the tables' shape"):
+        theirs, there = await read_shapes(target), set(await read_sequences(target))
+    found = [line for name, shape in sorted(ours.items()) if (line := _difference(name, shape, theirs.get(name)))]
+    missing = [str(name) for name in sequences if name not in there]
+    return found + ([f"the target lacks sequences: {name_list(missing)}"] if missing else [])
+
+
+def _difference(name: QualifiedName, here: Shape, there: Shape | None) -> str:
+    if there is None:
+        kind = "unlogged table" if here.persistence == "u" else "table"
+        return f"the target lacks {kind} {name}"
+    if here.columns != there.columns:
+        only_here = [f"{column} {kind}" for column, kind, _ in sorted(set(here.columns) - set(there.columns))]
+        only_there = [f"{column} {kind}" for column, kind, _ in sorted(set(there.columns) - set(here.columns))]
+        return (
+            f"{name} has columns {only_here or 'none'} on the source alone, {only_there or 'none'} on the target alone"
+        )
+    if here.parent != there.parent:
+        return f"{name} is a partition of {here.parent or 'no table'} on the source, of {there.parent or 'none'} on the target"
+    return ""

@@ -1,0 +1,96 @@
+"""Running an archive's entries on the target, in batches whose progress is committed with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import asyncpg
+
+from live_migration.common.errors import TargetError
+from live_migration.coordinator import steps
+from live_migration.coordinator.dump_script import Entry
+from live_migration.coordinator.run import Run
+
+_BATCH = 200
+"""Entries in one transaction: few enough for max_locks_per_transaction."""
+_OPTIONAL = frozenset({"SECURITY LABEL"})
+
+
+async def run_entries(run: Run, step: str, entries: Sequence[Entry]) -> None:
+    """Run what of the entries is not done yet, in order; afterwards the step is done.
+
+    `entries` must be the same at each call for a step: progress is a number.
+
+    Raises:
+        TargetError: names the object that cannot be made; what came before it stays.
+    """
+    if await steps.is_done(run.target, step):
+        return
+    done = await steps.progress(run.target, step)
+    while done < len(entries):
+        batch = entries[done : done + _BATCH]
+        # When one entry of a batch fails, those before it are kept: the next attempt begins at the culprit.
+        made, failure = await _run_batch(run, step, done, batch)
+        done += made
+        if failure is not None:
+            raise failure
+    async with run.target_transaction(f"ending {step}"):
+        await steps.finish(run.target, run.epoch, step)
+
+
+async def _run_batch(run: Run, step: str, done: int, batch: Sequence[Entry]) -> tuple[int, TargetError | None]:
+    made, failure = 0, None
+    async with run.target_transaction(step):
+        await run.target.execute("set local check_function_bodies = off")
+        await run.target.execute("set local client_min_messages = warning")
+        in_force: tuple[tuple[str, str], ...] = ()
+        for entry in batch:
+            if entry.defaults != in_force:
+                for name, value in entry.defaults:
+                    await run.target.execute(f"set local {name} = {value}")
+                in_force = entry.defaults
+            failure = await _run_entry(run, entry)
+            if failure is not None:
+                break
+            made += 1
+        await steps.advance(run.target, run.epoch, step, done + made)
+    return made, failure
+
+
+async def _run_entry(run: Run, entry: Entry) -> TargetError | None:
+    if not entry.statements or await _is_there_already(run, entry):
+        return None
+    try:
+        async with run.target.transaction():
+            await run.target.execute(entry.statements)
+    except asyncpg.PostgresError as error:
+        if isinstance(error, asyncpg.PostgresConnectionError | asyncpg.OperatorInterventionError):
+            raise
+        if entry.type in _OPTIONAL or (entry.type == "COMMENT" and entry.name.startswith("EXTENSION ")):
+            run.reporter.warning(f"{entry.label} is not restored: {error.args[0]}")
+            return None
+        detail = f" ({error.detail})" if error.detail else ""
+        return TargetError(
+            f"target: cannot make {entry.label}: {error.args[0]}{detail} [SQLSTATE {error.sqlstate}]",
+            hint=error.hint or "Mend the target so that this can be made, then run `live-migration migrate` again.",
+        )
+    return None
+
+
+async def _is_there_already(run: Run, entry: Entry) -> bool:
+    """Tell whether an entry is of a kind that a new database may hold already, or that the target cannot have."""
+    if entry.type == "SCHEMA":
+        return await _has_row(run, "select true from pg_namespace where nspname = $1", entry.name)
+    if entry.type == "EXTENSION" and not await _has_row(
+        run, "select true from pg_available_extensions where name = $1", entry.name
+    ):
+        run.reporter.warning(f"extension {entry.name} is not available on the target and is left out")
+        return True
+    if entry.type == "COMMENT" and entry.name.startswith("EXTENSION "):
+        extension = entry.name.removeprefix("EXTENSION ").strip('"')
+        return not await _has_row(run, "select true from pg_extension where extname = $1", extension)
+    return False
+
+
+async def _has_row(run: Run, query: str, name: str) -> bool:
+    return bool(await run.target.fetchval(query, name))

@@ -1,0 +1,252 @@
+"""What follows the last barrier, step by step, each recorded when it is done: what is not in the stream, then the rest of the schema."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import asyncpg
+
+from live_migration.common.catalog import TableInfo
+from live_migration.common.errors import TargetError
+from live_migration.common.postgres import asking
+from live_migration.common.progress import format_bytes
+from live_migration.common.relation import QualifiedName, quote_identifier
+from live_migration.coordinator import steps
+from live_migration.coordinator.drift import read_sequences
+from live_migration.coordinator.entries import run_entries
+from live_migration.coordinator.run import Run
+from live_migration.coordinator.schema import read_post_data
+from live_migration.coordinator.table_copy import copy_table
+
+_SEQUENCE_BATCH = 100
+_OBJECT_BATCH = 64
+_OBJECT_CHUNK = 128 << 10
+_NOT_VALID_ON_PARTITIONED = 180_000
+
+
+async def hand_over(run: Run, source: asyncpg.Connection) -> None:
+    """Bring everything that lanes do not carry; afterwards the target is complete but for the validation of foreign keys."""
+    await _once(run, "unlogged tables", lambda: copy_outside_stream(run, source))
+    await _once(run, "large objects", lambda: copy_large_objects(run, source))
+    await _once(run, "sequences", lambda: set_sequences(run, source))
+    post_data = await read_post_data(run)
+    run.reporter.note(f"restoring the rest of the schema: {len(post_data.main) + len(post_data.last)} objects")
+    await run_entries(run, "post-data", post_data.main)
+    await _once(run, "foreign keys", lambda: add_foreign_keys(run))
+    await run_entries(run, "post-data last", post_data.last)
+    await _once(run, "materialized views", lambda: refresh_materialized_views(run, source))
+
+
+async def finish_after_handover(run: Run) -> None:
+    """Validate the foreign keys and gather statistics, while the target is in use already."""
+    await _once(run, "validation of foreign keys", lambda: validate_foreign_keys(run))
+    await _once(run, "analyze", lambda: _analyze(run))
+
+
+async def is_finished(target: asyncpg.Connection) -> bool:
+    """Tell whether nothing is left to do after the handover."""
+    return await steps.is_done(target, "analyze")
+
+
+async def _once(run: Run, step: str, act: Callable[[], Awaitable[None]]) -> None:
+    if await steps.is_done(run.target, step):
+        return
+    await act()
+    async with run.target_transaction(f"ending {step}") as target:
+        await steps.finish(target, run.epoch, step)
+
+
+async def copy_outside_stream(run: Run, source: asyncpg.Connection) -> None:
+    """Copy unlogged tables, and those that lost their replica identity; each in a transaction of its own."""
+    with asking("target", "reading the plan"):
+        again = {r[0] for r in await run.target.fetch("select oid from _live_migration.tables where copy_again")}
+    tables = [t for t in await run.list_tables(source) if t.persistence == "u" or t.oid in again]
+    for table in tables:
+        await _copy(run, source, table)
+
+
+async def _copy(run: Run, source: asyncpg.Connection, table: TableInfo) -> None:
+    run.reporter.note(f"copying {table.name} ({format_bytes(table.size_bytes)}), which the stream does not carry")
+    async with run.target_transaction(f"copying {table.name}") as target:
+        # The target may be partitioned otherwise or have indexes of its own by now, but no trigger of the source's.
+        await target.execute("set local session_replication_role = replica")
+        row_count = await copy_table(source, target, table)
+        await target.execute(
+            """update _live_migration.tables set copy_again = false, error = null, hint = null, row_count = $2
+               where oid = $1""",
+            table.oid,
+            row_count,
+        )
+
+
+async def copy_large_objects(run: Run, source: asyncpg.Connection) -> None:
+    """Copy large objects under their own oids, some at a time, in pieces."""
+    step, done = "large objects", await steps.progress(run.target, "large objects")
+    while True:
+        with asking("source", "reading large objects"):
+            rows = await source.fetch(
+                """select oid, lo_get(oid, 0, $3) as content from pg_largeobject_metadata
+                   where oid::bigint > $1 order by oid limit $2""",
+                done,
+                _OBJECT_BATCH,
+                _OBJECT_CHUNK,
+            )
+        if not rows:
+            return
+        async with run.target_transaction("writing large objects") as target:
+            try:
+                await target.execute(
+                    "select lo_from_bytea(o, b) from unnest($1::oid[], $2::bytea[]) as x (o, b)",
+                    [row["oid"] for row in rows],
+                    [row["content"] for row in rows],
+                )
+            except asyncpg.UniqueViolationError as error:
+                raise TargetError(
+                    "the target holds large objects with the same oids as the source's",
+                    hint="Remove them from the target with lo_unlink if nobody needs them, then run `migrate` again.",
+                ) from error
+            for row in rows:
+                if len(row["content"]) == _OBJECT_CHUNK:
+                    await _copy_rest(source, target, row["oid"])
+            done = rows[-1]["oid"]
+            await steps.advance(target, run.epoch, step, done)
+
+
+async def _copy_rest(source: asyncpg.Connection, target: asyncpg.Connection, oid: int) -> None:
+    at = _OBJECT_CHUNK
+    while True:
+        with asking("source", f"reading large object {oid}"):
+            content = await source.fetchval("select lo_get($1, $2, $3)", oid, at, _OBJECT_CHUNK)
+        if content:
+            await target.execute("select lo_put($1, $2, $3)", oid, at, content)
+        if len(content) < _OBJECT_CHUNK:
+            return
+        at += len(content)
+
+
+async def set_sequences(run: Run, source: asyncpg.Connection) -> None:
+    """Set each sequence of the target to where the source's is."""
+    with asking("source", "listing sequences"):
+        names = await read_sequences(source)
+    for start in range(0, len(names), _SEQUENCE_BATCH):
+        batch = names[start : start + _SEQUENCE_BATCH]
+        values = await _read_sequences(source, batch)
+        async with run.target_transaction("setting sequences") as target:
+            await target.executemany("select setval($1::text::regclass, $2, $3)", values)
+
+
+async def _read_sequences(source: asyncpg.Connection, names: list[QualifiedName]) -> list[tuple[str, int, bool]]:
+    selects = [f"select {number} as n, last_value, is_called from {name.sql}" for number, name in enumerate(names)]
+    with asking("source", "reading sequences"):
+        rows = await source.fetch(" union all ".join(selects))
+    return [(names[row["n"]].sql, row["last_value"], row["is_called"]) for row in rows]
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignKey:
+    """A foreign key of the plan; `statement` is pg_dump's."""
+
+    oid: int
+    table: QualifiedName
+    name: str
+    statement: str
+    is_partitioned: bool
+    is_valid: bool
+
+    def add_statement(self, target_version: int) -> str:
+        """Give the statement that adds it without looking at the rows, where that is allowed."""
+        statement = self.statement.rstrip().removesuffix(";")
+        is_plain = not self.is_valid or (self.is_partitioned and target_version < _NOT_VALID_ON_PARTITIONED)
+        return statement if is_plain else f"{statement} NOT VALID"
+
+    @property
+    def validate_statement(self) -> str:
+        """Give the statement that looks at the rows."""
+        return f"alter table {self.table.sql} validate constraint {quote_identifier(self.name)}"
+
+
+async def _read_foreign_keys(run: Run, *states: str) -> list[ForeignKey]:
+    with asking("target", "reading the plan"):
+        rows = await run.target.fetch(
+            """select oid, schema_name, table_name, name, statement, is_partitioned, is_valid
+               from _live_migration.foreign_keys where state = any($1::text[]) order by oid""",
+            list(states),
+        )
+    return [
+        ForeignKey(
+            row["oid"],
+            QualifiedName(row["schema_name"], row["table_name"]),
+            row["name"],
+            row["statement"],
+            row["is_partitioned"],
+            row["is_valid"],
+        )
+        for row in rows
+    ]
+
+
+async def add_foreign_keys(run: Run) -> None:
+    """Add the foreign keys, not valid yet where that is possible; each in a transaction of its own."""
+    version = await run.target.fetchval("select current_setting('server_version_num')::int")
+    for key in await _read_foreign_keys(run, "pending"):
+        async with run.target_transaction(f"adding foreign key {key.name} of {key.table}") as target:
+            await target.execute(key.add_statement(version))
+            await target.execute("update _live_migration.foreign_keys set state = 'added' where oid = $1", key.oid)
+
+
+async def validate_foreign_keys(run: Run) -> None:
+    """Validate the foreign keys that were valid on the source; one that does not hold is named and left not valid."""
+    for key in await _read_foreign_keys(run, "added"):
+        state = "valid"
+        if key.is_valid:
+            try:
+                with asking("target", f"validating foreign key {key.name} of {key.table}"):
+                    await run.target.execute(key.validate_statement)
+            except TargetError as error:
+                if not isinstance(error.__cause__, asyncpg.IntegrityConstraintViolationError):
+                    raise
+                run.reporter.warning(f"rows on the target violate a foreign key, as on the source: {error.message}")
+                state = "failed"
+        with asking("target", "recording a foreign key"):
+            await run.target.execute(
+                "update _live_migration.foreign_keys set state = $2 where oid = $1", key.oid, state
+            )
+
+
+async def refresh_materialized_views(run: Run, source: asyncpg.Connection) -> None:
+    """Fill the materialized views that the source has filled; those that read others after these."""
+    with asking("source", "listing materialized views"):
+        rows = await source.fetch(
+            """select n.nspname as schema, c.relname as name from pg_class c join pg_namespace n on n.oid = c.relnamespace
+               where c.relkind = 'm' and c.relispopulated and n.nspname !~ '^pg_' and n.nspname <> 'information_schema'
+                 and not exists (select from pg_depend d
+                                 where d.classid = 'pg_class'::regclass and d.objid = c.oid and d.deptype = 'e')
+               order by c.oid"""
+        )
+    views = [QualifiedName(row["schema"], row["name"]) for row in rows]
+    while views:
+        failed = [(view, error) for view in views if (error := await _refresh(run, view)) is not None]
+        if len(failed) == len(views):
+            for view, error in failed:
+                run.reporter.warning(
+                    f"materialized view {view} could not be filled, do it by hand: refresh materialized view {view.sql}; "
+                    f"{error.message}"
+                )
+            return
+        views = [view for view, _ in failed]
+
+
+async def _refresh(run: Run, view: QualifiedName) -> TargetError | None:
+    try:
+        with asking("target", f"filling {view}"):
+            await run.target.execute(f"refresh materialized view {view.sql}")
+    except TargetError as error:
+        return error
+    return None
+
+
+async def _analyze(run: Run) -> None:
+    run.reporter.note("gathering statistics on the target (ANALYZE)")
+    with asking("target", "ANALYZE"):
+        await run.target.execute("analyze")

@@ -1,0 +1,51 @@
+"""What a migration still holds on the source, said at every exit."""
+
+from __future__ import annotations
+
+import asyncio
+
+import asyncpg
+
+from live_migration.common.errors import LiveMigrationError
+from live_migration.common.postgres import session
+from live_migration.common.settings import Settings
+from live_migration.coordinator.findings import name_list
+from live_migration.coordinator.observer import Reporter
+from live_migration.coordinator.run import APPLICATION
+from live_migration.producer.publication import publications_present
+from live_migration.producer.slot import describe_slot, read_slot
+
+_TIMEOUT_SECONDS = 10.0
+
+
+async def say_what_is_held(settings: Settings, reporter: Reporter) -> None:
+    """Tell the user what stays on the source until `clean`; a server that cannot be reached keeps us from nothing."""
+    try:
+        async with asyncio.timeout(_TIMEOUT_SECONDS):
+            held = await list_held(settings)
+    except (LiveMigrationError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+        reporter.warning(
+            f"the source or target cannot be asked just now; slot {settings.slot} and publications {settings.publication} "
+            f"and {settings.insert_publication} may be on the source and retain WAL until `live-migration clean`"
+        )
+        return
+    if held:
+        reporter.note(f"still held on the source until `live-migration clean`: {'; '.join(held)}")
+
+
+async def list_held(settings: Settings) -> list[str]:
+    """Give slot with its retained WAL, publications, and changed replica identities, for people."""
+    async with session(settings.source_uri(), "source", application=f"{APPLICATION} exit") as source:
+        slot = await read_slot(source, settings.slot)
+        publications = await publications_present(source, [settings.publication, settings.insert_publication])
+    async with session(settings.target_uri(), "target", application=f"{APPLICATION} exit") as target:
+        identities = []
+        if await target.fetchval("select to_regclass('_live_migration.source_changes') is not null"):
+            rows = await target.fetch("select object from _live_migration.source_changes where not restored order by 1")
+            identities = [row["object"] for row in rows]
+    held = [describe_slot(settings.slot, slot)] if slot else []
+    if publications:
+        held.append(f"publications {', '.join(publications)}")
+    if identities:
+        held.append(f"REPLICA IDENTITY FULL of {name_list(identities)}")
+    return held

@@ -1,0 +1,178 @@
+"""What surrounds the work of `migrate`, `clean` and the services: signals, keys, our own broker, what the state knows."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import click
+from rich.console import Console
+
+from live_migration.common import postgres, state
+from live_migration.common.errors import LiveMigrationError
+from live_migration.common.local_kafka import LocalKafka
+from live_migration.common.settings import Settings
+from live_migration.common.state import Migration, Phase
+from live_migration.coordinator.clean import clean
+from live_migration.coordinator.conductor import conduct
+from live_migration.coordinator.display import Display
+from live_migration.coordinator.handover import is_finished
+from live_migration.coordinator.report import print_summary
+from live_migration.coordinator.status import adopt
+
+_STOPPED = 130
+
+
+async def migrate(settings: Settings) -> int:
+    """Run a migration to its end, or until a signal stops it with its state kept; give the exit code.
+
+    The first SIGINT or SIGTERM stops in order, the second at once; SIGUSR1, or c and ENTER, ask for the cutover.
+    """
+    stop, ask_cutover = asyncio.Event(), asyncio.Event()
+    has_keys = sys.stdin is not None and sys.stdin.isatty()
+    async with Display(Console(stderr=True), has_keys=has_keys) as display:
+        with_signals = _signals(stop, ask_cutover, display)
+        async with with_signals, _keys(ask_cutover if has_keys else None):
+            async with _broker(settings, display.note) as reachable:
+                await _conduct_with_display(reachable, display, stop, ask_cutover)
+    if display.phase is Phase.DONE and not stop.is_set():
+        return 0
+    display.note("stopped; run the same command again to go on")
+    return _STOPPED
+
+
+async def _conduct_with_display(
+    settings: Settings, display: Display, stop: asyncio.Event, ask_cutover: asyncio.Event
+) -> None:
+    try:
+        async with asyncio.TaskGroup() as group:
+            showing = group.create_task(display.follow(settings))
+            await conduct(settings, stop=stop, ask_cutover=ask_cutover, observer=display)
+            showing.cancel()
+    except BaseExceptionGroup as failures:
+        # The display swallows what the conductor reports better, so there is one cause.
+        raise failures.exceptions[0] from failures
+    if display.phase is Phase.DONE:
+        await display.refresh(settings)
+        if display.last is not None:
+            print_summary(display.last, display.note)
+
+
+@asynccontextmanager
+async def _signals(stop: asyncio.Event, ask_cutover: asyncio.Event, display: Display) -> AsyncIterator[None]:
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    assert task is not None
+
+    def interrupted() -> None:
+        if stop.is_set():
+            display.warning("stopping at once")
+            task.cancel()
+        else:
+            display.note("stopping, the state is kept; once more to stop at once")
+            stop.set()
+
+    def asked() -> None:
+        display.note("cutover asked for by SIGUSR1")
+        ask_cutover.set()
+
+    loop.add_signal_handler(signal.SIGINT, interrupted)
+    loop.add_signal_handler(signal.SIGTERM, interrupted)
+    loop.add_signal_handler(signal.SIGUSR1, asked)
+    try:
+        yield
+    finally:
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            loop.remove_signal_handler(each)
+
+
+@asynccontextmanager
+async def _keys(ask_cutover: asyncio.Event | None) -> AsyncIterator[None]:
+    """Watch the terminal for `c` and ENTER."""
+    if ask_cutover is None:
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    terminal = sys.stdin.fileno()
+
+    def typed() -> None:
+        line = os.read(terminal, 1024)
+        if not line:
+            loop.remove_reader(terminal)
+        elif line.strip().lower() == b"c":
+            ask_cutover.set()
+
+    loop.add_reader(terminal, typed)
+    try:
+        yield
+    finally:
+        loop.remove_reader(terminal)
+
+
+@asynccontextmanager
+async def _broker(settings: Settings, note: Callable[[str], None]) -> AsyncIterator[Settings]:
+    """Give settings with a broker: the one that is given, the one that the migration has, else one of our own in `dir`."""
+    folder = settings.dir / "kafka"
+    if settings.kafka is None:
+        migration, is_over = await _look_up(settings)
+        if migration is not None and (is_over or not folder.exists()):
+            settings = settings.model_copy(update={"kafka": migration.kafka})
+    if settings.kafka is not None:
+        yield settings
+        return
+    note(f"starting a broker of our own in {folder}")
+    async with LocalKafka(folder, flush_each_append=True) as broker:
+        yield settings.model_copy(update={"kafka": broker.bootstrap})
+
+
+async def _look_up(settings: Settings) -> tuple[Migration | None, bool]:
+    """Give the migration that the target holds, and whether nothing is left to do for it."""
+    try:
+        async with postgres.session(settings.target_uri(), "target") as target:
+            with postgres.asking("target", "reading the migration's state"):
+                migration = await state.read_migration(target)
+                is_over = migration is not None and migration.phase is Phase.DONE and await is_finished(target)
+                return migration, is_over
+    except LiveMigrationError:
+        return None, False  # the conductor's checks name it, and whatever else is wrong
+
+
+async def adopt_from_state(settings: Settings) -> Settings:
+    """Fill what was not given from the state on the target, where one is given."""
+    if settings.target is None:
+        return settings
+    async with postgres.session(settings.target_uri(), "target") as target:
+        with postgres.asking("target", "reading the migration's state"):
+            migration = await state.read_migration(target)
+    return adopt(settings, migration) if migration else settings
+
+
+async def clean_up(settings: Settings, *, prune: bool) -> None:
+    """Run `clean` with what the state knows, and with our own broker where its folder is."""
+
+    def note(message: str) -> None:
+        click.echo(message, err=True)
+
+    was_given = settings.kafka is not None
+    adopted = await adopt_from_state(settings)
+    folder = adopted.dir / "kafka"
+    if was_given or prune or not (folder / "server.properties").exists():
+        kept = adopted if was_given else adopted.model_copy(update={"kafka": None})
+        await clean(kept, prune=prune, note=note)
+    else:
+        async with LocalKafka(folder, flush_each_append=True) as broker:
+            await clean(adopted.model_copy(update={"kafka": broker.bootstrap}), prune=prune, note=note)
+    note("nothing of this migration is left on source and target")
+
+
+async def serve(run: Callable[[Settings, asyncio.Event], Awaitable[None]], settings: Settings) -> None:
+    """Run a service until it ends or SIGTERM or SIGINT tells it to drain."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for each in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(each, stop.set)
+    await run(settings, stop)

@@ -1,0 +1,118 @@
+"""Beginning a migration, or finding the one that the target holds."""
+
+from __future__ import annotations
+
+import json
+from uuid import uuid4
+
+import asyncpg
+
+from live_migration.common import state
+from live_migration.common.errors import SourceError, TargetError
+from live_migration.common.postgres import asking, describe, session
+from live_migration.common.settings import Settings
+from live_migration.common.state import Migration, Phase
+from live_migration.coordinator import preflight
+from live_migration.coordinator.handover import is_finished
+from live_migration.coordinator.observer import Reporter
+from live_migration.coordinator.run import APPLICATION
+from live_migration.producer.slot import SystemIdentity, identify_system
+
+_SECRETS = frozenset({"source", "target", "kafka_username", "kafka_password"})
+
+
+async def open_migration(settings: Settings, reporter: Reporter) -> Settings | None:
+    """Begin a migration or resume the target's; give the settings that hold for it, None when it is done already.
+
+    Raises:
+        LiveMigrationError: a check failed before anything was touched; or the target's migration is another one.
+    """
+    async with session(settings.target_uri(), "target", application=f"{APPLICATION} opening") as target:
+        with asking("target", "reading the migration's state"):
+            migration = await state.read_migration(target)
+        if migration is None:
+            await _begin(settings, target, reporter)
+            return settings
+        _require_same_name(settings, migration)
+        with asking("target", "reading the migration's state"):
+            if migration.phase is Phase.DONE and await is_finished(target):
+                reporter.phase_changed(Phase.DONE)
+                reporter.note(
+                    "this migration is done already; nothing was changed. `live-migration clean` removes what it left"
+                )
+                return None
+        await _require_same_source(settings, migration)
+        return await _resume(settings, migration, target, reporter)
+
+
+async def _begin(settings: Settings, target: asyncpg.Connection, reporter: Reporter) -> None:
+    findings = await preflight.validate(settings)
+    for finding in findings:
+        if finding.level == "warning":
+            reporter.warning(finding.what)
+    preflight.require_clean(findings)
+    identity = await identify_system(settings.source_uri())
+    async with session(settings.source_uri(), "source", application=f"{APPLICATION} opening") as source:
+        with asking("source", "asking for the version"):
+            version = await source.fetchval("select current_setting('server_version_num')::int")
+    with asking("target", "creating the migration's state"):
+        try:
+            async with target.transaction():
+                await state.create_schema(target)
+                await _insert(settings, target, identity, version)
+        except asyncpg.DuplicateSchemaError as error:
+            raise TargetError(
+                "the target holds a schema _live_migration already",
+                hint="Another coordinator began just now, or it is left from somewhere else; `live-migration clean` drops it.",
+            ) from error
+    reporter.note(f"migration of {describe(settings.source_uri())} to {describe(settings.target_uri())} begun")
+
+
+async def _insert(settings: Settings, target: asyncpg.Connection, identity: SystemIdentity, version: int) -> None:
+    await target.execute(
+        """insert into _live_migration.migration
+           (id, name, phase, settings, kafka, source_address, source_system, source_timeline, source_database,
+            source_version, topic_id, lane_count)
+           values ($1, $2, 'prepare', $3, $4, $5, $6, $7, $8, $9, $10, $11)""",
+        uuid4(),
+        settings.name,
+        json.dumps(settings.model_dump(mode="json", exclude=set(_SECRETS))),
+        settings.kafka_servers(),
+        describe(settings.source_uri()),
+        identity.system_identifier,
+        identity.timeline,
+        identity.database,
+        version,
+        uuid4(),
+        settings.partitions,
+    )
+
+
+def _require_same_name(settings: Settings, migration: Migration) -> None:
+    if migration.name != settings.name:
+        raise TargetError(
+            f"the target holds another migration, named {migration.name}",
+            hint=f"Give --name {migration.name} to go on with it, or clean it first.",
+        )
+
+
+async def _require_same_source(settings: Settings, migration: Migration) -> None:
+    identity = await identify_system(settings.source_uri())
+    if (identity.system_identifier, identity.database) != (migration.source_system, migration.source_database):
+        raise SourceError(
+            f"the migration on the target copies from {migration.source_address}, but SOURCE is another database: "
+            f"{describe(settings.source_uri())}, system {identity.system_identifier}",
+            hint="Check SOURCE, or `live-migration clean` and start again.",
+        )
+
+
+async def _resume(settings: Settings, migration: Migration, target: asyncpg.Connection, reporter: Reporter) -> Settings:
+    """Give the settings with what is fixed for a migration's life taken from its state."""
+    kafka = settings.kafka or migration.kafka
+    if kafka != migration.kafka:
+        with asking("target", "recording the broker's address"):
+            await target.execute("update _live_migration.migration set kafka = $1", kafka)
+    if settings.partitions != migration.lane_count:
+        reporter.note(f"the migration keeps its {migration.lane_count} lanes; --partitions cannot change them any more")
+    reporter.note(f"going on in phase {migration.phase.value}")
+    return settings.model_copy(update={"kafka": kafka, "partitions": migration.lane_count})

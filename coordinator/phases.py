@@ -1,0 +1,21 @@
+"""The phases of a migration and how one follows another."""
+
+from __future__ import annotations
+
+from live_migration.common.state import Phase
+
+__all__ = ["FOLLOWERS", "Phase", "is_transition_allowed"]
+
+FOLLOWERS: dict[Phase, frozenset[Phase]] = {
+    Phase.PREPARE: frozenset({Phase.SCHEMA}),
+    Phase.SCHEMA: frozenset({Phase.COPY}),
+    Phase.COPY: frozenset({Phase.REPLAY}),
+    Phase.REPLAY: frozenset({Phase.CUTOVER}),
+    Phase.CUTOVER: frozenset({Phase.REPLAY, Phase.DONE}),  # back when the source is still written to
+    Phase.DONE: frozenset(),
+}
+
+
+def is_transition_allowed(before: Phase, after: Phase) -> bool:
+    """Tell whether a migration may go from one phase to another; staying is always allowed."""
+    return before is after or after in FOLLOWERS[before]

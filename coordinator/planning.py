@@ -1,0 +1,75 @@
+"""Which table goes into which publication, and how each is carried. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from live_migration.common.catalog import ColumnInfo, TableInfo
+from live_migration.common.lanes import lane_of
+from live_migration.common.relation import ReplicaIdentity
+
+Membership = Literal["all", "insert"]
+GENERATED_IN_FULL = 180_000
+"""From this version on the source refuses UPDATE and DELETE on a published table that is FULL and has a generated column.
+
+Before it (tried on 14 to 17) they succeed, and the old row in the stream simply lacks the generated columns.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Memberships:
+    """Where each table goes; `unlogged` into no publication."""
+
+    all: tuple[TableInfo, ...]
+    insert: tuple[TableInfo, ...]
+    unlogged: tuple[TableInfo, ...]
+
+
+def has_identity(table: TableInfo, source_version: int) -> bool:
+    """Tell whether UPDATE and DELETE succeed on the source when the table is published with all operations."""
+    if table.identity is ReplicaIdentity.FULL:
+        return source_version < GENERATED_IN_FULL or not any(column.generated for column in table.columns)
+    return table.identity_index is not None
+
+
+def may_become_full(table: TableInfo, source_version: int) -> bool:
+    """Tell whether REPLICA IDENTITY FULL would let UPDATE and DELETE through."""
+    return source_version < GENERATED_IN_FULL or not any(column.generated for column in table.columns)
+
+
+def assign(tables: Iterable[TableInfo], source_version: int) -> Memberships:
+    """Assign tables to the publications."""
+    logged = [table for table in tables if table.persistence == "p"]
+    return Memberships(
+        tuple(table for table in logged if has_identity(table, source_version)),
+        tuple(table for table in logged if not has_identity(table, source_version)),
+        tuple(table for table in tables if table.persistence == "u"),
+    )
+
+
+def columns_json(columns: Iterable[ColumnInfo]) -> str:
+    """Give columns as the state keeps them."""
+    return json.dumps([{"name": c.name, "type": c.type, "generated": c.generated} for c in columns])
+
+
+def table_row(table: TableInfo, lane_count: int, membership: Membership) -> tuple[object, ...]:
+    """Give a table's row for `_live_migration.tables`: the values of `TABLE_COLUMNS`."""
+    return (
+        table.oid,
+        table.name.schema,
+        table.name.name,
+        lane_of(table.name, lane_count),
+        membership,
+        columns_json(table.columns),
+        table.is_binary_safe,
+        table.row_estimate,
+        table.size_bytes,
+    )
+
+
+TABLE_COLUMNS = (
+    "oid", "schema_name", "table_name", "lane", "publication", "columns", "binary_copy", "row_estimate", "size_bytes",
+)  # fmt: skip

@@ -1,0 +1,255 @@
+"""Phase `prepare`: topics, identities, publications, slot, and the wait that makes table snapshots safe.
+
+What is made is announced in the state first. When the phase is entered again, what an earlier attempt made is
+removed and made anew: nothing has been read from it yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import asyncpg
+
+from live_migration.common import kafka
+from live_migration.common.catalog import TableInfo
+from live_migration.common.errors import KafkaError, SlotError, SourceError
+from live_migration.common.lsn import Lsn
+from live_migration.common.postgres import asking
+from live_migration.common.progress import format_bytes
+from live_migration.common.relation import ReplicaIdentity
+from live_migration.common.settings import Settings
+from live_migration.common.state import Phase
+from live_migration.coordinator import planning, steps
+from live_migration.coordinator.control_topic import producer_config, write_config
+from live_migration.coordinator.planning import Memberships
+from live_migration.coordinator.run import Run
+from live_migration.producer.publication import (
+    ALL_OPERATIONS,
+    INSERT_ONLY,
+    PublishedTable,
+    add_tables,
+    create_publication,
+    drop_publication,
+    move_table,
+    publications_present,
+    published_tables,
+    restore_identity,
+    set_identity_full,
+    tables_without_identity,
+)
+from live_migration.producer.slot import (
+    SlotTimeout,
+    await_older_transactions,
+    create_slot,
+    drop_slot,
+    identify_system,
+    read_slot,
+)
+
+_STEP = "prepare"
+_PLANNING_ATTEMPTS = 20
+
+
+async def prepare(run: Run) -> None:
+    """Make what the change log needs on Kafka and the source, then enter phase `schema`."""
+    with asking("target", "beginning to prepare"):
+        is_again = await steps.begin(run.target, _STEP)
+    async with run.source_session("prepare") as source:
+        if is_again:
+            run.reporter.note("preparing again: what an earlier attempt left on the source is made anew")
+            await remove_from_source(source, run.settings)
+            await kafka.delete_topics(run.settings)
+            await _await_topics_gone(run.settings)
+        else:
+            await _require_nothing_there(source, run.settings)
+        await kafka.create_topics(run.settings)
+        try:
+            await _prepare_source(run, source)
+        except SlotTimeout:
+            await remove_from_source(source, run.settings)
+            await give_identities_back(run.target, source, run.settings)
+            raise
+    await run.reload()
+
+
+async def _prepare_source(run: Run, source: asyncpg.Connection) -> None:
+    settings, reporter = run.settings, run.reporter
+    identity = await identify_system(settings.source_uri())
+    if identity.system_identifier != run.migration.source_system:
+        raise SourceError(
+            f"the source is another cluster now: {identity.system_identifier}, was {run.migration.source_system}",
+            hint="Check SOURCE, or `live-migration clean` and start again.",
+        )
+    await create_publication(source, settings.publication, ALL_OPERATIONS)
+    await create_publication(source, settings.insert_publication, INSERT_ONLY)
+    if settings.replica_identity_full:
+        await _give_full_identities(run, source)
+    members = await publish_tables(run, source)
+    _announce(run, members)
+    lsn = await create_slot(settings.source_uri(), settings.slot, timeout=settings.slot_timeout, on_wait=reporter.note)
+    reporter.note(f"slot {settings.slot} made, the change log begins at {Lsn(lsn)}")
+    await await_older_transactions(
+        source, timeout=settings.slot_timeout, on_wait=reporter.note, what="the first table snapshot"
+    )
+    binary = all(table.is_binary_safe for table in (*members.all, *members.insert))
+    await _enter_schema(run, lsn, identity.timeline, binary)
+
+
+async def _enter_schema(run: Run, start_lsn: int, timeline: int, binary: bool) -> None:
+    with asking("target", "recording the slot"):
+        await run.target.execute(
+            """update _live_migration.migration set start_lsn = $2, source_timeline = $3, binary_stream = $4
+               where epoch = $1""",
+            run.epoch,
+            start_lsn,
+            timeline,
+            binary,
+        )
+    await run.reload()
+    await write_config(run.settings, producer_config(run.settings, run.migration))
+    async with run.target_transaction("leaving phase prepare"):
+        await steps.finish(run.target, run.epoch, _STEP)
+        await run.enter(Phase.SCHEMA)
+
+
+async def _require_nothing_there(source: asyncpg.Connection, settings: Settings) -> None:
+    """Refuse what bears our names and was not made by this migration."""
+    with asking("source", "looking for slot and publications of our name"):
+        slot = await read_slot(source, settings.slot)
+        publications = await publications_present(source, [settings.publication, settings.insert_publication])
+    if slot is not None:
+        raise SlotError(
+            f"slot {settings.slot} exists on the source already, and is not this migration's",
+            hint="Choose another --name, or drop the slot if nobody needs it.",
+        )
+    if publications:
+        raise SourceError(
+            f"publications exist on the source already: {', '.join(publications)}",
+            hint="Choose another --name, or drop them if nobody needs them.",
+        )
+
+
+async def remove_from_source(source: asyncpg.Connection, settings: Settings) -> list[str]:
+    """Drop slot and publications where they exist; give what was dropped."""
+    dropped = []
+    if await drop_slot(source, settings.slot):
+        dropped.append(f"slot {settings.slot}")
+    for name in (settings.publication, settings.insert_publication):
+        if await drop_publication(source, name, lock_timeout=settings.lock_timeout):
+            dropped.append(f"publication {name}")
+    return dropped
+
+
+async def _await_topics_gone(settings: Settings) -> None:
+    """Wait until deleted topics are gone, which the broker does after it has answered."""
+    async with kafka.admin(settings) as client:
+        for _ in range(300):
+            if not any([await kafka.topic_exists(client, t) for t in (settings.changes_topic, settings.control_topic)]):
+                return
+            await asyncio.sleep(0.1)
+    raise KafkaError("the topics of an earlier attempt do not go away", hint="Look at the broker's log.")
+
+
+async def _give_full_identities(run: Run, source: asyncpg.Connection) -> None:
+    """Give tables without identity REPLICA IDENTITY FULL where UPDATE and DELETE then succeed, recorded before."""
+    version = run.migration.source_version
+    for table in planning.assign(await run.list_tables(source), version).insert:
+        if not planning.may_become_full(table, version):
+            continue
+        async with run.target_transaction("recording a change on the source"):
+            await run.target.execute(
+                """insert into _live_migration.source_changes (kind, oid, object, before, after)
+                   select 'replica_identity', $1, $2, $3, 'f'
+                   where not exists (select from _live_migration.source_changes
+                                     where kind = 'replica_identity' and oid = $1 and not restored)""",
+                table.oid,
+                str(table.name),
+                table.identity.value,
+            )
+        await set_identity_full(source, PublishedTable(table.oid, table.name), lock_timeout=run.settings.lock_timeout)
+        run.reporter.note(f"{table.name} has REPLICA IDENTITY FULL until `clean`")
+
+
+async def give_identities_back(target: asyncpg.Connection, source: asyncpg.Connection, settings: Settings) -> list[str]:
+    """Restore the replica identities that we changed; give the tables' names."""
+    with asking("target", "reading what was changed on the source"):
+        rows = await target.fetch(
+            """select id, oid, object, before from _live_migration.source_changes
+               where kind = 'replica_identity' and not restored order by id"""
+        )
+    restored = []
+    for row in rows:
+        name = await restore_identity(
+            source, row["oid"], ReplicaIdentity(row["before"]), lock_timeout=settings.lock_timeout
+        )
+        with asking("target", "recording what was given back"):
+            await target.execute("update _live_migration.source_changes set restored = true where id = $1", row["id"])
+        if name is not None:
+            restored.append(str(name))
+    return restored
+
+
+async def publish_tables(run: Run, source: asyncpg.Connection) -> Memberships:
+    """Bring the source's tables into our two publications; give who is where.
+
+    A table whose identity is lost between looking and publishing is moved at once, one that vanishes is let go.
+    """
+    settings, version = run.settings, run.migration.source_version
+    for _ in range(_PLANNING_ATTEMPTS):
+        members = planning.assign(await run.list_tables(source), version)
+        try:
+            for name, tables in ((settings.publication, members.all), (settings.insert_publication, members.insert)):
+                other = await published_tables(source, _other(settings, name))
+                wanted = [PublishedTable(t.oid, t.name) for t in tables if t.oid not in other]
+                await add_tables(source, name, wanted, lock_timeout=settings.lock_timeout)
+        except SourceError as error:
+            if not isinstance(error.__cause__, asyncpg.UndefinedTableError | asyncpg.InvalidSchemaNameError):
+                raise
+            continue
+        refuses_generated = version >= planning.GENERATED_IN_FULL
+        lost = await tables_without_identity(source, settings.publication, refuses_generated=refuses_generated)
+        for table in lost:
+            await drop_from_publication(source, settings, table)
+        if not lost and not await _unpublished(source, settings, members):
+            return members
+    raise SourceError("tables on the source come and go faster than they can be published", hint="Try again later.")
+
+
+async def drop_from_publication(source: asyncpg.Connection, settings: Settings, table: PublishedTable) -> None:
+    """Move a table without identity into the publication of inserts."""
+    await move_table(
+        source, table, settings.publication, settings.insert_publication, lock_timeout=settings.lock_timeout
+    )
+
+
+async def _unpublished(source: asyncpg.Connection, settings: Settings, members: Memberships) -> list[TableInfo]:
+    published = {
+        **await published_tables(source, settings.publication),
+        **await published_tables(source, settings.insert_publication),
+    }
+    return [table for table in (*members.all, *members.insert) if table.oid not in published]
+
+
+def _other(settings: Settings, name: str) -> str:
+    return settings.insert_publication if name == settings.publication else settings.publication
+
+
+def _announce(run: Run, members: Memberships) -> None:
+    """Name the tables that are not followed like others."""
+    if members.insert:
+        run.reporter.warning(
+            f"{len(members.insert)} tables have no usable replica identity; only INSERT and TRUNCATE on them are followed, "
+            f"an UPDATE or DELETE there is not: {_names(members.insert)}"
+        )
+    if members.unlogged:
+        size = format_bytes(sum(table.size_bytes for table in members.unlogged))
+        run.reporter.warning(
+            f"{len(members.unlogged)} unlogged tables ({size}) are not in the WAL and are copied at the cutover: "
+            f"{_names(members.unlogged)}"
+        )
+    run.reporter.note(f"{len(members.all) + len(members.insert)} tables published")
+
+
+def _names(tables: Sequence[TableInfo]) -> str:
+    return ", ".join(str(table.name) for table in tables)

@@ -1,0 +1,98 @@
+"""What every phase of one run of the conductor needs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import TypeVar
+
+import asyncpg
+
+from live_migration.common import state
+from live_migration.common.catalog import TableInfo, list_tables
+from live_migration.common.errors import LiveMigrationError, SourceError
+from live_migration.common.postgres import asking, session
+from live_migration.common.settings import Settings
+from live_migration.common.state import Migration, Phase
+from live_migration.coordinator.control_topic import announce_publication_change
+from live_migration.coordinator.observer import Reporter
+from live_migration.coordinator.phases import is_transition_allowed
+from live_migration.coordinator.steps import require_role
+
+_T = TypeVar("_T")
+APPLICATION = "live-migration"
+"""Our sessions' application_name begins with this."""
+
+
+@dataclass(slots=True)
+class Run:
+    """One coordinator's hold of a migration. `target` is the session of its main task, `epoch` that of its lease."""
+
+    settings: Settings
+    reporter: Reporter
+    target: asyncpg.Connection
+    epoch: int
+    migration: Migration
+
+    @property
+    def phase(self) -> Phase:
+        """The migration's phase, which only we move."""
+        return self.migration.phase
+
+    @asynccontextmanager
+    async def source_session(self, what: str) -> AsyncIterator[asyncpg.Connection]:
+        """Open a session on the source that waits for locks no longer than the settings allow; `what` shows in its application_name."""
+        async with session(self.settings.source_uri(), "source", application=f"{APPLICATION} {what}") as source:
+            with asking("source", "setting up a session"):
+                await source.execute(f"set lock_timeout = {max(1, round(self.settings.lock_timeout * 1000))}")
+            yield source
+
+    async def patiently(self, doing: str, look: Callable[[], Awaitable[_T]]) -> _T:
+        """Look at the source's catalogs, again as long as somebody locks a table so that it cannot be looked at."""
+        for attempt in count():
+            try:
+                with asking("source", doing):
+                    return await look()
+            except SourceError as error:
+                if not isinstance(error.__cause__, asyncpg.LockNotAvailableError):
+                    raise
+            if attempt % 5 == 0:
+                self.reporter.note(f"{doing} waits for somebody who locks a table on the source")
+            await asyncio.sleep(0.5)
+        raise AssertionError
+
+    async def list_tables(self, source: asyncpg.Connection) -> list[TableInfo]:
+        """Give the source's tables."""
+        return await self.patiently("listing tables", lambda: list_tables(source))
+
+    def target_session(self, what: str) -> AbstractAsyncContextManager[asyncpg.Connection]:
+        """Open another session on the target."""
+        return session(self.settings.target_uri(), "target", application=f"{APPLICATION} {what}")
+
+    @asynccontextmanager
+    async def target_transaction(self, doing: str) -> AsyncIterator[asyncpg.Connection]:
+        """Run a transaction on the target that commits only while we are the coordinator."""
+        with asking("target", doing):
+            async with self.target.transaction():
+                yield self.target
+                await require_role(self.target, self.epoch)
+
+    async def reload(self) -> None:
+        """Read the migration's row anew."""
+        self.migration = await state.require_migration(self.target)
+
+    async def enter(self, phase: Phase) -> None:
+        """Move the migration to a phase, in a transaction where one is open, and tell everybody."""
+        if not is_transition_allowed(self.phase, phase):
+            raise LiveMigrationError(f"a migration cannot go from phase {self.phase.value} to {phase.value}")
+        with asking("target", f"entering phase {phase.value}"):
+            await state.set_phase(self.target, self.epoch, phase)
+
+    async def publications_changed(self, target: asyncpg.Connection) -> None:
+        """Tell the producer that a publication was changed; `target` is the calling task's session."""
+        change = await announce_publication_change(self.settings, target, self.epoch, self.migration)
+        # The row may have been read anew meanwhile, in another phase.
+        self.migration = replace(self.migration, publication_change=change)

@@ -1,0 +1,272 @@
+"""Phase `schema`: the plan of all tables, indexes and foreign keys, and the schema's first part on the target.
+
+One exported snapshot of the source serves pg_dump and our own catalog queries and is let go at once. The archive is
+kept in the state with the plan, in one transaction; then its entries are run in batches whose progress is
+committed with them. Thus the phase can be entered again after a crash at any point, on any host.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import asyncpg
+
+from live_migration.common.catalog import TableInfo, list_tables
+from live_migration.common.errors import SourceError
+from live_migration.common.postgres import asking
+from live_migration.common.settings import Settings
+from live_migration.common.state import Phase
+from live_migration.coordinator import client_programs, planning, steps
+from live_migration.coordinator.client_programs import ClientPrograms, ProgramError
+from live_migration.coordinator.dump_script import (
+    PG_CLASS,
+    PG_CONSTRAINT,
+    PG_PUBLICATION,
+    PG_PUBLICATION_REL,
+    Entry,
+    parse_script,
+)
+from live_migration.coordinator.entries import run_entries
+from live_migration.coordinator.post_data import PostData, sort_post_data
+from live_migration.coordinator.prepare import publish_tables
+from live_migration.coordinator.run import Run
+from live_migration.producer.publication import published_tables
+from live_migration.producer.slot import await_older_transactions
+
+ARCHIVE = "schema"
+PRE_DATA = "pre-data"
+_PLAN = "plan"
+_KEYS = "keys"
+_ATTEMPTS = 30
+
+_INDEXES = """
+    select i.indexrelid as oid, i.indrelid as table_oid, c.relname as name, t.relkind::text as table_kind,
+           con.oid as constraint_oid, i.indisprimary as is_primary, i.indisunique as is_unique,
+           pg_relation_size(i.indexrelid) as size_bytes
+    from pg_index i join pg_class c on c.oid = i.indexrelid join pg_class t on t.oid = i.indrelid
+    left join pg_constraint con on con.conindid = i.indexrelid and con.conrelid = i.indrelid and con.contype in ('p', 'u', 'x')
+    where t.relkind in ('r', 'p') and t.relnamespace not in (select oid from pg_namespace where nspname like 'pg\\_%')
+"""
+_FOREIGN_KEYS = """
+    select con.oid, n.nspname as schema_name, c.relname as table_name, con.conname as name,
+           c.relkind = 'p' as is_partitioned, con.convalidated as is_valid
+    from pg_constraint con join pg_class c on c.oid = con.conrelid join pg_namespace n on n.oid = c.relnamespace
+    where con.contype = 'f'
+"""
+_OUR_PUBLICATIONS = """
+    select p.oid, (select array_agg(r.oid) from pg_publication_rel r where r.prpubid = p.oid) as members
+    from pg_publication p where p.pubname = any($1::text[])
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSchema:
+    """What the planning snapshot showed."""
+
+    tables: list[TableInfo]
+    indexes: list[asyncpg.Record]
+    foreign_keys: list[asyncpg.Record]
+    our_publications: frozenset[tuple[int, int]]
+    """(catalog, oid) of what is ours and must not come to the target."""
+
+
+async def restore_schema(run: Run) -> None:
+    """Plan the migration and make the schema's first part on the target, then enter phase `copy`."""
+    programs = await client_programs.find(run.settings, run.migration.source_version // 10_000)
+    if not await steps.is_done(run.target, _PLAN):
+        await _plan(run, programs)
+    entries = await read_entries(run, programs, PRE_DATA)
+    run.reporter.note(f"restoring the schema: {len(entries)} objects")
+    await run_entries(run, PRE_DATA, entries)
+    async with run.target_transaction("leaving phase schema"):
+        await run.enter(Phase.COPY)
+    await run.reload()
+
+
+async def read_entries(run: Run, programs: ClientPrograms, section: str) -> list[Entry]:
+    """Give the entries of a section of the archive in the state."""
+    with asking("target", "reading the schema's archive"):
+        content = await run.target.fetchval("select content from _live_migration.archives where name = $1", ARCHIVE)
+    with _private_folder(run.settings) as folder:
+        archive = Path(folder, "schema.dump")
+        await asyncio.to_thread(archive.write_bytes, content)
+        return parse_script(await client_programs.write_script(programs, archive, section=section))
+
+
+def _private_folder(settings: Settings) -> tempfile.TemporaryDirectory[str]:
+    settings.dir.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(prefix="schema-", dir=settings.dir)  # 0700
+
+
+async def _plan(run: Run, programs: ClientPrograms) -> None:
+    """Save the plan and the archive, both of one snapshot in which every table is published."""
+    async with run.source_session("schema") as source:
+        with _private_folder(run.settings) as folder:
+            archive = Path(folder, "schema.dump")
+            for _ in range(_ATTEMPTS):
+                schema = await run.patiently("reading the schema", lambda: _look(run, source, programs, archive))
+                if schema is not None:
+                    break
+                await _publish_newcomers(run, source)
+            else:
+                raise SourceError(
+                    "tables on the source come faster than they can be published", hint="Try again later."
+                )
+            content = await asyncio.to_thread(archive.read_bytes)
+            post_data = parse_script(await client_programs.write_script(programs, archive, section="post-data"))
+            published_all = await published_tables(source, run.settings.publication)
+    await _save_plan(run, schema, content, post_data, frozenset(published_all))
+
+
+async def _look(run: Run, source: asyncpg.Connection, programs: ClientPrograms, archive: Path) -> SourceSchema | None:
+    """Dump the schema and read the catalogs in one snapshot; None when it shows a table that is not published."""
+    settings = run.settings
+    async with source.transaction(isolation="repeatable_read", readonly=True):
+        snapshot = await source.fetchval("select pg_export_snapshot()")
+        tables = await list_tables(source)
+        published = {
+            **await published_tables(source, settings.publication),
+            **await published_tables(source, settings.insert_publication),
+        }
+        if any(table.persistence == "p" and table.oid not in published for table in tables):
+            return None
+        await _dump(run, programs, archive, snapshot)
+        ours = await source.fetch(_OUR_PUBLICATIONS, [settings.publication, settings.insert_publication])
+        indexes, foreign_keys = await source.fetch(_INDEXES), await source.fetch(_FOREIGN_KEYS)
+    members = {(PG_PUBLICATION_REL, member) for row in ours for member in row["members"] or ()}
+    return SourceSchema(
+        tables, indexes, foreign_keys, frozenset({(PG_PUBLICATION, row["oid"]) for row in ours} | members)
+    )
+
+
+async def _dump(run: Run, programs: ClientPrograms, archive: Path, snapshot: str) -> None:
+    """Run pg_dump, again where it gave way at a lock that somebody holds."""
+    uri, lock_timeout = run.settings.source_uri(), run.settings.lock_timeout
+    for attempt in range(_ATTEMPTS):
+        try:
+            await client_programs.dump_schema(programs, uri, archive, snapshot=snapshot, lock_timeout=lock_timeout)
+            return
+        except ProgramError as error:
+            if "lock timeout" not in error.message or attempt == _ATTEMPTS - 1:
+                raise
+            run.reporter.note("pg_dump gave way to somebody who locks a table on the source; trying again")
+            await asyncio.sleep(min(0.5 * 2**attempt, 10))
+
+
+async def _publish_newcomers(run: Run, source: asyncpg.Connection) -> None:
+    """Publish tables made since `prepare`, and wait until no transaction can have missed it."""
+    await publish_tables(run, source)
+    await await_older_transactions(
+        source, timeout=run.settings.slot_timeout, on_wait=run.reporter.note, what="publishing new tables"
+    )
+    await run.publications_changed(run.target)
+
+
+async def _save_plan(
+    run: Run, schema: SourceSchema, archive: bytes, post_data: Sequence[Entry], all_operations: frozenset[int]
+) -> None:
+    tables = [table for table in schema.tables if table.persistence == "p"]
+    rows = [
+        planning.table_row(t, run.migration.lane_count, "all" if t.oid in all_operations else "insert") for t in tables
+    ]
+    columns = ", ".join(planning.TABLE_COLUMNS)
+    places = ", ".join(f"${n}" for n in range(1, len(planning.TABLE_COLUMNS) + 1))
+    async with run.target_transaction("saving the plan") as target:
+        for name in ("tables", "indexes", "foreign_keys", "checkpoints", "archives"):
+            await target.execute(f"delete from _live_migration.{name}")
+        await target.executemany(f"insert into _live_migration.tables ({columns}) values ({places})", rows)
+        await target.executemany(
+            """insert into _live_migration.indexes (oid, table_oid, name, is_primary, is_unique, size_bytes, statements)
+               values ($1, $2, $3, $4, $5, $6, $7)""",
+            plan_indexes(schema.indexes, post_data, {table.oid for table in tables}),
+        )
+        await target.executemany(
+            """insert into _live_migration.foreign_keys
+               (oid, schema_name, table_name, name, is_partitioned, is_valid, statement)
+               values ($1, $2, $3, $4, $5, $6, $7)""",
+            plan_foreign_keys(schema.foreign_keys, post_data),
+        )
+        await target.execute(
+            "insert into _live_migration.checkpoints (lane) select generate_series(0, $1::int - 1)",
+            run.migration.lane_count,
+        )
+        await target.execute("insert into _live_migration.archives values ($1, $2)", ARCHIVE, archive)
+        await target.execute(
+            "insert into _live_migration.archives values ($1, $2)",
+            _KEYS,
+            plan_keys(schema, {t.oid for t in tables}).encode(),
+        )
+        await steps.finish(target, run.epoch, _PLAN)
+
+
+@dataclass(frozen=True, slots=True)
+class EntryKeys:
+    """(catalog, oid) of archive entries that are not run like others: see `sort_post_data`."""
+
+    built: frozenset[tuple[int, int]]
+    roots: frozenset[tuple[int, int]]
+    ours: frozenset[tuple[int, int]]
+
+    def encode(self) -> bytes:
+        return json.dumps({field: sorted(getattr(self, field)) for field in self.__slots__}).encode()
+
+    @classmethod
+    def decode(cls, content: bytes) -> EntryKeys:
+        found = json.loads(content)
+        return cls(*(frozenset((catalog, oid) for catalog, oid in found[field]) for field in cls.__slots__))
+
+
+def plan_keys(schema: SourceSchema, tables: set[int]) -> EntryKeys:
+    """Give the keys of index entries, by who makes them, and of what is ours."""
+    built, roots = set(), set()
+    for index in schema.indexes:
+        key = (PG_CONSTRAINT, index["constraint_oid"]) if index["constraint_oid"] else (PG_CLASS, index["oid"])
+        if index["table_oid"] in tables:
+            built.add(key)
+        elif index["table_kind"] == "p":
+            roots.add(key)
+    return EntryKeys(frozenset(built), frozenset(roots), schema.our_publications)
+
+
+async def read_post_data(run: Run) -> PostData:
+    """Give the archive's post-data entries, sorted by when they are run."""
+    programs = await client_programs.find(run.settings, run.migration.source_version // 10_000)
+    with asking("target", "reading the plan"):
+        content: bytes = await run.target.fetchval(
+            "select content from _live_migration.archives where name = $1", _KEYS
+        )
+    keys = EntryKeys.decode(content)
+    entries = await read_entries(run, programs, "post-data")
+    return sort_post_data(entries, built=keys.built, roots=keys.roots, ours=keys.ours)
+
+
+def plan_indexes(
+    indexes: Sequence[asyncpg.Record], post_data: Sequence[Entry], tables: set[int]
+) -> list[tuple[object, ...]]:
+    """Give rows for the indexes of migrated tables, each with the statements that pg_dump gives for it."""
+    entries = {(entry.catalog, entry.oid): entry for entry in post_data}
+    rows: list[tuple[object, ...]] = []
+    for index in indexes:
+        key = (PG_CONSTRAINT, index["constraint_oid"]) if index["constraint_oid"] else (PG_CLASS, index["oid"])
+        entry = entries.get(key)
+        # Without an entry it is an invalid index, which pg_dump leaves out, too.
+        if entry is not None and index["table_oid"] in tables:
+            fields = ("oid", "table_oid", "name", "is_primary", "is_unique", "size_bytes")
+            rows.append((*(index[field] for field in fields), [entry.statements]))
+    return rows
+
+
+def plan_foreign_keys(foreign_keys: Sequence[asyncpg.Record], post_data: Sequence[Entry]) -> list[tuple[object, ...]]:
+    """Give rows for the foreign keys that pg_dump restores; those of partitions come with their root's."""
+    by_oid = {row["oid"]: row for row in foreign_keys}
+    fields = ("oid", "schema_name", "table_name", "name", "is_partitioned", "is_valid")
+    return [
+        (*(by_oid[entry.oid][field] for field in fields), entry.statements)
+        for entry in post_data
+        if entry.type == "FK CONSTRAINT" and entry.oid in by_oid
+    ]

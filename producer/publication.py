@@ -1,0 +1,213 @@
+"""The two publications on the source, and the replica identities of the tables in them.
+
+Every statement that locks somebody's table gives way after a short time and is tried again, so that nobody queues behind us for long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import asyncpg
+
+from live_migration.common.errors import SourceError
+from live_migration.common.postgres import asking
+from live_migration.common.relation import QualifiedName, ReplicaIdentity, quote_identifier
+
+Operations = Literal["insert, update, delete, truncate", "insert, truncate"]
+ALL_OPERATIONS: Operations = "insert, update, delete, truncate"
+INSERT_ONLY: Operations = "insert, truncate"
+_BATCH = 50
+_PATIENCE_SECONDS = 300.0
+
+_LOST = """
+    select c.oid, n.nspname as schema, c.relname as name
+    from pg_publication_rel r join pg_publication p on p.oid = r.prpubid
+    join pg_class c on c.oid = r.prrelid join pg_namespace n on n.oid = c.relnamespace
+    where p.pubname = $1
+      and case c.relreplident when 'f' then $2 and exists (
+              select from pg_attribute a
+              where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped and a.attgenerated <> '')
+          else not exists (
+              select from pg_index i
+              where i.indrelid = c.oid and i.indislive and i.indisvalid and i.indisunique and i.indimmediate and i.indpred is null
+                and case c.relreplident when 'd' then i.indisprimary when 'i' then i.indisreplident else false end) end
+"""
+# As pg_get_replica_identity_index has it; that function itself would wait for whoever locks one of the tables.
+_BLOCKERS = """
+    select string_agg(distinct format('pid %s (%s)', a.pid, coalesce(nullif(a.application_name, ''), a.state)), ', ')
+    from pg_locks l join pg_stat_activity a on a.pid = l.pid
+    where l.locktype = 'relation' and l.relation = any($1::oid[]) and l.granted and l.pid <> pg_backend_pid()
+      and l.database = (select oid from pg_database where datname = current_database())
+      and l.mode in ('ShareUpdateExclusiveLock', 'ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedTable:
+    """A table by its oid and its name at the time."""
+
+    oid: int
+    name: QualifiedName
+
+
+async def execute_politely(
+    connection: asyncpg.Connection,
+    statements: Sequence[str],
+    *,
+    lock_timeout: float,
+    doing: str,
+    relations: Iterable[int] = (),
+    patience: float = _PATIENCE_SECONDS,
+) -> None:
+    """Run statements in one transaction, giving way after `lock_timeout` seconds at a lock and trying again.
+
+    Raises:
+        SourceError: the lock could not be had within `patience` seconds; names who holds it.
+    """
+    deadline = time.monotonic() + patience
+    pause = 0.1
+    while True:
+        try:
+            with asking("source", doing):
+                async with connection.transaction():
+                    await connection.execute(f"set local lock_timeout = {max(1, round(lock_timeout * 1000))}")
+                    for statement in statements:
+                        await connection.execute(statement)
+            return
+        except SourceError as error:
+            if not isinstance(error.__cause__, asyncpg.LockNotAvailableError | asyncpg.DeadlockDetectedError):
+                raise
+            if time.monotonic() >= deadline:
+                holders = await connection.fetchval(_BLOCKERS, list(relations))
+                raise SourceError(
+                    f"source: {doing}: no lock within {patience:g} s; held by {holders or 'somebody'}",
+                    hint="Try again when that session has ended.",
+                ) from error
+        await asyncio.sleep(pause)
+        pause = min(pause * 2, 5.0)
+
+
+async def publications_present(connection: asyncpg.Connection, names: Sequence[str]) -> list[str]:
+    """Give those of the names that are publications of this database."""
+    rows = await connection.fetch(
+        "select pubname::text from pg_publication where pubname = any($1::text[]) order by 1", list(names)
+    )
+    return [row[0] for row in rows]
+
+
+async def create_publication(connection: asyncpg.Connection, name: str, operations: Operations) -> None:
+    """Create an empty publication. It touches no table yet."""
+    with asking("source", f"creating publication {name}"):
+        await connection.execute(f"create publication {quote_identifier(name)} with (publish = '{operations}')")
+
+
+async def drop_publication(connection: asyncpg.Connection, name: str, *, lock_timeout: float) -> bool:
+    """Drop a publication; tell whether there was one."""
+    if not await publications_present(connection, [name]):
+        return False
+    statement = f"drop publication if exists {quote_identifier(name)}"
+    await execute_politely(connection, [statement], lock_timeout=lock_timeout, doing=f"dropping publication {name}")
+    return True
+
+
+async def published_tables(connection: asyncpg.Connection, name: str) -> dict[int, QualifiedName]:
+    """Give the tables of a publication."""
+    rows = await connection.fetch(
+        """select c.oid, n.nspname as schema, c.relname as name
+           from pg_publication_rel r join pg_publication p on p.oid = r.prpubid
+           join pg_class c on c.oid = r.prrelid join pg_namespace n on n.oid = c.relnamespace
+           where p.pubname = $1""",
+        name,
+    )
+    return {row["oid"]: QualifiedName(row["schema"], row["name"]) for row in rows}
+
+
+async def add_tables(
+    connection: asyncpg.Connection, name: str, tables: Sequence[PublishedTable], *, lock_timeout: float
+) -> None:
+    """Add tables to a publication, each alone without its children, a few at a time; those in it stay.
+
+    A table that was dropped or renamed meanwhile makes this raise SourceError: plan anew.
+    """
+    present = await published_tables(connection, name)
+    missing = [table for table in tables if table.oid not in present]
+    for start in range(0, len(missing), _BATCH):
+        batch = missing[start : start + _BATCH]
+        members = ", ".join(f"only {table.name.sql}" for table in batch)
+        await execute_politely(
+            connection,
+            [f"alter publication {quote_identifier(name)} add table {members}"],
+            lock_timeout=lock_timeout,
+            doing=f"publishing {batch[0].name} and {len(batch) - 1} more"
+            if batch[1:]
+            else f"publishing {batch[0].name}",
+            relations=[table.oid for table in batch],
+        )
+
+
+async def tables_without_identity(
+    connection: asyncpg.Connection, name: str, *, refuses_generated: bool
+) -> list[PublishedTable]:
+    """Give the tables of a publication on which UPDATE and DELETE fail now, because they have no identity any more."""
+    rows = await connection.fetch(_LOST, name, refuses_generated)
+    return [PublishedTable(row["oid"], QualifiedName(row["schema"], row["name"])) for row in rows]
+
+
+async def move_table(
+    connection: asyncpg.Connection, table: PublishedTable, before: str, after: str, *, lock_timeout: float
+) -> None:
+    """Move a table from one publication into another at once."""
+    only = f"only {table.name.sql}"
+    await execute_politely(
+        connection,
+        [
+            f"alter publication {quote_identifier(before)} drop table {only}",
+            f"alter publication {quote_identifier(after)} add table {only}",
+        ],
+        lock_timeout=lock_timeout,
+        doing=f"moving {table.name} out of publication {before}",
+        relations=[table.oid],
+        patience=0,
+    )
+
+
+async def set_identity_full(
+    connection: asyncpg.Connection, table: PublishedTable, *, lock_timeout: float, patience: float = _PATIENCE_SECONDS
+) -> None:
+    """Give a table REPLICA IDENTITY FULL."""
+    await execute_politely(
+        connection,
+        [f"alter table only {table.name.sql} replica identity full"],
+        lock_timeout=lock_timeout,
+        doing=f"giving {table.name} REPLICA IDENTITY FULL",
+        relations=[table.oid],
+        patience=patience,
+    )
+
+
+async def restore_identity(
+    connection: asyncpg.Connection, oid: int, before: ReplicaIdentity, *, lock_timeout: float
+) -> QualifiedName | None:
+    """Take REPLICA IDENTITY FULL back from a table; None where the table is gone or was changed by somebody else since."""
+    row = await connection.fetchrow(
+        """select n.nspname as schema, c.relname as name from pg_class c join pg_namespace n on n.oid = c.relnamespace
+           where c.oid = $1 and c.relreplident = 'f'""",
+        oid,
+    )
+    if row is None:
+        return None
+    name = QualifiedName(row["schema"], row["name"])
+    # An index that was its identity had been dropped already: the same as NOTHING, and all that can be set without it.
+    identity = "default" if before is ReplicaIdentity.DEFAULT else "nothing"
+    await execute_politely(
+        connection,
+        [f"alter table only {name.sql} replica identity {identity}"],
+        lock_timeout=lock_timeout,
+        doing=f"giving {name} its replica identity back",
+        relations=[oid],
+    )
+    return name

@@ -1,0 +1,209 @@
+"""Records into Kafka, in transactions that also say how far the log then reaches."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from uuid import uuid4
+
+import orjson
+from aiokafka import AIOKafkaProducer
+from aiokafka import errors as kafka_errors
+
+from live_migration.common.control import HELLO, POSITION, STATUS, LogPosition, ProducerConfig, ProducerStatus
+from live_migration.common.errors import KafkaError
+from live_migration.common.kafka import admin, client_options, topic_exists
+from live_migration.common.settings import MIB, Settings
+from live_migration.common.telemetry import get_logger
+from live_migration.producer.batcher import Record
+from live_migration.producer.control_reader import BrokerLost, ControlReader, translate_broker_error
+
+log = get_logger(__name__)
+
+_BATCH_BYTES = MIB
+"""Of one partition in one request: with a record above it still below the topic's max.message.bytes."""
+_TRANSACTION_SECONDS = 300
+"""A transaction open longer is aborted by the broker; a value of 1 GB must get through within this time."""
+_START_SECONDS = 60.0
+_CLOSE_SECONDS = 5.0
+_SUCCESSOR_SECONDS = 5.0
+
+
+class Publisher:
+    """The one that may write the change log; whoever opens it anew fences it.
+
+    `position` is how far the log reaches: read from the control topic, then what our last committed transaction said.
+    """
+
+    def __init__(self, settings: Settings, producer: AIOKafkaProducer, control: ControlReader, token: str) -> None:
+        self._settings = settings
+        self._producer = producer
+        self._control = control
+        self._token = token
+        self._is_usable = True
+        self.is_superseded = False
+        """Whether somebody took over: nothing of ours may be written any more."""
+        self.position: LogPosition | None = control.position()
+
+    @property
+    def config(self) -> ProducerConfig | None:
+        """The coordinator's newest word, as far as it was read."""
+        return self._control.config()
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, settings: Settings) -> AsyncIterator[Publisher]:
+        """Fence whoever writes the log, and read how far it reaches. The topics must exist.
+
+        Raises:
+            BrokerLost: no broker answers, or it fails half way.
+            KafkaError: it refuses us.
+        """
+        producer = AIOKafkaProducer(
+            **client_options(settings),
+            transactional_id=f"{settings.name}.producer",
+            transaction_timeout_ms=_TRANSACTION_SECONDS * 1000,
+            acks="all",
+            enable_idempotence=True,
+            max_batch_size=_BATCH_BYTES,
+            max_request_size=2 * MIB,
+        )
+        try:
+            await _start(producer, settings)
+            token = uuid4().hex
+            await _greet(producer, settings, token)
+            async with ControlReader(settings) as control:
+                await control.read_until(token)
+                yield cls(settings, producer, control, token)
+        finally:
+            await _close(producer)
+
+    async def watch(self) -> None:
+        """Read on for up to a second.
+
+        Raises:
+            KafkaError: another producer took over.
+        """
+        await self._control.read()
+        if self._control.hello_tokens[-1] != self._token:
+            self._is_usable, self.is_superseded = False, True
+            raise _superseded(self._settings)
+
+    async def publish(
+        self, records: deque[Record], position: LogPosition | None, status: ProducerStatus | None
+    ) -> None:
+        """Write all in one transaction, taking the records off the queue one by one. On return it is committed.
+
+        Raises:
+            KafkaError: another producer took over, or the broker refuses for good.
+            BrokerLost: whether it is committed is not known.
+        """
+        values: list[tuple[bytes, bytes]] = []
+        if position:
+            values.append((POSITION, position.model_dump_json().encode()))
+        if status:
+            values.append((STATUS, status.model_dump_json().encode()))
+        if not self._is_usable:
+            raise BrokerLost("Kafka: our last transaction was not completed")
+        self._is_usable = False
+        try:
+            await _transact(self._producer, self._settings, records, values)
+        except kafka_errors.ProducerFenced as error:
+            await self._check_successor()
+            raise BrokerLost("Kafka: the broker has timed our transaction out") from error
+        self._is_usable = True
+        if position:
+            self.position = position
+
+    async def _check_successor(self) -> None:
+        """Raise KafkaError if somebody took over; the broker also fences one whose transaction lasted too long."""
+        async with ControlReader(self._settings) as control:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_SUCCESSOR_SECONDS):
+                    while not (self._token in control.hello_tokens and control.hello_tokens[-1] != self._token):
+                        await control.read()
+            if control.hello_tokens and control.hello_tokens[-1] != self._token:
+                self.is_superseded = True
+                raise _superseded(self._settings)
+
+
+def _superseded(settings: Settings) -> KafkaError:
+    return KafkaError(
+        f"another producer of {settings.name} took over",
+        hint="One producer per migration is enough; this one leaves.",
+    )
+
+
+async def topics_exist(settings: Settings) -> bool:
+    """Tell whether both topics are there; a client that asks for one that is not may create it, so look first."""
+    async with admin(settings) as client:
+        return await topic_exists(client, settings.control_topic) and await topic_exists(client, settings.changes_topic)
+
+
+async def _start(producer: AIOKafkaProducer, settings: Settings) -> None:
+    try:
+        async with asyncio.timeout(_START_SECONDS):
+            await producer.start()
+    except TimeoutError as error:
+        raise BrokerLost(
+            f"Kafka at {settings.kafka_servers()} gives no transactional producer within {_START_SECONDS:.0f} s",
+            hint="A single broker needs transaction.state.log.replication.factor=1 and .min.isr=1.",
+        ) from error
+    except kafka_errors.KafkaError as error:
+        raise translate_broker_error(error, f"starting the producer at {settings.kafka_servers()}") from error
+
+
+async def _greet(producer: AIOKafkaProducer, settings: Settings, token: str) -> None:
+    hello = orjson.dumps({"token": token, "host": socket.gethostname(), "pid": os.getpid()})
+    try:
+        async with asyncio.timeout(_START_SECONDS):
+            await _transact(producer, settings, deque(), [(HELLO, hello)])
+    except TimeoutError as error:
+        raise BrokerLost(f"Kafka takes no transaction within {_START_SECONDS:.0f} s") from error
+    except kafka_errors.ProducerFenced as error:
+        raise _superseded(settings) from error
+
+
+async def _transact(
+    producer: AIOKafkaProducer, settings: Settings, records: deque[Record], values: list[tuple[bytes, bytes]]
+) -> None:
+    """Send all and commit. Raises ProducerFenced as it is, all else translated."""
+    sent: list[asyncio.Future[object]] = []
+    try:
+        await producer.begin_transaction()
+        while records:
+            record = records.popleft()
+            for value in record.values:
+                sent.append(await producer.send(settings.changes_topic, value, key=record.key, partition=record.lane))
+            del record  # with a big value in it
+        for key, value in values:
+            sent.append(await producer.send(settings.control_topic, value, key=key, partition=0))
+        for outcome in await asyncio.gather(*sent, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
+        await producer.commit_transaction()
+    except kafka_errors.ProducerFenced:
+        raise
+    except kafka_errors.KafkaError as error:
+        if isinstance(error.__cause__, kafka_errors.ProducerFenced):
+            raise error.__cause__ from error
+        raise translate_broker_error(error, "writing the change log") from error
+    finally:
+        for future in sent:
+            if not future.cancel() and not future.cancelled():
+                future.exception()  # else asyncio complains that nobody asked
+
+
+async def _close(producer: AIOKafkaProducer) -> None:
+    """Close the client; what it still holds is given up, for `stop` would wait without end for a broker that is away."""
+    producer._message_accumulator.fail_all(kafka_errors.ProducerClosed())
+    with suppress(kafka_errors.KafkaError, TimeoutError):
+        async with asyncio.timeout(_CLOSE_SECONDS):
+            await producer.stop()
+    with suppress(kafka_errors.KafkaError, TimeoutError):
+        async with asyncio.timeout(_CLOSE_SECONDS):
+            await producer.client.close()

@@ -1,0 +1,170 @@
+"""Whether the source, its timeline and the slot allow the stream to go on where the change log ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import asyncpg
+
+from live_migration.common.control import LogPosition, ProducerConfig
+from live_migration.common.errors import ConnectionLost, SlotError, SourceError
+from live_migration.common.lsn import Lsn
+from live_migration.common.postgres import CONNECTION_ERRORS, describe, server_error, session
+from live_migration.common.telemetry import get_logger
+from live_migration.producer.replication import ReplicationConnection
+
+log = get_logger(__name__)
+
+_TAKE_OVER_SECONDS = 20.0
+
+_SLOT = """
+    select s.slot_type, s.plugin, s.database = current_database() as is_here, s.active_pid, s.wal_status,
+           (s.confirmed_flush_lsn - '0/0'::pg_lsn)::bigint as confirmed_lsn,
+           coalesce(to_jsonb(s) ->> 'invalidation_reason', '') as reason
+    from pg_replication_slots s
+    where s.slot_name = $1
+"""
+
+
+async def check_system(stream: ReplicationConnection, config: ProducerConfig, position: LogPosition | None) -> int:
+    """Check that this is the server that the log was made from, or its rightful successor; give its timeline.
+
+    Raises:
+        SlotError: another server, or a timeline that left ours below what is in the log.
+    """
+    row = (await stream.query("IDENTIFY_SYSTEM"))[0]
+    system, timeline = (row[0] or b"").decode(), int(row[1] or b"0")
+    if system != config.system_identifier:
+        raise SlotError(
+            f"the source is another server: its system identifier is {system}, the migration's is {config.system_identifier}",
+            hint="Point --source at the server that the migration was begun with.",
+        )
+    recorded = position.timeline if position else config.timeline
+    if timeline != recorded:
+        ((_, content),) = await stream.query(f"TIMELINE_HISTORY {timeline}")
+        history = parse_timeline_history((content or b"").decode(errors="replace"))
+        check_timeline(history, timeline, recorded, published_lsn(config, position))
+        log.info("source is on a new timeline", timeline=timeline, before=recorded)
+    return timeline
+
+
+def published_lsn(config: ProducerConfig, position: LogPosition | None) -> int:
+    """Give the highest WAL position that the log speaks of."""
+    if position is None:
+        return config.start_lsn
+    return max(position.confirm_lsn, *(commit_lsn for commit_lsn, _ in position.lanes))
+
+
+def parse_timeline_history(text: str) -> dict[int, int]:
+    """Read a timeline history file: the LSN at which each former timeline was left.
+
+    Source: PostgreSQL, src/backend/access/transam/timeline.c.
+    """
+    left = {}
+    for line in text.splitlines():
+        fields = line.split()
+        if len(fields) >= 2 and fields[0].isdigit():
+            left[int(fields[0])] = int(Lsn.parse(fields[1]))
+    return left
+
+
+def check_timeline(history: dict[int, int], timeline: int, recorded: int, published: int) -> None:
+    """Raise SlotError unless timeline `recorded` leads into this one, and was left at or above `published`."""
+    hint = "Changes in the log may not exist on this server. Run `live-migration clean` and start the migration again."
+    if recorded not in history:
+        raise SlotError(
+            f"the source is on timeline {timeline}, which does not come from timeline {recorded} of the change log",
+            hint=hint,
+        )
+    if history[recorded] < published:
+        raise SlotError(
+            f"after a failover the source is on timeline {timeline}: timeline {recorded} was left at "
+            f"{Lsn(history[recorded])}, but the change log holds changes up to {Lsn(published)}",
+            hint=hint,
+        )
+
+
+async def check_slot(uri: str, config: ProducerConfig, position: LogPosition | None) -> None:
+    """Take the slot from a superseded producer, and check that it is ours and not ahead of the log.
+
+    Raises:
+        SlotError: it is gone, lost, of another kind, or somebody else has read from it.
+        ConnectionLost: the source cannot be reached, or the slot's reader does not end.
+    """
+    recorded = position.confirm_lsn if position else config.start_lsn
+    try:
+        async with session(uri, "source", application="live-migration producer") as connection:
+            slot = await _free_slot(connection, config.slot)
+    except CONNECTION_ERRORS as error:
+        raise ConnectionLost(f"the source at {describe(uri)} cannot be asked about its slot: {error!r}") from error
+    except asyncpg.PostgresError as error:
+        raise server_error(error, "source", f"looking at slot {config.slot}") from error
+    assess_slot(config.slot, slot, recorded)
+
+
+def assess_slot(name: str, slot: asyncpg.Record | dict[str, object] | None, recorded: int) -> None:
+    """Raise SlotError unless a row of `pg_replication_slots` shows a slot that can go on at `recorded`."""
+    if slot is None:
+        raise SlotError(f"replication slot {name} does not exist on the source: changes since its loss are lost")
+    if slot["slot_type"] != "logical" or slot["plugin"] != "pgoutput":
+        raise SlotError(f"replication slot {name} is not a logical slot of pgoutput")
+    if not slot["is_here"]:
+        raise SlotError(
+            f"replication slot {name} belongs to another database",
+            hint="Give the database that the migration began with.",
+        )
+    if slot["wal_status"] == "lost" or slot["reason"]:
+        raise SlotError(
+            f"replication slot {name} is lost: the source has removed WAL that it needed {slot['reason'] or ''}".rstrip(),
+            hint="Raise max_slot_wal_keep_size, run `live-migration clean` and start the migration again.",
+        )
+    confirmed = slot["confirmed_lsn"]
+    if not isinstance(confirmed, int) or confirmed > recorded:
+        raise SlotError(
+            f"replication slot {name} is ahead of the log: confirmed up to "
+            f"{Lsn(confirmed) if isinstance(confirmed, int) else 'nowhere'}, the log ends at {Lsn(recorded)}; "
+            "somebody else has read from it, or the log was lost",
+        )
+
+
+async def _free_slot(connection: asyncpg.Connection, name: str) -> asyncpg.Record | None:
+    """Give the slot's row as soon as nobody reads it.
+
+    Whoever reads it was fenced in Kafka before we came here: it can only be a superseded producer of ours.
+    """
+    seen_pid: int | None = None
+    try:
+        async with asyncio.timeout(_TAKE_OVER_SECONDS):
+            while True:
+                slot = await connection.fetchrow(_SLOT, name)
+                if slot is None or slot["active_pid"] is None:
+                    return slot
+                if slot["active_pid"] == seen_pid:  # else it may be our own last one, about to end
+                    log.warning("ending the walsender that still reads the slot", slot=name, pid=seen_pid)
+                    await connection.execute("select pg_terminate_backend($1)", seen_pid)
+                seen_pid = slot["active_pid"]
+                await asyncio.sleep(0.2)
+    except TimeoutError as error:
+        raise ConnectionLost(
+            f"replication slot {name} is still read by another walsender after {_TAKE_OVER_SECONDS:.0f} s",
+            hint="Find it in pg_stat_replication and end it.",
+        ) from error
+
+
+def stream_options(config: ProducerConfig, quoted_publications: Sequence[str]) -> dict[str, str]:
+    """Give pgoutput's options, which are fixed for a migration's life."""
+    options = {"proto_version": "1", "publication_names": ",".join(quoted_publications), "messages": "true"}
+    if config.binary:
+        options["binary"] = "true"
+    return options
+
+
+def explain_repeated_failure(lsn: int, reason: str) -> SourceError:
+    """Give the error for a stream that the server ended twice at the same LSN."""
+    return SourceError(
+        f"the source cannot stream the changes after {Lsn(lsn)}; it failed twice there: {reason}",
+        hint="The source's log tells the table. A value that is too big as text, bytes that are not text in the "
+        "database's encoding, or a type without binary output stop decoding: mend the cause or take the table out "
+        "of the publication, then start the producer again.",
+    )

@@ -1,0 +1,200 @@
+"""The producer: Kafka first, then the source, and again from what the control topic says whenever something breaks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from contextlib import suppress
+
+from live_migration.common.control import ProducerConfig
+from live_migration.common.errors import ConnectionLost, LiveMigrationError, Retry
+from live_migration.common.kafka import check_topics
+from live_migration.common.settings import Settings
+from live_migration.common.telemetry import get_logger
+from live_migration.producer.control_reader import BrokerLost
+from live_migration.producer.publisher import Publisher, topics_exist
+from live_migration.producer.replication import ReplicationConnection, StreamFailed
+from live_migration.producer.resume import check_slot, check_system, explain_repeated_failure
+from live_migration.producer.session import Session
+from live_migration.producer.status import StatusReport
+
+log = get_logger(__name__)
+
+_FIRST_DELAY_SECONDS = 0.25
+_LONGEST_DELAY_SECONDS = 10.0
+_DRAIN_SECONDS = 20.0
+_FAREWELL_SECONDS = 10.0
+_REPORT_SECONDS = 2.0
+
+
+async def run_producer(settings: Settings, stop: asyncio.Event) -> None:
+    """Produce until `stop` is set, then publish what was received and leave.
+
+    Lost connections are retried for ever.
+
+    Raises:
+        LiveMigrationError: what retrying does not mend.
+    """
+    async with asyncio.TaskGroup() as tasks:
+        work = tasks.create_task(_outcome(settings, stop))
+        limit = tasks.create_task(_limit_drain(stop, work))
+        await asyncio.wait([work])
+        limit.cancel()
+    if not work.cancelled() and (error := work.result()) is not None:
+        raise error
+
+
+async def _outcome(settings: Settings, stop: asyncio.Event) -> LiveMigrationError | None:
+    """Run and give the error instead of raising it, which a task group would wrap."""
+    try:
+        await _Service(settings, stop).run()
+    except LiveMigrationError as error:
+        return error
+    return None
+
+
+async def _limit_drain(stop: asyncio.Event, work: asyncio.Task[LiveMigrationError | None]) -> None:
+    """Give up a drain that a server or broker that is away keeps from ending; the next start goes on from the log."""
+    await stop.wait()
+    await asyncio.sleep(_DRAIN_SECONDS)
+    log.warning("leaving without having published all that was received; the next start reads it again")
+    work.cancel()
+
+
+class _Service:
+    def __init__(self, settings: Settings, stop: asyncio.Event) -> None:
+        self._settings = settings
+        self._stop = stop
+        self._report = StatusReport()
+        self._broker_backoff = _Backoff(stop)
+        self._source_backoff = _Backoff(stop)
+        self._failed_at: int | None = None
+
+    async def run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                if await self._await_topics():
+                    async with Publisher.open(self._settings) as publisher:
+                        await self._produce(publisher)
+            except ConnectionLost as error:
+                await self._broker_backoff.pause(error)
+
+    async def _await_topics(self) -> bool:
+        """Wait until the coordinator has made the topics; give False when told to stop."""
+        is_told = False
+        while not await topics_exist(self._settings):
+            if not is_told:
+                log.info("waiting for the coordinator to make the topics", topic=self._settings.control_topic)
+                is_told = True
+            if await self._is_stopped(1.0):
+                return False
+        return True
+
+    async def _produce(self, publisher: Publisher) -> None:
+        """Run sessions with one publisher, until `stop` or an error of Kafka's."""
+        try:
+            config = await self._await_config(publisher)
+            while config and not self._stop.is_set():
+                await check_topics(self._settings, config.lane_count)
+                try:
+                    await self._stream(publisher, config)
+                    self._source_backoff.reset()
+                except BrokerLost:
+                    raise
+                except ConnectionLost as error:
+                    self._check_repetition(error, publisher, config)
+                    await self._pause(publisher, error)
+                config = await self._await_config(publisher)
+        except LiveMigrationError as error:
+            if error.retry is Retry.STOP:
+                await self._say_farewell(publisher, error)
+            raise
+
+    async def _await_config(self, publisher: Publisher) -> ProducerConfig | None:
+        """Give the coordinator's word as soon as there is one, None when told to stop."""
+        if not publisher.config:
+            log.info("waiting for the coordinator's configuration", topic=self._settings.control_topic)
+        while not publisher.config and not self._stop.is_set():
+            await publisher.watch()
+        return publisher.config
+
+    async def _stream(self, publisher: Publisher, config: ProducerConfig) -> None:
+        uri = self._settings.source_uri()
+        async with await ReplicationConnection.open(uri) as stream:
+            timeline = await check_system(stream, config, publisher.position)
+            await check_slot(uri, config, publisher.position)
+            before = publisher.position
+            try:
+                session = Session(self._settings, config, publisher, stream, timeline, self._report)
+                await session.run(self._stop)
+            except BaseExceptionGroup as group:
+                raise worst_of(group) from group
+            finally:
+                if publisher.position is not before:
+                    self._source_backoff.reset()
+                    self._broker_backoff.reset()
+
+    def _check_repetition(self, error: ConnectionLost, publisher: Publisher, config: ProducerConfig) -> None:
+        """Raise SourceError when the server ended the stream by an error of its own twice at one LSN."""
+        if not isinstance(error, StreamFailed):
+            return
+        lsn = publisher.position.confirm_lsn if publisher.position else config.start_lsn
+        if self._failed_at == lsn:
+            raise explain_repeated_failure(lsn, error.message) from error
+        self._failed_at = lsn
+
+    async def _pause(self, publisher: Publisher, error: ConnectionLost) -> None:
+        """Wait before the source is tried again, and let everybody see why."""
+        await publisher.publish(deque(), None, self._report.make(error.message))
+        await self._source_backoff.pause(error)
+
+    async def _say_farewell(self, publisher: Publisher, error: LiveMigrationError) -> None:
+        if publisher.is_superseded:
+            return
+        with suppress(LiveMigrationError, TimeoutError):
+            async with asyncio.timeout(_FAREWELL_SECONDS):
+                await publisher.publish(deque(), None, self._report.make(str(error)))
+
+    async def _is_stopped(self, seconds: float) -> bool:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._stop.wait()
+        return self._stop.is_set()
+
+
+class _Backoff:
+    """Ever longer pauses, until something went well."""
+
+    def __init__(self, stop: asyncio.Event) -> None:
+        self._stop = stop
+        self._seconds = _FIRST_DELAY_SECONDS
+
+    def reset(self) -> None:
+        self._seconds = _FIRST_DELAY_SECONDS
+
+    async def pause(self, error: ConnectionLost) -> None:
+        log.warning("connection lost, trying again", error=error.message, seconds=self._seconds)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._seconds):
+                await self._stop.wait()
+        self._seconds = min(self._seconds * 2, _LONGEST_DELAY_SECONDS)
+
+
+def worst_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Give the error of a group that decides: a bug before what stops us, that before a lost broker, then the source."""
+    leaves = list(_leaves(group))
+
+    def rank(error: BaseException) -> int:
+        if not isinstance(error, LiveMigrationError):
+            return 0
+        if error.retry is Retry.STOP:
+            return 1
+        return 2 if isinstance(error, BrokerLost) else 3
+
+    return min(leaves, key=rank)
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for each in error.exceptions for leaf in _leaves(each)]
+    return [error]

@@ -1,0 +1,219 @@
+"""One walsender's session: the stream into the lanes, the lanes into Kafka, Kafka's acknowledgement back to the slot."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Coroutine
+from uuid import UUID
+
+from live_migration.common.control import LogPosition, ProducerConfig
+from live_migration.common.errors import KafkaError, LiveMigrationError
+from live_migration.common.lsn import Lsn
+from live_migration.common.relation import quote_identifier
+from live_migration.common.segment import START, Position
+from live_migration.common.settings import KIB, Settings
+from live_migration.common.telemetry import get_logger
+from live_migration.producer.ack_tracker import AckTracker
+from live_migration.producer.probe import SourceProbe
+from live_migration.producer.publisher import Publisher
+from live_migration.producer.replication import ReplicationConnection
+from live_migration.producer.resume import stream_options
+from live_migration.producer.router import Router
+from live_migration.producer.status import StatusReport
+
+log = get_logger(__name__)
+
+_DRAIN_BYTES = 256 * KIB
+"""Of the stream in one turn of the loop: about a millisecond of work."""
+_QUIET_BYTES = 8 * KIB
+_GATHER_SECONDS = 0.001
+"""Pause after a turn that brought little: waking up for each message of a walsender costs twice the processor time."""
+_RECORD_SECONDS = 2.0
+"""Time between records of position and status while there is nothing to send."""
+_REPLY_GAP_SECONDS = 0.1
+
+
+class Session:
+    """Runs from where the log ends until told to end, or until something breaks."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        config: ProducerConfig,
+        publisher: Publisher,
+        stream: ReplicationConnection,
+        timeline: int,
+        report: StatusReport,
+    ) -> None:
+        self._settings = settings
+        self._config = config
+        self._publisher = publisher
+        self._stream = stream
+        self._timeline = timeline
+        self._report = report
+        position = publisher.position
+        self._start_lsn = position.confirm_lsn if position else config.start_lsn
+        self._acks = AckTracker(self._start_lsn)
+        self._router = Router(
+            migration_id=config.migration_id,
+            topic_id=UUID(config.topic_id).bytes,
+            segment_bytes=settings.segment_bytes,
+            positions=lane_positions(position, config.lane_count),
+            acks=self._acks,
+        )
+        self._probe = SourceProbe(
+            settings.source_uri(), config.migration_id, settings.heartbeat_interval, lambda: self._acks.recorded_lsn
+        )
+        self._failure: LiveMigrationError | None = None
+        self._in_flight_bytes = 0
+        self._published_changes = 0
+        self._has_changes = asyncio.Event()
+        self._is_full = asyncio.Event()
+        self._has_space = asyncio.Event()
+        self._reply_due = asyncio.Event()
+        self._ending = asyncio.Event()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Stream until `stop` is set or the coordinator's word changes; then publish what was received, and return.
+
+        What was received is also published when the source is lost: a transaction of Kafka's is never left half done.
+
+        Raises:
+            ConnectionLost | SourceError | FormatError: the stream broke.
+            ExceptionGroup: Kafka did.
+        """
+        options = stream_options(self._config, [quote_identifier(name) for name in self._config.publications])
+        await self._stream.start(self._config.slot, self._start_lsn, options)
+        log.info("streaming", slot=self._config.slot, lsn=str(Lsn(self._start_lsn)), lanes=self._config.lane_count)
+        async with asyncio.TaskGroup() as tasks:
+            reading = tasks.create_task(self._until_broken(self._read()))
+            publishing = tasks.create_task(self._publish())
+            helpers = [
+                tasks.create_task(self._until_broken(self._reply())),
+                tasks.create_task(self._watch()),
+                tasks.create_task(self._probe.run()),
+                tasks.create_task(self._await_stop(stop)),
+            ]
+            await self._ending.wait()
+            reading.cancel()
+            self._has_changes.set()
+            self._is_full.set()
+            await publishing
+            for helper in helpers:
+                helper.cancel()
+        if self._failure:
+            raise self._failure
+        await self._stream.send_status(self._acks.received_lsn, self._acks.recorded_lsn)
+
+    async def _until_broken(self, work: Coroutine[None, None, None]) -> None:
+        """End the session in order when its source breaks."""
+        try:
+            await work
+        except LiveMigrationError as error:
+            self._failure = self._failure or error
+            self._ending.set()
+
+    async def _read(self) -> None:
+        """Move the stream's messages into the lanes; stops reading while too much of them waits for Kafka."""
+        router, stream, settings = self._router, self._stream, self._settings
+        limit = 2 * settings.flush_bytes
+        while True:
+            await stream.readable()
+            stream.receive()
+            drained = router.drain(stream.get_copy_data, _DRAIN_BYTES)
+            while not drained.has_ended:
+                if router.is_reply_requested:
+                    router.is_reply_requested = False
+                    self._reply_due.set()
+                if router.has_changes:
+                    self._has_changes.set()
+                    if router.pending_bytes >= settings.flush_bytes:
+                        self._is_full.set()
+                while router.pending_bytes + self._in_flight_bytes >= limit:
+                    self._has_space.clear()
+                    await self._has_space.wait()
+                if drained.byte_count < _QUIET_BYTES:
+                    break
+                await asyncio.sleep(0)
+                if drained.is_empty:
+                    stream.receive()
+                drained = router.drain(stream.get_copy_data, _DRAIN_BYTES)
+            if drained.has_ended:
+                raise await stream.end_error(self._start_lsn)
+            await asyncio.sleep(_GATHER_SECONDS)
+
+    async def _publish(self) -> None:
+        """Publish what was received when it is enough or old enough, position and status also when there is nothing."""
+        while True:
+            if await _is_set(self._has_changes, _RECORD_SECONDS):
+                await _is_set(self._is_full, self._settings.flush_interval)
+            await self._flush()
+            if self._ending.is_set() and not self._router.has_changes:
+                return
+
+    async def _flush(self) -> None:
+        self._has_changes.clear()
+        self._is_full.clear()
+        self._in_flight_bytes = self._router.pending_bytes
+        records = deque(self._router.take())
+        position = LogPosition(
+            confirm_lsn=self._acks.confirmable_lsn,
+            lanes=tuple((commit_lsn, ordinal) for commit_lsn, ordinal in self._router.positions),
+            system_identifier=self._config.system_identifier,
+            timeline=self._timeline,
+            sent_at=time.time(),
+        )
+        is_status_due = self._report.is_due() or self._ending.is_set()
+        before = self._published_changes
+        self._published_changes = self._router.change_count
+        self._report.add(self._router.change_count - before, self._in_flight_bytes)
+        self._report.update(self._acks.received_lsn, self._acks.recorded_lsn, self._probe.source_lsn)
+        await self._publisher.publish(records, position, self._report.make() if is_status_due else None)
+        self._acks.record(position.confirm_lsn)
+        self._in_flight_bytes = 0
+        self._has_space.set()
+        self._reply_due.set()
+
+    async def _reply(self) -> None:
+        """Send status replies, on a timer of their own: neither Kafka nor a full buffer may time the walsender out."""
+        while True:
+            await _is_set(self._reply_due, self._settings.status_interval)
+            self._reply_due.clear()
+            await self._stream.send_status(self._acks.received_lsn, self._acks.recorded_lsn)
+            await asyncio.sleep(_REPLY_GAP_SECONDS)
+
+    async def _watch(self) -> None:
+        """Follow the control topic; a new word of the coordinator ends the session, so that the next one begins with it."""
+        while True:
+            await self._publisher.watch()
+            if self._publisher.config != self._config:
+                log.info("the migration's configuration has changed, reconnecting")
+                self._ending.set()
+
+    async def _await_stop(self, stop: asyncio.Event) -> None:
+        await stop.wait()
+        self._ending.set()
+
+
+def lane_positions(position: LogPosition | None, lane_count: int) -> list[Position]:
+    """Give the last position of each lane. Raises KafkaError when the log has another number of lanes."""
+    if position is None:
+        return [START] * lane_count
+    if len(position.lanes) != lane_count:
+        raise KafkaError(
+            f"the change log has {len(position.lanes)} lanes, the migration's configuration says {lane_count}",
+            hint="Run `live-migration clean` and start the migration again.",
+        )
+    return [Position(*lane) for lane in position.lanes]
+
+
+async def _is_set(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for an event, but not longer than this."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True

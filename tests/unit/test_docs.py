@@ -1,0 +1,39 @@
+"""docs/configuration.md says what common/settings.py does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from live_migration.common.settings import Settings
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+ROW = re.compile(r"^\| `(\w+)` \| (.+?) \| (.+?) \| (.+?) \| (.*?) \| (.+) \|$", re.MULTILINE)
+ROWS = {row[0]: row[1:] for row in ROW.findall((DOCS / "configuration.md").read_text())}
+
+
+def test_every_setting_is_described_once_in_the_order_of_the_code() -> None:
+    names = [row[0] for row in ROW.findall((DOCS / "configuration.md").read_text())]
+    assert names == list(Settings.model_fields)
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_option_environment_and_default_are_those_of_the_code(name: str) -> None:
+    option, environment, default, _, meaning = ROWS[name]
+    field = Settings.model_fields[name]
+    words = name.replace("_", "-")
+    is_negated = field.annotation is bool and field.default
+    assert option == (f"`--{words}/--no-{words}`" if is_negated else f"`--{words}`")
+    prefixed = f"LIVE_MIGRATION_{name.upper()}"
+    has_short_name = field.validation_alias is not None
+    assert environment == (f"`{name.upper()}` or `{prefixed}`" if has_short_name else f"`{prefixed}`")
+    assert default == ("none" if field.default is None else f"`{field.default}`")
+    assert meaning
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in DOCS.glob("*.md")))
+def test_links_between_pages_lead_somewhere(page: str) -> None:
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (DOCS / page).read_text()):
+        assert (DOCS / link).exists(), f"{page} links to {link}"
