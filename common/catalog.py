@@ -13,9 +13,11 @@ BINARY_SAFE_TYPES = frozenset(
         16, 17, 18, 19, 20, 21, 23, 25, 26, 114, 142, 600, 601, 602, 603, 604, 628, 650, 700, 701, 718, 774, 790, 829, 869,
         1042, 1043, 1082, 1083, 1114, 1184, 1186, 1266, 1560, 1562, 1700, 2950, 3614, 3802,
     }
+    | {3904, 3906, 3908, 3910, 3912, 3926, 4451, 4532, 4533, 4534, 4535, 4536}
     | {1000, 1001, 1005, 1007, 1014, 1015, 1016, 1009, 1021, 1022, 1115, 1182, 1183, 1185, 1231, 2951, 199, 3807}
+    | {3905, 3907, 3909, 3911, 3913, 3927}
 )  # fmt: skip
-"""Oids of built-in types (then their arrays) whose binary form is the same on every server from 14 on and holds no oids."""
+"""Oids of built-in types (then ranges, then arrays) whose binary form is the same on every server from 14 on and holds no oids."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 import asyncpg
+
 from live_migration.common.errors import ConnectionLost, LiveMigrationError, SourceError, TargetError, UsageError
 
 Side = Literal["source", "target"]
@@ -120,8 +121,24 @@ def server_error(error: asyncpg.PostgresError, side: Side, doing: str) -> LiveMi
     kind = SourceError if side == "source" else TargetError
     detail = f" ({error.detail})" if getattr(error, "detail", None) else ""
     return kind(
-        f"{side}: {doing}: {error.args[0]}{detail} [SQLSTATE {error.sqlstate}]", hint=getattr(error, "hint", None) or ""
+        f"{side}: {doing}: {error.args[0]}{detail} [SQLSTATE {error.sqlstate}]",
+        hint=getattr(error, "hint", None) or _next_step(side, error.sqlstate),
     )
+
+
+def _next_step(side: Side, sqlstate: str | None) -> str:
+    uri = side.upper()
+    match sqlstate:
+        case "28P01" | "28000":
+            return f"Check user and password in {uri}, and the server's pg_hba.conf."
+        case "3D000":
+            return f"Check the database's name in {uri}."
+        case "42501":
+            return f"Give the role in {uri} this right; `live-migration validate` names all that it needs."
+        case "55P03":
+            return "Somebody holds the lock for long: see pg_locks, then try again."
+        case _:
+            return ""
 
 
 @contextmanager

@@ -150,6 +150,8 @@ def iterate_frames(body: bytes) -> Iterator[Frame]:
         at += length
         kind = message[0]
         if kind == pgoutput.BEGIN:
+            if length <= BASE.size:
+                raise FormatError(f"begin frame at byte {at - length} is too short")
             (base,) = BASE.unpack_from(message, length - 8)
             yield Frame(kind, 0, message[:-8])
         else:

@@ -39,15 +39,15 @@ class LaneTasks:
 
     async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
         """Start the lanes' tasks. The member itself reads nothing: each lane has a client of its own."""
-        if self.member is not None:
-            for partition in assigned:
-                self.member.seek(partition, 0)  # a partition without a position would look for a committed one
-            self.member.pause(*assigned)
         lanes = sorted(partition.partition for partition in assigned)
         log.info("lanes assigned", lanes=lanes)
         for lane in lanes:
             if not self._is_closed and lane not in self._tasks:
                 self._tasks[lane] = self._group.create_task(self._run_lane(lane), name=f"lane {lane}")
+        if self.member is not None:
+            for partition in assigned:
+                self.member.seek(partition, 0)  # a partition without a position would look for a committed one
+            self.member.pause(*assigned)
 
     async def stop(self, lanes: Collection[int]) -> None:
         """End the tasks of these lanes; errors of theirs are the task group's."""

@@ -13,7 +13,8 @@ from live_migration.common.postgres import terminate_backend
 from live_migration.common.settings import Settings
 from live_migration.common.state import record_event
 from live_migration.common.telemetry import get_logger
-from live_migration.consumer.claims import Claimant, PartClaim, TableClaim, give_part_back, give_table_back, show_error
+from live_migration.consumer.claim_endings import give_part_back, give_table_back, show_error
+from live_migration.consumer.claims import Claimant, PartClaim, TableClaim
 from live_migration.consumer.copy_errors import AttemptOver, CopyDeferred, CopyEnded, TableStopped
 from live_migration.consumer.interrupts import Bell
 from live_migration.consumer.lease_keeper import Lease, LeaseKeeper

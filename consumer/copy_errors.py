@@ -10,6 +10,7 @@ A connection that broke is `ConnectionLost`, a claim that somebody else took ove
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -68,6 +69,13 @@ def server_errors(side: Side, doing: str) -> Iterator[None]:
         yield
     except LiveMigrationError:
         raise
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise ConnectionLost(
+            f"{side}: {doing}: the connection broke"
+        ) from None  # the driver's own, nobody cancelled us
     except _PASSING as error:
         raise CopyDeferred(server_error(error, side, doing).message) from error
     except (*CONNECTION_ERRORS, asyncpg.InterfaceError) as error:

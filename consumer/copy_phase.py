@@ -17,7 +17,7 @@ from live_migration.common.telemetry import get_logger
 from live_migration.consumer.copy_context import CopyContext
 from live_migration.consumer.copy_errors import CopyEnded, leading_error, server_errors
 from live_migration.consumer.index_builder import IndexBuilder
-from live_migration.consumer.interrupts import Bell
+from live_migration.consumer.interrupts import Bell, all_done
 from live_migration.consumer.lease_keeper import LeaseKeeper
 from live_migration.consumer.part_copier import CopyWorker
 from live_migration.consumer.sessions import Backoff, SharedSession
@@ -69,10 +69,9 @@ async def _run(
         ]
         async with asyncio.TaskGroup() as workers:
             context = CopyContext(settings, worker, control, keeper, watch, workers, ended, bell)
-            for _ in range(settings.table_jobs):
-                workers.create_task(CopyWorker(context).run())
-            for _ in range(settings.index_jobs):
-                workers.create_task(IndexBuilder(context).run())
+            copying = [workers.create_task(CopyWorker(context).run()) for _ in range(settings.table_jobs)]
+            building = [workers.create_task(IndexBuilder(context).run()) for _ in range(settings.index_jobs)]
+            await all_done(*copying, *building)
         for task in tasks:
             task.cancel()
 

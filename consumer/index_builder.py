@@ -5,7 +5,8 @@ from __future__ import annotations
 from live_migration.common.errors import Fenced, LiveMigrationError, Retry
 from live_migration.common.relation import quote_literal
 from live_migration.common.telemetry import get_logger
-from live_migration.consumer.claims import IndexClaim, claim_index, finish_index, give_index_back
+from live_migration.consumer.claim_endings import finish_index, give_index_back
+from live_migration.consumer.claims import IndexClaim, claim_index
 from live_migration.consumer.copy_context import IDLE_SECONDS, CopyContext
 from live_migration.consumer.copy_errors import CopyEnded, TableStopped, server_errors
 from live_migration.consumer.lease_keeper import Lease

@@ -65,6 +65,7 @@ class LanePipeline:
         self._growing = Flush()
         self._ready: Flush | None = None
         self._must_end_at_commit = False
+        self._open_changes = self._open_bytes = 0  # of flushes handed over, that may not be committed yet
         self._reading_error: LiveMigrationError | None = None
         self._decoding_error: LiveMigrationError | None = None
         self._is_applying = False
@@ -77,16 +78,22 @@ class LanePipeline:
         Raises:
             LiveMigrationError: what stops the lane, after everything before it has been applied.
         """
+        failure: LiveMigrationError | None = None
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._read())
-                group.create_task(self._decode())
-                group.create_task(self._apply())
-        except BaseExceptionGroup as errors:
-            raise _first_leaf(errors) from errors
+                helpers = [group.create_task(self._read()), group.create_task(self._decode())]
+                try:
+                    await self._apply()
+                except LiveMigrationError as error:
+                    # not out of the group: one that ends by an error loses a cancellation that comes at the same time
+                    failure = error
+                for helper in helpers:
+                    helper.cancel()
         finally:
             self._budget.release(self._held_bytes)
             self._held_bytes = 0
+        if failure is not None:
+            raise failure
 
     # reading
 
@@ -145,8 +152,16 @@ class LanePipeline:
         return True
 
     def _is_full(self, flush: Flush) -> bool:
-        batch = flush.batch
-        return batch.change_count >= self._settings.batch_rows or batch.byte_count >= self._settings.batch_bytes
+        batch, settings = flush.batch, self._settings
+        if batch.change_count >= settings.batch_rows or batch.byte_count >= settings.batch_bytes:
+            return True
+        if batch.is_inside_transaction or not flush.segment_count or not self._open_bytes:
+            return False
+        # a Commit at last, for a target transaction that has been open for long enough
+        return (
+            batch.change_count + self._open_changes >= settings.batch_rows
+            or batch.byte_count + self._open_bytes >= settings.batch_bytes
+        )
 
     def _is_due(self, flush: Flush) -> bool:
         """Tell whether a batch is applied as it is: nothing more is there, and the target waits for us."""
@@ -163,6 +178,10 @@ class LanePipeline:
         may = not batch.is_inside_transaction or not (self._lane_count == 1 or self._must_end_at_commit)
         if may:
             self._must_end_at_commit = False
+            self._open_changes = self._open_bytes = 0
+        else:
+            self._open_changes += batch.change_count
+            self._open_bytes += batch.byte_count
         return may
 
     async def _hand_over(self) -> None:
@@ -219,9 +238,3 @@ class LanePipeline:
     def _release(self, flush: Flush) -> None:
         self._budget.release(flush.held_bytes)
         self._held_bytes -= flush.held_bytes
-
-
-def _first_leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Give the error that ended the others."""
-    first = group.exceptions[0]
-    return _first_leaf(first) if isinstance(first, BaseExceptionGroup) else first

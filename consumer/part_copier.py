@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from live_migration.common.errors import LiveMigrationError, Retry
 from live_migration.common.telemetry import get_logger
-from live_migration.consumer.claims import (
-    PartClaim,
-    TableClaim,
-    claim_part,
-    claim_table,
-    finish_part,
-    finish_table,
-    share_snapshot,
-)
+from live_migration.consumer.claim_endings import finish_part, finish_table, share_snapshot
+from live_migration.consumer.claims import PartClaim, TableClaim, claim_part, claim_table
 from live_migration.consumer.copy_context import IDLE_SECONDS, CopyContext
 from live_migration.consumer.copy_errors import server_errors
 from live_migration.consumer.copy_stream import stream_copy

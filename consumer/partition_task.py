@@ -57,10 +57,7 @@ class PartitionTask:
 
     async def run(self) -> None:
         """Work until cancelled; whatever stops the lane is shown in its checkpoint, and tried again."""
-        task = asyncio.current_task()
-        while (
-            task is not None and not task.cancelling()
-        ):  # a TaskGroup below that ends by an error hides a cancellation
+        while True:
             try:
                 await self._run_once()
             except Fenced as error:
@@ -68,7 +65,6 @@ class PartitionTask:
                 await asyncio.sleep(STANDBY_SECONDS)
             except LiveMigrationError as error:
                 await self._pause(error)
-        raise asyncio.CancelledError
 
     async def _run_once(self) -> None:
         """Take the lane and apply it until something happens.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from live_migration.common.errors import ConnectionLost, LiveMigrationError
 from live_migration.common.telemetry import get_logger
-from live_migration.consumer.claims import TableClaim, finish_shared_table
+from live_migration.consumer.claim_endings import finish_shared_table
+from live_migration.consumer.claims import TableClaim
 from live_migration.consumer.copy_context import IDLE_SECONDS, CopyContext
 from live_migration.consumer.copy_errors import CopyDeferred, server_errors
 from live_migration.consumer.lease_keeper import Lease
@@ -49,7 +50,7 @@ async def _until_copied(context: CopyContext, lease: Lease[TableClaim], source: 
             CopyDeferred,
         ) as error:  # the snapshot outlives a target that is away, as long as the lease does
             lease.is_finishing = False
-            log.warning("target away while a snapshot is held", table=str(claim), reason=error.message)
+            log.debug("target away while a snapshot is held", table=str(claim), reason=error.message)
         else:
             if is_copied:
                 log.info("table copied", table=str(claim), attempt=claim.attempt)

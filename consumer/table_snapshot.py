@@ -11,7 +11,8 @@ import asyncpg
 from live_migration.common.catalog import ColumnInfo
 from live_migration.common.postgres import terminate_backend
 from live_migration.common.relation import QualifiedName, quote_literal
-from live_migration.consumer.claims import CopyOrigin, PartClaim, TableClaim, copying_backends
+from live_migration.consumer.claim_endings import CopyOrigin, copying_backends
+from live_migration.consumer.claims import PartClaim, TableClaim
 from live_migration.consumer.copy_errors import AttemptOver, CopyDeferred, TableStopped, server_errors
 from live_migration.consumer.copy_stream import CopyPlan
 from live_migration.consumer.parts import BlockRange, plan_parts

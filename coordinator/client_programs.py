@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 from live_migration.common.errors import SourceError, UsageError
 from live_migration.common.settings import Settings
@@ -126,8 +126,9 @@ def split_password(uri: str) -> tuple[str, str | None]:
     user, colon, quoted = user_info.partition(":")
     if colon:
         password = unquote(quoted)
-    query = urlencode([pair for pair in parameters if pair[0] not in _SECRET_PARAMETERS], quote_via=quote)
-    return urlunsplit(parts._replace(netloc=f"{user}{at}{hosts}", query=query)), password
+    query = urlencode([pair for pair in parameters if pair[0] not in _SECRET_PARAMETERS], quote_via=quote, safe="/")
+    # Not by urlunsplit, which takes the slashes away where there is no host.
+    return f"{parts.scheme}://{user}{at}{hosts}{parts.path}{'?' if query else ''}{query}", password
 
 
 @contextmanager

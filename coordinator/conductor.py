@@ -140,7 +140,6 @@ class _Conductor:
             await self._pool.start()
             await beside(self._lead_to_done(run), [self._pool.watch(), watch_identities(run), watch_slot(run)])
         await self._pool.stop()
-        self._reporter.note("the migration is done: write to the target now")
         await finish_after_handover(run)
 
     async def _lead_to_done(self, run: Run) -> None:
@@ -167,6 +166,8 @@ class _Conductor:
         if self._shown is not run.phase:
             self._shown = run.phase
             self._reporter.phase_changed(run.phase)
+            if run.phase is Phase.DONE:
+                self._reporter.note("done: write to the target now")
 
 
 async def beside(work: Coroutine[None, None, None], watchers: Sequence[Coroutine[None, None, None]]) -> None:

@@ -28,6 +28,7 @@ from live_migration.producer.slot import OpenTransaction, describe_transactions,
 
 _BARRIER = "barrier"
 _QUIET_SECONDS = 10.0
+_START_SECONDS = 10.0
 
 
 class CutoverRefused(LiveMigrationError):
@@ -40,8 +41,10 @@ class SourceBusy(LiveMigrationError):
     default_hint = "Stop every writer, then ask for the cutover again."
 
 
-async def request_cutover(settings: Settings) -> str:
+async def request_cutover(settings: Settings, *, patience: float = _START_SECONDS) -> str:
     """Ask the running coordinator for the cutover; gives what to tell the user.
+
+    A coordinator that was started just now is given `patience` seconds to take its role.
 
     Raises:
         TargetError: no coordinator is alive, or the migration is done.
@@ -51,7 +54,7 @@ async def request_cutover(settings: Settings) -> str:
             migration = await state.require_migration(target)
             if migration.phase is Phase.DONE:
                 raise TargetError("the migration is done already: the target is in charge")
-            if not await is_coordinator_alive(target):
+            if not await _await_coordinator(target, patience):
                 raise TargetError(
                     "no coordinator runs this migration, so nobody could cut over",
                     hint="Start `live-migration migrate` again, then ask for the cutover.",
@@ -60,6 +63,15 @@ async def request_cutover(settings: Settings) -> str:
     if migration.phase in (Phase.REPLAY, Phase.CUTOVER):
         return "the coordinator was asked for the cutover"
     return f"the coordinator was asked for the cutover; it begins after phase {migration.phase.value}"
+
+
+async def _await_coordinator(target: asyncpg.Connection, patience: float) -> bool:
+    deadline = time.monotonic() + patience
+    while not await is_coordinator_alive(target):
+        if time.monotonic() >= deadline:
+            return False
+        await asyncio.sleep(0.1)
+    return True
 
 
 async def is_coordinator_alive(target: asyncpg.Connection) -> bool:

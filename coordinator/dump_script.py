@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from live_migration.common.errors import FormatError
 
@@ -80,7 +81,7 @@ def parse_script(script: str) -> list[Entry]:
     entries = []
     defaults: dict[str, str] = {}
     defaults.update(_DEFAULT.findall(script[: starts[0]] if starts else script))
-    for start, end in zip(starts, [*starts[1:], len(script)], strict=True):
+    for start, end in pairwise([*starts, len(script)]):
         header = _HEADER.match(script, start)
         if header is None:
             head = script[start : start + 200].splitlines()[:5]

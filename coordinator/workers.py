@@ -25,6 +25,7 @@ from live_migration.coordinator.observer import Reporter
 Kind = Literal["producer", "consumer"]
 _STOP = StopOrder((signal.SIGTERM,), 20.0)
 _QUICK_SECONDS = 30.0
+_FIRST_PAUSE_SECONDS = 0.5
 _MOST_QUICK_DEATHS = 5
 _LOG_BYTES = 64 << 20
 
@@ -117,9 +118,10 @@ class WorkerPool:
                 f"the end of {worker.log}:\n{log_tail(worker.log)}",
                 hint="Mend what its log complains of, then run `live-migration migrate` again.",
             )
-        pause = min(0.5 * 2**worker.quick_deaths, 10.0)
+        pause = min(_FIRST_PAUSE_SECONDS * 2**worker.quick_deaths, 10.0)
         worker.next_start = now + pause
-        self._reporter.warning(f"a {worker.kind} ended with code {code}; it is started again in {pause:g} s")
+        if code:  # without an error they end when the migration is done, which we may not have noticed yet
+            self._reporter.warning(f"a {worker.kind} ended with code {code}; it is started again in {pause:g} s")
 
     def _spawn(self, worker: _Worker) -> None:
         if self._guard is None:
@@ -128,12 +130,17 @@ class WorkerPool:
             worker.log.replace(worker.log.with_suffix(".log.1"))
         worker.started_at = time.monotonic()
         worker.process = self._guard.spawn(
-            [sys.executable, "-P", "-m", "live_migration.coordinator.cli", worker.kind],
+            worker_command(worker.kind),
             stop=_STOP,
             log=worker.log,
             cwd=Path.cwd(),
             environment={**os.environ, **self._settings.environment()},
         )
+
+
+def worker_command(kind: Kind) -> list[str]:
+    """Give the command that runs a worker; it takes its settings from the environment."""
+    return [sys.executable, "-P", "-m", "live_migration.coordinator.cli", kind]
 
 
 async def _drain(processes: list[subprocess.Popen[bytes]]) -> None:

@@ -27,6 +27,8 @@ GetCopyData = Callable[[int], tuple[int, memoryview]]
 XLOG_DATA_BYTES = 25
 """Size of what stands before a message in the stream: 'w', start, end, clock."""
 
+_BEGIN_BYTES = 21
+_COMMIT_BYTES = 26
 _KEEPALIVE = struct.Struct(">BQQB")
 _ROW_KINDS = (b"I", b"U", b"D")
 _PREFIX = MESSAGE_PREFIX.encode() + b"\0"
@@ -158,14 +160,17 @@ class Router:
 
     def _begin_transaction(self, message: bytes) -> None:
         self._begin = message
-        self._commit_lsn = pgoutput.decode_begin(message).commit_lsn
+        if len(message) != _BEGIN_BYTES:
+            raise FormatError(f"begin message of {len(message)} bytes after {self._where()}")
+        self._commit_lsn = int.from_bytes(message[1:9], "big")
         self._ordinal = 0
         self._acks.begin()
 
     def _commit(self, message: bytes) -> None:
-        position = Position(self._commit_lsn, COMMIT_ORDINAL)
+        if len(message) != _COMMIT_BYTES:
+            raise FormatError(f"commit message of {len(message)} bytes after {self._where()}")
         for lane in self._touched:
-            if position > lane.position:
+            if (self._commit_lsn, COMMIT_ORDINAL) > lane.position:
                 if lane.size + lane.missing_bytes(()) + FRAME.size + len(message) > self._segment_bytes:
                     self._cut(lane)
                 lane.prepare(self._begin, self._commit_lsn, self._ordinal, ())
@@ -173,7 +178,7 @@ class Router:
                 self.has_changes = True
         self._touched.clear()
         self._ready_lanes.clear()
-        self._acks.commit(pgoutput.decode_commit(message).end_lsn)
+        self._acks.commit(int.from_bytes(message[10:18], "big"))
 
     def _relation(self, message: bytes) -> None:
         relation = pgoutput.decode_relation(message)
@@ -219,7 +224,7 @@ class Router:
     def _change_in(self, lane: LaneBuffer, message: Message, routes: Sequence[tuple[bytes, Route]]) -> None:
         self._touched[lane] = None
         ordinal = self._ordinal
-        if Position(self._commit_lsn, ordinal) <= lane.position:
+        if (self._commit_lsn, ordinal) <= lane.position:
             return
         self.has_changes = True
         framed_bytes = FRAME.size + len(message)

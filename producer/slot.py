@@ -6,10 +6,9 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 import asyncpg
-from psycopg import pq
+from psycopg import conninfo, pq
 
 from live_migration.common.errors import ConnectionLost, SlotError, SourceError
 from live_migration.common.lsn import Lsn
@@ -101,18 +100,12 @@ async def identify_system(uri: str) -> SystemIdentity:
     Raises:
         SourceError: the role may not replicate, or the server takes no walsender.
     """
-    return await asyncio.to_thread(_identify_system, _replication_uri(uri))
-
-
-def _replication_uri(uri: str) -> str:
-    parts = urlsplit(uri)
-    parameters = dict(parse_qsl(parts.query, keep_blank_values=True))
-    parameters |= {"replication": "database", "connect_timeout": parameters.get("connect_timeout", "20")}
-    return urlunsplit(parts._replace(query=urlencode(parameters, quote_via=quote)))
+    return await asyncio.to_thread(_identify_system, uri)
 
 
 def _identify_system(uri: str) -> SystemIdentity:
-    connection = pq.PGconn.connect(uri.encode())
+    parameters = conninfo.make_conninfo(uri, replication="database", connect_timeout=20)
+    connection = pq.PGconn.connect(parameters.encode())
     try:
         if connection.status != pq.ConnStatus.OK:
             said = connection.error_message.decode(errors="replace").strip()

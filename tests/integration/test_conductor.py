@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import asyncpg
+import psutil
 import pytest
 
 from live_migration.common import state
 from live_migration.common.control import CONFIG, ProducerConfig
 from live_migration.common.errors import LiveMigrationError, SourceError, TargetError
 from live_migration.common.kafka import admin, read_control
-from live_migration.common.local_postgres import LocalPostgres, wheel_binaries
+from live_migration.common.local_postgres import LocalPostgres, postgres_binaries, wheel_binaries
 from live_migration.common.postgres import session
 from live_migration.common.settings import Settings, load_settings
 from live_migration.common.state import Phase
-from live_migration.coordinator import handover, steps
+from live_migration.coordinator import handover, steps, workers
 from live_migration.coordinator.clean import clean
 from live_migration.coordinator.conductor import conduct
 from live_migration.coordinator.cutover import request_cutover
@@ -33,7 +35,7 @@ from live_migration.coordinator.prepare import prepare
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.schema import read_post_data, restore_schema
 from live_migration.producer.slot import SlotTimeout
-from tests.fixtures.fix_postgres import DatabaseFactory, PostgresFactory
+from tests.fixtures.fix_postgres import SETTINGS, DatabaseFactory, PostgresFactory, make_certificate
 from tests.support.rich_schema import RICH_SCHEMA
 
 pytestmark = pytest.mark.integration
@@ -455,7 +457,9 @@ async def test_drift_is_seen_by_oid(make_settings: MakeSettings) -> None:
 async def test_large_objects_arrive_with_their_oids(make_settings: MakeSettings) -> None:
     settings = make_settings()
     big = b"\x00\x01\xff" * 200_000
-    await fetch(settings.source_uri(), "select lo_from_bytea(o::oid, '\\xab'::bytea) from generate_series(100000, 100199) o")
+    await fetch(
+        settings.source_uri(), "select lo_from_bytea(o::oid, '\\xab'::bytea) from generate_series(100000, 100199) o"
+    )
     await fetch(settings.source_uri(), "select lo_from_bytea(500000, $1)", big)
     async with bench(settings) as b, b.run.source_session("test") as source:
         await handover.copy_large_objects(b.run, source)
@@ -496,7 +500,7 @@ async def test_a_cutover_is_asked_for_only_while_a_coordinator_is_alive(make_set
         rows = await fetch(settings.target_uri(), "select count(*) as n from _live_migration.requests")
         assert rows == [(1,)]
     with pytest.raises(TargetError, match="no coordinator"):
-        await request_cutover(settings)
+        await request_cutover(settings, patience=0)
 
 
 async def test_conduct_stops_keeps_its_state_and_resumes(make_settings: MakeSettings) -> None:
@@ -539,3 +543,55 @@ async def test_bad_input_is_one_error_before_anything_is_touched(make_settings: 
         await conduct(settings, stop=asyncio.Event(), ask_cutover=asyncio.Event(), observer=RecordingObserver())
     assert await traces_on_source(settings) == []
     assert not await fetch(settings.target_uri(), "select 1 from pg_namespace where nspname = '_live_migration'")
+
+
+async def test_the_schema_comes_over_tls_with_a_password(make_settings: MakeSettings) -> None:
+    async with LocalPostgres(server_bin=postgres_binaries(17), settings=SETTINGS, password="p@ss:w\\rd") as server:
+        await server.restart(settings=make_certificate(server))
+        settings = make_settings(source=f"{server.uri()}?sslmode=require")
+        await fetch(settings.source_uri(), "create table t (id int primary key)")
+        async with bench(settings) as b:
+            await prepare(b.run)
+            await restore_schema(b.run)
+            assert b.run.phase is Phase.COPY
+        await clean(settings, prune=True, note=lambda _: None)
+
+
+async def test_a_worker_that_dies_again_and_again_ends_the_run_with_its_log(
+    make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        workers, "worker_command", lambda kind: [sys.executable, "-c", f"print('no luck for the {kind}'); exit(3)"]
+    )
+    monkeypatch.setattr(workers, "_FIRST_PAUSE_SECONDS", 0.01)
+    observer = RecordingObserver()
+    async with workers.WorkerPool(make_settings(workers=True), Reporter(observer)) as pool:
+        await pool.start()
+        with pytest.raises(workers.WorkerFailed, match="no luck for the"):
+            async with asyncio.timeout(60):
+                await pool.watch()
+    assert any("ended with code 3" in warning for warning in observer.warnings)
+
+
+async def test_workers_are_asked_to_end_and_get_their_settings_by_environment_alone(
+    make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = (
+        "import os, signal, sys, time; "
+        "signal.signal(signal.SIGTERM, lambda *_: (print('drained', flush=True), sys.exit(0))); "
+        "print(os.environ['LIVE_MIGRATION_SOURCE'], flush=True); time.sleep(600)"
+    )
+    monkeypatch.setattr(workers, "worker_command", lambda kind: [sys.executable, "-c", program])
+    settings = make_settings(workers=True)
+    log = settings.dir / "logs" / "producer.log"
+    async with workers.WorkerPool(settings, Reporter(RecordingObserver())) as pool:
+        await pool.start()
+        async with asyncio.timeout(30):
+            while not log.exists() or not log.read_text():
+                await asyncio.sleep(0.02)
+        children = psutil.Process().children(recursive=True)
+        assert not [child for child in children if settings.source_uri() in " ".join(child.cmdline())]
+    assert log.read_text().splitlines() == [settings.source_uri(), "drained"]
+    assert not [
+        child for child in children if child.is_running() and "LIVE_MIGRATION_SOURCE" in " ".join(child.cmdline())
+    ]

@@ -11,7 +11,7 @@ import pytest
 
 from live_migration.common.local_postgres import LocalPostgres
 from live_migration.common.postgres import session
-from tests.fixtures.fix_postgres import SETTINGS, DatabaseFactory
+from tests.fixtures.fix_postgres import SETTINGS
 from tests.support.copying import (
     consumer_process,
     consumers,
@@ -189,9 +189,9 @@ async def test_a_zombie_s_commit_is_refused(source_database: str, target_databas
     await assert_equal(source_database, target_database)
 
 
-async def test_a_target_that_crashes_and_comes_back(source_database: str, fresh_database: DatabaseFactory) -> None:
+async def test_a_target_that_crashes_and_comes_back(source_database: str) -> None:
     async with LocalPostgres(settings={**SETTINGS, "fsync": "on"}) as server:
-        target_database = await fresh_database(server)
+        target_database = server.uri()
         await make(source_database, target_database)
         async with consumers(settings_for(source_database, target_database, part_size=PART), 2):
             await until(target_database, "select count(*) > 2 from _live_migration.parts where state = 'done'")

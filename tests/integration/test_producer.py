@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
@@ -205,6 +206,25 @@ async def test_a_large_row_goes_in_fragments(settings: Settings) -> None:
     assert largest < settings.segment_bytes + 100
 
 
+async def test_a_huge_row_takes_at_most_three_times_its_size(settings: Settings) -> None:
+    await prepare(settings, NAMES)
+    size = 150 * MIB
+    async with producer_process(settings) as process:
+        await run_sql(settings, "insert into public.orders values (1, 'warm')")
+        await wait_until_published(settings, await source_lsn(settings))
+        before = resident_peak(process.pid)
+        await run_sql(settings, f"insert into public.orders values (2, repeat('x', {size}))")
+        await wait_until_published(settings, await source_lsn(settings), seconds=180)
+        grown = resident_peak(process.pid) - before
+    assert size < grown < 3 * size
+
+
+def resident_peak(pid: int) -> int:
+    """Give the most memory that a process has had resident, in bytes."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * KIB for line in lines if line.startswith("VmHWM"))
+
+
 async def test_a_slot_that_somebody_else_advanced_is_refused(settings: Settings) -> None:
     await prepare(settings, NAMES)
     await run_sql(
@@ -320,9 +340,11 @@ async def test_a_broker_that_restarts_does_not_stop_the_producer(source_database
         config = await prepare(settings, NAMES)
         async with running_producer(settings), asyncio.TaskGroup() as tasks:
             tasks.create_task(write_randomly(settings, 3, 300))
-            await asyncio.sleep(1)
+            await wait_for(lambda: _has_moved(settings, None), seconds=60)
             await broker.restart()
+            before = await read_position(settings)
             await run_sql(settings, "insert into public.orders select g, 'o' from generate_series(9000000, 9100000) g")
+            await wait_for(lambda: _has_moved(settings, before), seconds=120)
             await broker.kill()
             await broker.start()
         async with running_producer(settings):

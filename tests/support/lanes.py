@@ -48,7 +48,7 @@ class Replay:
             while not await condition():
                 await asyncio.sleep(0.02)
 
-    async def until_applied(self, seconds: float = 60) -> None:
+    async def until_applied(self, seconds: float = 25) -> None:
         """Wait until each lane's checkpoint is where its writer is."""
 
         async def is_applied() -> bool:

@@ -225,7 +225,8 @@ async def _statement(c: asyncpg.Connection, rng: random.Random) -> None:
             )
         case 24:
             records = [(fresh + i, i, "copied", None, when) for i in range(number % 50)]
-            await c.copy_records_to_table("by_key", schema_name="app", records=records)
+            columns = ["id", "n", "note", "amount", "at"]
+            await c.copy_records_to_table("by_key", schema_name="app", records=records, columns=columns)
         case 25:
             if number % 10 == 0:
                 await c.execute("truncate app.scratch")

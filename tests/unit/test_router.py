@@ -1,0 +1,253 @@
+"""The stream into lanes: ordinals, duplicates, self-contained segments, fragments, barriers."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from live_migration.common import pgoutput
+from live_migration.common.control import WalMessage
+from live_migration.common.errors import FormatError
+from live_migration.common.lanes import lane_of
+from live_migration.common.relation import QualifiedName
+from live_migration.common.segment import COMMIT_ORDINAL, START, Position
+from live_migration.producer.ack_tracker import AckTracker
+from live_migration.producer.batcher import Record
+from live_migration.producer.router import Router
+from tests.fixtures.change_log import LoggedChange, decode_lane, route_reference
+
+LANES = 3
+SEGMENT_BYTES = 4096
+TOPIC = bytes(range(16))
+MIGRATION = "11111111-2222-3333-4444-555555555555"
+OIDS = range(16384, 16390)
+
+
+def put_begin(commit_lsn: int, xid: int = 7) -> bytes:
+    return b"B" + struct.pack(">QqI", commit_lsn, 0, xid)
+
+
+def put_commit(commit_lsn: int) -> bytes:
+    return b"C\0" + struct.pack(">QQq", commit_lsn, commit_lsn + 8, 0)
+
+
+def put_relation(oid: int, name: str = "") -> bytes:
+    named = f"public\0{name or f't{oid}'}\0d".encode()
+    return b"R" + struct.pack(">I", oid) + named + struct.pack(">HB", 1, 1) + b"id\0" + struct.pack(">Ii", 20, -1)
+
+
+def put_insert(oid: int, value: bytes) -> bytes:
+    return b"I" + struct.pack(">I", oid) + b"N" + struct.pack(">HcI", 1, b"t", len(value)) + value
+
+
+def put_truncate(oids: Iterable[int], flags: int = 0) -> bytes:
+    listed = list(oids)
+    return b"T" + struct.pack(f">IB{len(listed)}I", len(listed), flags, *listed)
+
+
+def put_message(prefix: str, content: str, transactional: bool = True) -> bytes:
+    body = content.encode()
+    head = struct.pack(">BQ", transactional, 1) + prefix.encode() + b"\0"
+    return b"M" + head + struct.pack(">I", len(body)) + body
+
+
+def lane(oid: int) -> int:
+    return lane_of(QualifiedName("public", f"t{oid}"), LANES)
+
+
+class FakeStream:
+    """`get_copy_data` over a list of pgoutput messages, and what keepalives stand between them."""
+
+    def __init__(self, messages: Iterable[bytes]) -> None:
+        self._copied = [m if m[:1] == b"k" else b"w" + bytes(24) + m for m in messages]
+
+    def get_copy_data(self, _async: int) -> tuple[int, memoryview]:
+        if not self._copied:
+            return 0, memoryview(b"")
+        copied = self._copied.pop(0)
+        return len(copied), memoryview(copied)
+
+
+def make_router(positions: list[Position] | None = None, acks: AckTracker | None = None) -> Router:
+    return Router(
+        migration_id=MIGRATION,
+        topic_id=TOPIC,
+        segment_bytes=SEGMENT_BYTES,
+        positions=positions or [START] * LANES,
+        acks=acks or AckTracker(0),
+    )
+
+
+def feed(router: Router, messages: Iterable[bytes]) -> None:
+    drained = router.drain(FakeStream(messages).get_copy_data, 1 << 40)
+    assert drained.is_empty
+
+
+def values_by_lane(records: Iterable[Record]) -> dict[int, list[bytes]]:
+    values: dict[int, list[bytes]] = {each: [] for each in range(LANES)}
+    for record in records:
+        values[record.lane] += list(record.values)
+    return values
+
+
+def decoded(values: dict[int, list[bytes]]) -> dict[int, list[LoggedChange]]:
+    return {each: decode_lane(each, found) for each, found in values.items()}
+
+
+def keepalive(wal_end: int, *, wants_reply: bool = False) -> bytes:
+    return b"k" + struct.pack(">QQB", wal_end, 0, wants_reply)
+
+
+rows = st.tuples(st.sampled_from(OIDS), st.one_of(st.integers(0, 200), st.integers(3800, 4200), st.just(20_000)))
+transactions = st.lists(st.lists(rows, max_size=12), max_size=6)
+
+
+def stream_of(transactions: list[list[tuple[int, int]]]) -> list[bytes]:
+    described: set[int] = set()
+    messages = []
+    for number, changes in enumerate(transactions):
+        commit_lsn = 1000 * (number + 1)
+        messages.append(put_begin(commit_lsn))
+        for oid, size in changes:
+            if oid not in described:
+                described.add(oid)
+                messages.append(put_relation(oid))
+            messages.append(put_insert(oid, b"x" * size))
+        messages.append(put_commit(commit_lsn))
+    return messages
+
+
+@settings(max_examples=80, deadline=None)
+@given(transactions, st.lists(st.integers(0, 100), max_size=5))
+def test_every_change_arrives_once_in_whole_chains_of_bounded_records(
+    changes: list[list[tuple[int, int]]], flushes: list[int]
+) -> None:
+    messages = stream_of(changes)
+    router = make_router()
+    values: dict[int, list[bytes]] = {each: [] for each in range(LANES)}
+    done = 0
+    for end in [*sorted(flushes), len(messages)]:
+        feed(router, messages[done:end])
+        done = max(done, min(end, len(messages)))
+        for each, found in values_by_lane(router.take()).items():
+            values[each] += found
+    assert max((len(value) for found in values.values() for value in found), default=0) <= SEGMENT_BYTES + 66
+    assert decoded(values) == route_reference(messages, LANES)
+    assert router.change_count == sum(map(len, changes))
+
+
+@settings(max_examples=80, deadline=None)
+@given(transactions, st.integers(0, 100))
+def test_a_restart_drops_what_the_log_holds_and_nothing_else(changes: list[list[tuple[int, int]]], crash: int) -> None:
+    messages = stream_of(changes)
+    first = make_router()
+    feed(first, messages[:crash])
+    values = values_by_lane(first.take())
+    again = make_router(list(first.positions))
+    feed(again, messages)
+    for each, found in values_by_lane(again.take()).items():
+        values[each] += found
+    assert decoded(values) == route_reference(messages, LANES)
+
+
+def test_logical_messages_of_others_count_but_go_nowhere() -> None:
+    router = make_router()
+    oid = OIDS[0]
+    others = put_message("somebody", "x")
+    loose = put_message("live_migration", "x", transactional=False)
+    row = put_insert(oid, b"1")
+    feed(router, [loose, put_begin(50), others, put_relation(oid), row, put_commit(50), loose])
+    found = decoded(values_by_lane(router.take()))
+    assert [each.position for each in found[lane(oid)]] == [Position(50, 2), Position(50, COMMIT_ORDINAL)]
+    assert sum(map(len, found.values())) == 2
+
+
+def test_a_transaction_without_changes_only_moves_what_may_be_confirmed() -> None:
+    acks = AckTracker(0)
+    router = make_router(acks=acks)
+    heartbeat = WalMessage(kind="heartbeat", migration_id=MIGRATION, id="h").model_dump_json()
+    feed(router, [put_begin(50), put_message("live_migration", heartbeat), put_commit(50)])
+    assert not router.has_changes
+    assert router.pending_bytes == 0
+    assert router.take() == []
+    assert acks.confirmable_lsn == 58
+
+
+@pytest.mark.parametrize("migration_id", [MIGRATION, "another"])
+def test_our_barrier_goes_into_every_lane(migration_id: str) -> None:
+    router = make_router()
+    content = WalMessage(kind="barrier", migration_id=migration_id, id="b").model_dump_json()
+    barrier = put_message("live_migration", content)
+    feed(router, [put_begin(50), barrier, put_commit(50)])
+    expected = [LoggedChange(Position(50, 1), barrier), LoggedChange(Position(50, COMMIT_ORDINAL), put_commit(50))]
+    for found in decoded(values_by_lane(router.take())).values():
+        assert found == (expected if migration_id == MIGRATION else [])
+
+
+def test_a_truncate_is_split_by_lane_at_one_ordinal() -> None:
+    router = make_router()
+    feed(router, [put_begin(50), *(put_relation(oid) for oid in OIDS), put_truncate(OIDS, 3), put_commit(50)])
+    named = []
+    for each, found in decoded(values_by_lane(router.take())).items():
+        for change in found:
+            if change.message[0] == pgoutput.TRUNCATE:
+                truncate = pgoutput.decode_truncate(change.message)
+                assert change.position == Position(50, 1)
+                assert {lane(oid) for oid in truncate.relation_oids} == {each}
+                assert truncate.cascade
+                assert truncate.restart_identity
+                named += truncate.relation_oids
+    assert sorted(named) == list(OIDS)
+
+
+def test_a_relation_that_changes_is_described_anew_before_its_next_row() -> None:
+    router = make_router()
+    oid = OIDS[0]
+    changed = put_relation(oid).replace(b"id\0", b"ident\0")
+    feed(router, [put_begin(50), put_relation(oid), put_insert(oid, b"1"), put_insert(oid, b"2")])
+    feed(router, [changed, put_insert(oid, b"3"), put_commit(50)])
+    (value,) = values_by_lane(router.take())[lane(oid)]
+    assert value.index(put_insert(oid, b"2")) < value.index(changed) < value.index(put_insert(oid, b"3"))
+
+
+def test_the_key_names_the_table_where_there_is_one() -> None:
+    router = make_router()
+    oid = OIDS[0]
+    beside = next(each for each in range(20000, 30000) if lane(each) == lane(oid))
+    feed(router, [put_begin(50), put_relation(oid), put_insert(oid, b"1"), put_commit(50)])
+    assert [record.key for record in router.take()] == [f"public.t{oid}".encode()]
+    more = [put_insert(oid, b"2"), put_relation(beside), put_insert(beside, b"1")]
+    feed(router, [put_begin(60), *more, put_commit(60)])
+    assert [record.key for record in router.take()] == [None]
+
+
+def test_draining_stops_at_the_budget() -> None:
+    router = make_router()
+    oid = OIDS[0]
+    stream = FakeStream([put_begin(50), put_relation(oid), *(put_insert(oid, b"x" * 100) for _ in range(50))])
+    drained = router.drain(stream.get_copy_data, 1000)
+    assert 1000 <= drained.byte_count < 1200
+    assert not drained.is_empty
+
+
+def test_a_keepalive_confirms_and_may_ask_for_a_reply() -> None:
+    acks = AckTracker(0)
+    router = make_router(acks=acks)
+    feed(router, [keepalive(77)])
+    assert acks.confirmable_lsn == 77
+    assert not router.is_reply_requested
+    feed(router, [keepalive(78, wants_reply=True)])
+    assert router.is_reply_requested
+    assert router.pending_bytes == 0
+
+
+@pytest.mark.parametrize("message", [b"?", put_insert(999, b"1"), b"k" + bytes(30), put_begin(1)[:-1]])
+def test_what_the_protocol_does_not_know_is_refused(message: bytes) -> None:
+    router = make_router()
+    stream = [b"w" + bytes(24) + message] if message[:1] != b"k" else [message]
+    with pytest.raises(FormatError):
+        router.drain(lambda _: (len(stream[0]), memoryview(stream[0])), 10)
