@@ -29,6 +29,11 @@ def format_count(count: float) -> str:
     return f"{count:,.0f}"
 
 
+def format_number_of(count: int, noun: str) -> str:
+    """Give a number with its noun, which takes an s in the plural: `1 table`, `2,000 tables`."""
+    return f"{format_count(count)} {noun}{'' if count == 1 else 's'}"
+
+
 def format_duration(seconds: float) -> str:
     """Give a time span in words: `1 minute 38.631 seconds`, `2 hours 5 minutes 0.000 seconds`."""
     minutes, rest = divmod(round(seconds * 1000), 60_000)
@@ -51,10 +56,11 @@ def format_clock(seconds: float | None) -> str:
 
 
 class RateMeter:
-    """Rate of a growing number over the last `window_seconds`."""
+    """Rate of a growing number over the last `window_seconds`; not known before `least_seconds` have passed."""
 
-    def __init__(self, window_seconds: float = 30.0) -> None:
+    def __init__(self, window_seconds: float = 30.0, least_seconds: float = 0.0) -> None:
         self._window_seconds = window_seconds
+        self._least_seconds = least_seconds
         self._readings: deque[tuple[float, float]] = deque()
 
     def add(self, at: float, value: float) -> None:
@@ -68,11 +74,12 @@ class RateMeter:
 
     @property
     def rate(self) -> float | None:
-        """Units per second, or None before the second reading."""
+        """Units per second, or None where it is not known yet."""
         if len(self._readings) < 2:
             return None
         (first_at, first), (last_at, last) = self._readings[0], self._readings[-1]
-        return (last - first) / (last_at - first_at) if last_at > first_at else None
+        seconds = last_at - first_at
+        return (last - first) / seconds if seconds > 0 and seconds >= self._least_seconds else None
 
 
 def remaining_seconds(done: float, total: float, rate: float | None) -> float | None:
@@ -216,11 +223,12 @@ class LagMeter:
     that was long idle does not look like hours of lag.
     """
 
-    def __init__(self, start_lsn: int = 0, window_seconds: float = 30.0) -> None:
+    def __init__(self, start_lsn: int = 0, window_seconds: float = 30.0, least_seconds: float = 5.0) -> None:
+        """Measure rates over `window_seconds`, and judge by none before `least_seconds`: replay comes in bursts."""
         self._start_lsn = start_lsn
         self._reached: dict[int, int] = {}
-        self._source = RateMeter(window_seconds)
-        self._replay = RateMeter(window_seconds)
+        self._source = RateMeter(window_seconds, least_seconds)
+        self._replay = RateMeter(window_seconds, least_seconds)
 
     def read(
         self,

@@ -7,6 +7,7 @@ Rows hit must equal rows staged, each time: a plain insert never upserts, an upd
 
 from __future__ import annotations
 
+import struct
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from typing import NoReturn
 from zlib import crc32
@@ -86,6 +87,8 @@ class Applier:
             raise
         except asyncpg.PostgresError as error:
             self._refuse(run, error)
+        except (struct.error, IndexError) as error:
+            raise FormatError(f"{run.table.name}: a row message at or after {run.position(0)} is malformed") from error
 
     # runs of inserts
 
@@ -262,9 +265,9 @@ class Applier:
 
     def _refuse(self, run: TableRun, error: asyncpg.PostgresError) -> NoReturn:
         first, last = run.position(0), run.position(len(run.messages) - 1)
-        where = str(first) if first == last else f"between {first} and {last}"
+        where = f"at {first}" if first == last else f"between {first} and {last}"
         raise LaneStopped(
-            f"{run.table.name}: the target refuses a change at {where}: {_said(error)}",
+            f"{run.table.name}: the target refuses a change {where}: {_said(error)}",
             hint=error.hint or "Mend the target (or the row that stands in the way); the lane then goes on by itself.",
         ) from error
 

@@ -6,27 +6,19 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import asyncpg
-
 from live_migration.common import state
 from live_migration.common.errors import LiveMigrationError, Retry
-from live_migration.common.postgres import session
 from live_migration.common.settings import Settings
 from live_migration.common.state import Migration, Phase
-from live_migration.common.telemetry import get_logger
 from live_migration.consumer.copy_context import CopyContext
-from live_migration.consumer.copy_errors import CopyEnded, leading_error, server_errors
+from live_migration.consumer.copy_errors import CopyEnded, leading_error
 from live_migration.consumer.index_builder import IndexBuilder
 from live_migration.consumer.interrupts import Bell, all_done
 from live_migration.consumer.lease_keeper import LeaseKeeper
 from live_migration.consumer.part_copier import CopyWorker
+from live_migration.consumer.phase_watch import wait_for_migration
 from live_migration.consumer.sessions import Backoff, SharedSession
 from live_migration.consumer.source_watch import SourceWatch
-
-POLL_SECONDS = 1.0
-"""How often the phase is looked at when no notification comes."""
-
-log = get_logger(__name__)
 
 
 async def run_copy_phase(settings: Settings, worker: str, stop: asyncio.Event) -> None:
@@ -93,54 +85,14 @@ async def _end_with_phase(
     settings: Settings, stop: asyncio.Event, ended: asyncio.Event, keeper: LeaseKeeper, bell: Bell
 ) -> None:
     """Wait for `stop` or for another phase, then end all work."""
-    backoff = Backoff()
-    while not stop.is_set():
-        try:
-            if await _wait_for_other_phase(settings, stop):
-                break
-        except LiveMigrationError as error:
-            if error.retry is Retry.STOP:
-                raise
-            await backoff.pause(error, stop)
+    await wait_for_migration(settings, stop, _is_other_phase)
     ended.set()
     bell.ring()
     keeper.interrupt_all(CopyEnded("the consumer stops" if stop.is_set() else "the migration left the phase copy"))
 
 
-async def _wait_for_other_phase(settings: Settings, stop: asyncio.Event) -> bool:
-    """Return True when the phase is another than `copy`, False when told to stop. Listens, and polls as well."""
-    async with session(settings.target_uri(), "target", application="live-migration phase") as connection:
-        news = asyncio.Event()
-
-        def wake(*_: object) -> None:
-            news.set()
-
-        with server_errors("target", "following the migration's phase"):
-            await connection.add_listener(state.CHANNEL, wake)
-            connection.add_termination_listener(wake)
-            while not stop.is_set():
-                news.clear()
-                if await _phase(connection) is not Phase.COPY:
-                    return True
-                await _first_of(stop, news, POLL_SECONDS)
-    return False
-
-
-async def _phase(connection: asyncpg.Connection) -> Phase | None:
-    migration = await state.read_migration(connection)
-    return migration.phase if migration else None
-
-
-async def _first_of(first: asyncio.Event, second: asyncio.Event, timeout: float) -> None:
-    """Return when either event is set, or after `timeout` seconds."""
-    try:
-        async with asyncio.timeout(timeout), asyncio.TaskGroup() as group:
-            waiting = [group.create_task(event.wait()) for event in (first, second)]
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in waiting:
-                task.cancel()
-    except TimeoutError:
-        pass
+def _is_other_phase(migration: Migration | None) -> bool:
+    return migration is None or migration.phase is not Phase.COPY
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -108,6 +109,7 @@ class LaneDecoder:
         self._begin = pgoutput.Begin(0, 0, 0)
         self._base = 0
         self._inside = False
+        self._batch: Batch | None = None
 
     async def decode(self, body: bytes, batch: Batch) -> None:
         """Add a segment's changes to a batch.
@@ -116,6 +118,20 @@ class LaneDecoder:
             LaneStopped: the target cannot take a relation's rows.
             FormatError: the segment is malformed.
         """
+        if batch is not self._batch:
+            self._open_batch(batch)
+        try:
+            await self._decode(body, batch)
+        except (struct.error, IndexError) as error:
+            raise FormatError(f"segment of {len(body)} bytes is malformed: {error}") from error
+
+    def _open_batch(self, batch: Batch) -> None:
+        """Let go of the batch before: a relation that falls quiet must not keep its last batch's messages alive."""
+        self._batch = batch
+        for known in self._known.values():
+            known.run = known.step = None
+
+    async def _decode(self, body: bytes, batch: Batch) -> None:
         at, end = 0, len(body)
         batch.byte_count += end
         unpack, from_bytes = FRAME.unpack_from, int.from_bytes

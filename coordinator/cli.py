@@ -42,10 +42,14 @@ def hide_secrets() -> None:
 
 def main() -> None:
     """Run the command line."""
-    hide_secrets()
-    from live_migration.coordinator.commands import run  # takes its time, during which secrets could be seen
+    try:
+        hide_secrets()
+        from live_migration.coordinator.commands import run  # takes its time, during which secrets could be seen
 
-    sys.exit(run(sys.argv[1:]))
+        code = run(sys.argv[1:])
+    except KeyboardInterrupt:  # before a command took care of ctrl-C itself
+        code = 130
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import sys
 from collections.abc import Coroutine, Sequence
@@ -81,6 +82,8 @@ def _load(options: dict[str, Any], default_log_level: str = "warning") -> Settin
     settings = load_settings(options)
     level = settings.log_level if "log_level" in settings.model_fields_set else default_log_level
     configure_logging(level, json=settings.log_json)
+    if default_log_level == "warning":
+        logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # the command says itself what cannot be reached
     return settings
 
 
@@ -138,8 +141,8 @@ def status_command(as_json: bool, **options: Any) -> int:
 
     async def work() -> int:
         adopted = await migrating.adopt_from_state(settings)
-        async with StatusReader(adopted) as reader:
-            status = await reader.read_with_rates()
+        async with StatusReader(adopted, least_seconds=1.0) as reader:
+            status = await reader.read_with_rates(seconds=2.0)
         if status is None:
             raise TargetError(
                 "the target holds no migration", hint="`live-migration migrate` starts one; check TARGET."

@@ -51,7 +51,7 @@ class _DemoDisplay(Display):
     """Notes when the phases begin."""
 
     def __init__(self) -> None:
-        super().__init__(Console(stderr=True), has_keys=False)
+        super().__init__(Console(stderr=True), "")
         self.begun: dict[Phase, float] = {}
         self.done = asyncio.Event()
         self.replaying = asyncio.Event()

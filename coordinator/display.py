@@ -66,7 +66,7 @@ def _copy_remaining(status: Status) -> float | None:
 def replay_line(status: Status) -> str:
     """Give the lag line, and what is applied so far."""
     if status.lag is None:
-        return "Waiting for the producer"
+        return "Waiting for the change log: the producer has not begun, or Kafka cannot be reached"
     applied = f"{format_count(status.change_count)} changes applied"
     rate = f", {format_count(status.change_rate)}/s" if status.change_rate is not None else ""
     return f"{status.lag.line}; {applied}{rate}"
@@ -83,8 +83,8 @@ def progress_line(status: Status) -> str | None:
             return None
 
 
-def stop_hint(has_keys: bool) -> str:
-    """Say how replication is stopped and the cutover begun."""
+def stop_hint(*, has_keys: bool) -> str:
+    """Say how replication is stopped, and the cutover begun, in `migrate`."""
     if has_keys:
         return "To stop replication, hit 'c' and then ENTER"
     return f"To stop replication, run `live-migration cutover` or send SIGUSR1 (kill -USR1 {os.getpid()})"
@@ -104,11 +104,10 @@ class _Renderer(Protocol):
 class Display:
     """Implements the conductor's Observer, and shows progress that it reads by itself; `async with` around it."""
 
-    def __init__(self, console: Console, *, has_keys: bool, plain_seconds: float = PLAIN_SECONDS) -> None:
+    def __init__(self, console: Console, hint: str, *, plain_seconds: float = PLAIN_SECONDS) -> None:
+        """Show on `console`; `hint`, which may be empty, says how to cut over once the target has caught up."""
         self._renderer: _Renderer = (
-            _LiveRenderer(console, has_keys)
-            if console.is_terminal
-            else _PlainRenderer(console, has_keys, plain_seconds)
+            _LiveRenderer(console, hint) if console.is_terminal else _PlainRenderer(console, hint, plain_seconds)
         )
         self._phase_changed = asyncio.Event()
         self.phase: Phase | None = None
@@ -159,9 +158,9 @@ class Display:
 class _PlainRenderer:
     """One line every few seconds, and one at once when the phase or the lag's state changes."""
 
-    def __init__(self, console: Console, has_keys: bool, plain_seconds: float) -> None:
+    def __init__(self, console: Console, hint: str, plain_seconds: float) -> None:
         self._console = console
-        self._has_keys = has_keys
+        self._hint = hint
         self._plain_seconds = plain_seconds
         self._shown_at = 0.0
         self._shown: tuple[Phase, LagState | None] | None = None
@@ -180,8 +179,8 @@ class _PlainRenderer:
         is_news = state != self._shown
         self._shown, self._shown_at = state, now
         self._print(line)
-        if is_news and status.lag and status.lag.is_caught_up and status.migration.phase is Phase.REPLAY:
-            self._print(stop_hint(self._has_keys))
+        if is_news and self._hint and _awaits_cutover(status):
+            self._print(self._hint)
 
     def close(self) -> None:
         pass
@@ -194,8 +193,8 @@ class _PlainRenderer:
 class _LiveRenderer:
     """Bars below the messages, drawn anew each second."""
 
-    def __init__(self, console: Console, has_keys: bool) -> None:
-        self._has_keys = has_keys
+    def __init__(self, console: Console, hint: str) -> None:
+        self._hint = hint
         self._live = Live(console=console, auto_refresh=False, transient=True, redirect_stdout=False)
         self._is_started = False
 
@@ -207,7 +206,7 @@ class _LiveRenderer:
         if not self._is_started:
             self._live.start()
             self._is_started = True
-        self._live.update(render(status, has_keys=self._has_keys), refresh=True)
+        self._live.update(render(status, self._hint), refresh=True)
 
     def close(self) -> None:
         if self._is_started:
@@ -215,7 +214,11 @@ class _LiveRenderer:
             self._is_started = False
 
 
-def render(status: Status, *, has_keys: bool) -> RenderableType:
+def _awaits_cutover(status: Status) -> bool:
+    return status.migration.phase is Phase.REPLAY and status.lag is not None and status.lag.is_caught_up
+
+
+def render(status: Status, hint: str) -> RenderableType:
     """Give what a terminal shows: while copying a bar for each table, then the lag line."""
     phase = status.migration.phase
     lines: list[RenderableType] = []
@@ -224,8 +227,8 @@ def render(status: Status, *, has_keys: bool) -> RenderableType:
     elif phase in _REPLAYING:
         colour = {LagState.CAUGHT_UP: "green", LagState.FALLING_BEHIND: "yellow"}
         lines.append(Text(replay_line(status), style=colour.get(status.lag.state, "") if status.lag else ""))
-        if status.lag and status.lag.is_caught_up and phase is Phase.REPLAY:
-            lines.append(Text(stop_hint(has_keys), style="bold"))
+        if hint and _awaits_cutover(status):
+            lines.append(Text(hint, style="bold"))
     lines += [Text(f"{trouble.where}: {trouble.error}", style="red") for trouble in status.troubles[:5]]
     return Group(*lines)
 

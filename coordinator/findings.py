@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from live_migration.common.progress import format_number_of
+
 OLDEST_MAJOR = 14
 NEWEST_MAJOR = 18
 _NAMES_SHOWN = 10
@@ -144,7 +146,7 @@ def assess_conflicts(conflicts: Sequence[str]) -> list[Finding]:
         return []
     return [
         error(
-            f"the target is not empty: it holds {len(conflicts)} objects that would be created: {name_list(conflicts)}",
+            f"the target is not empty: it holds {format_number_of(len(conflicts), 'object')} that would be created: {name_list(conflicts)}",
             "Migrate into an empty database, or drop these objects if nobody needs them.",
         )
     ]
@@ -205,7 +207,7 @@ def assess_brokers(brokers: int, replication_factor: int) -> list[Finding]:
     if (replication_factor or brokers) < 3:
         return [
             warning(
-                f"the topics have {replication_factor or brokers} replicas: changes that the source has let go of "
+                f"the topics have {format_number_of(replication_factor or brokers, 'replica')}: changes that the source has let go of "
                 "may be lost with a broker's disk",
                 "Three brokers keep them; else be ready to start the migration over.",
             )

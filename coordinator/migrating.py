@@ -15,14 +15,13 @@ from rich.console import Console
 from live_migration.common import postgres, state
 from live_migration.common.errors import LiveMigrationError
 from live_migration.common.local_kafka import LocalKafka
-from live_migration.common.settings import Settings
+from live_migration.common.settings import Settings, load_settings
 from live_migration.common.state import Migration, Phase
 from live_migration.coordinator.clean import clean
 from live_migration.coordinator.conductor import conduct
-from live_migration.coordinator.display import Display
+from live_migration.coordinator.display import Display, stop_hint
 from live_migration.coordinator.handover import is_finished
 from live_migration.coordinator.report import print_summary
-from live_migration.coordinator.status import adopt
 
 _STOPPED = 130
 
@@ -34,9 +33,8 @@ async def migrate(settings: Settings) -> int:
     """
     stop, ask_cutover = asyncio.Event(), asyncio.Event()
     has_keys = sys.stdin is not None and sys.stdin.isatty()
-    async with Display(Console(stderr=True), has_keys=has_keys) as display:
-        with_signals = _signals(stop, ask_cutover, display)
-        async with with_signals, _keys(ask_cutover if has_keys else None):
+    async with Display(Console(stderr=True), stop_hint(has_keys=has_keys)) as display:
+        async with _signals(stop, ask_cutover, display), _keys(ask_cutover if has_keys else None):
             async with _broker(settings, display.note) as reachable:
                 await _conduct_with_display(reachable, display, stop, ask_cutover)
     if display.phase is Phase.DONE and not stop.is_set():
@@ -149,6 +147,14 @@ async def adopt_from_state(settings: Settings) -> Settings:
         with postgres.asking("target", "reading the migration's state"):
             migration = await state.read_migration(target)
     return adopt(settings, migration) if migration else settings
+
+
+def adopt(settings: Settings, migration: Migration) -> Settings:
+    """Fill settings that were not given from those that the migration runs with; the target's state names it."""
+    known = {name: value for name, value in migration.settings.items() if name in type(settings).model_fields}
+    known |= {"name": migration.name, "kafka": migration.kafka, "partitions": migration.lane_count}
+    unset = {name: value for name, value in known.items() if name not in settings.model_fields_set}
+    return load_settings({**settings.model_dump(exclude_unset=True), **unset})
 
 
 async def clean_up(settings: Settings, *, prune: bool) -> None:

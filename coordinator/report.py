@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from live_migration.common.progress import format_bytes, format_count, format_duration
+from live_migration.common.progress import format_bytes, format_count, format_duration, format_number_of
 from live_migration.coordinator.display import progress_line, render
 from live_migration.coordinator.findings import Finding
 from live_migration.coordinator.status import Status
@@ -26,9 +26,12 @@ def print_findings(findings: Sequence[Finding]) -> None:
     errors = sum(finding.level == "error" for finding in findings)
     warnings = len(findings) - errors
     if errors:
-        click.echo(f"{errors} errors, {warnings} warnings: mend the errors, then validate again", err=True)
+        click.echo(
+            f"{format_number_of(errors, 'error')}, {format_number_of(warnings, 'warning')}: mend the errors, then validate again",
+            err=True,
+        )
     else:
-        click.echo(f"ready to migrate ({warnings} warnings)", err=True)
+        click.echo(f"ready to migrate ({format_number_of(warnings, 'warning')})", err=True)
 
 
 def print_result(result: Result) -> None:
@@ -80,7 +83,7 @@ def print_status(status: Status, console: Console) -> None:
     since = format_duration(round((datetime.now(UTC) - migration.phase_at).total_seconds()))
     console.print(Text(f"phase {migration.phase.value} since {since}"), soft_wrap=True)
     if progress_line(status) is not None:
-        console.print(render(status, has_keys=False), soft_wrap=True)
+        console.print(render(status, "To stop replication, run `live-migration cutover`"), soft_wrap=True)
     else:
         totals = status.totals
         console.print(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from live_migration.common.catalog import TableInfo
-from live_migration.common.progress import format_bytes, format_duration
+from live_migration.common.progress import format_bytes, format_duration, format_number_of
 from live_migration.common.relation import ReplicaIdentity
 from live_migration.coordinator.findings import Finding, error, name_list, warning
 
@@ -139,7 +139,7 @@ def assess_role(facts: RoleFacts, database: str) -> list[Finding]:
     if facts.not_owned:
         found.append(
             error(
-                f"role {role} on the source does not own {len(facts.not_owned)} tables, and only an owner can publish: "
+                f"role {role} on the source does not own {format_number_of(len(facts.not_owned), 'table')}, and only an owner can publish: "
                 f"{name_list(facts.not_owned)}",
                 f"Make {role} a member of the owning roles, or connect as a superuser.",
             )
@@ -172,14 +172,14 @@ def assess_tables(tables: Sequence[TableInfo], *, replica_identity_full: bool) -
     if without and replica_identity_full:
         found.append(
             warning(
-                f"{len(without)} tables have no replica identity and get REPLICA IDENTITY FULL until `clean`: "
+                f"REPLICA IDENTITY FULL is given until `clean` to {format_number_of(len(without), 'table')} without an identity: "
                 f"{name_list(without)}"
             )
         )
     elif without:
         found.append(
             warning(
-                f"{len(without)} tables have no replica identity, only INSERT and TRUNCATE on them are followed: "
+                f"{format_number_of(len(without), 'table')} without replica identity, where only INSERT and TRUNCATE are followed: "
                 f"{name_list(without)}",
                 "Give them a primary key, or use --replica-identity-full, if rows are updated or deleted there.",
             )
@@ -198,7 +198,7 @@ def assess_tables(tables: Sequence[TableInfo], *, replica_identity_full: bool) -
         size = format_bytes(sum(table.size_bytes for table in unlogged))
         found.append(
             warning(
-                f"{len(unlogged)} unlogged tables ({size}) are not in the WAL and are copied at the cutover: "
+                f"{format_number_of(len(unlogged), 'unlogged table')} ({size}), not in the WAL, to be copied at the cutover: "
                 f"{name_list(table.name for table in unlogged)}"
             )
         )
@@ -211,7 +211,7 @@ def assess_large_objects(count: int, size_bytes: int) -> list[Finding]:
         return []
     return [
         warning(
-            f"{count} large objects ({format_bytes(size_bytes)}) are not in the stream and are copied at the cutover"
+            f"{format_number_of(count, 'large object')} ({format_bytes(size_bytes)}), not in the stream, to be copied at the cutover"
         )
     ]
 

@@ -20,7 +20,7 @@ from live_migration.common.kafka import ControlReader
 from live_migration.common.lsn import Lsn
 from live_migration.common.progress import CopyTotals, Lag, LagMeter, RateMeter, TableProgress, sum_up
 from live_migration.common.segment import Position
-from live_migration.common.settings import Settings, load_settings
+from live_migration.common.settings import Settings
 from live_migration.common.state import Migration, Phase
 
 _Record = TypeVar("_Record", bound=BaseModel)
@@ -216,8 +216,10 @@ class StatusReader:
     Where Kafka or the source cannot be reached, what they would tell is missing, and nothing else is.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, least_seconds: float = 5.0) -> None:
+        """Read what `settings` name; the lag is not judged by rates over less than `least_seconds`."""
         self._settings = settings
+        self._least_seconds = least_seconds
         self._stack = AsyncExitStack()
         self._target: asyncpg.Connection | None = None
         self._source: asyncpg.Connection | None = None
@@ -352,7 +354,7 @@ class StatusReader:
         if log is None or migration.phase not in (Phase.REPLAY, Phase.CUTOVER):
             return None
         if self._lag_meter is None:
-            self._lag_meter = LagMeter(migration.start_lsn or 0)
+            self._lag_meter = LagMeter(migration.start_lsn or 0, least_seconds=self._least_seconds)
         return self._lag_meter.read(
             now,
             source_lsn=max(source_lsn or 0, log.confirm_lsn),
@@ -394,11 +396,3 @@ def _troubles(
     if producer and producer.error:
         found.append(Trouble(f"producer {producer.worker}", producer.error, ""))
     return found
-
-
-def adopt(settings: Settings, migration: Migration) -> Settings:
-    """Fill settings that were not given from those that the migration runs with; the target's state names it."""
-    known = {name: value for name, value in migration.settings.items() if name in type(settings).model_fields}
-    known |= {"name": migration.name, "kafka": migration.kafka, "partitions": migration.lane_count}
-    unset = {name: value for name, value in known.items() if name not in settings.model_fields_set}
-    return load_settings({**settings.model_dump(exclude_unset=True), **unset})

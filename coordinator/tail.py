@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import struct
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from uuid import UUID
 
 import orjson
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
@@ -29,7 +30,7 @@ Line = dict[str, object]
 def decode_tuple(message: bytes, at: int, relation: Relation) -> tuple[list[JsonValue], int]:
     """Decode a TupleData at byte `at` into JSON values, and give the byte after it.
 
-    A binary value is `{"$binary": base64}`, a TOAST value that did not change `{"$unchanged": true}`.
+    A binary value of a type that is not known here is `{"$binary": base64}`, a TOAST value that did not change `{"$unchanged": true}`.
 
     Raises:
         FormatError: it is cut short, or has another number of columns than the relation.
@@ -41,7 +42,7 @@ def decode_tuple(message: bytes, at: int, relation: Relation) -> tuple[list[Json
     if count != len(relation.columns):
         raise FormatError(f"tuple of {relation.name} has {count} columns, its relation {len(relation.columns)}")
     values: list[JsonValue] = []
-    for _ in range(count):
+    for column in relation.columns:
         kind = message[at : at + 1]
         at += 1
         if kind == b"n":
@@ -56,14 +57,46 @@ def decode_tuple(message: bytes, at: int, relation: Relation) -> tuple[list[Json
             at += 4 + length
             if at > len(message):
                 raise FormatError(f"tuple of {relation.name} is cut short")
-            values.append(value.decode(errors="replace") if kind == b"t" else _binary(value))
+            values.append(value.decode(errors="replace") if kind == b"t" else _readable(column.type_oid, value))
         else:
             raise FormatError(f"tuple of {relation.name} has a value of kind {kind!r}")
     return values, at
 
 
-def _binary(value: bytes) -> dict[str, str]:
-    return {"$binary": base64.b64encode(value).decode()}
+def _readable(type_oid: int, value: bytes) -> JsonValue:
+    """Give a binary value of a common type as its text, any other one as base64."""
+    try:
+        decode = _DECODERS.get(type_oid)
+        return decode(value) if decode else {"$binary": base64.b64encode(value).decode()}
+    except (struct.error, ValueError, OverflowError):
+        return {"$binary": base64.b64encode(value).decode()}
+
+
+def _integer(value: bytes) -> str:
+    return str(int.from_bytes(value, "big", signed=True))
+
+
+def _timestamp(value: bytes) -> str:
+    microseconds = int.from_bytes(value, "big", signed=True)
+    if microseconds in (2**63 - 1, -(2**63)):
+        return "infinity" if microseconds > 0 else "-infinity"
+    return str((_EPOCH + timedelta(microseconds=microseconds)).replace(tzinfo=None))
+
+
+_DECODERS: dict[int, Callable[[bytes], str]] = {
+    **dict.fromkeys((20, 21, 23), _integer),
+    **dict.fromkeys((19, 25, 114, 1042, 1043), bytes.decode),
+    16: lambda value: "t" if value == b"\1" else "f",
+    17: lambda value: f"\\x{value.hex()}",
+    26: lambda value: str(int.from_bytes(value, "big")),
+    700: lambda value: f"{struct.unpack('>f', value)[0]:.9g}",
+    701: lambda value: repr(struct.unpack(">d", value)[0]),
+    1114: _timestamp,
+    1184: lambda value: f"{_timestamp(value)}+00" if "infinity" not in _timestamp(value) else _timestamp(value),
+    2950: lambda value: str(UUID(bytes=value)),
+    3802: lambda value: value[1:].decode(),
+}
+"""By type oid: integers, text of all kinds and json, bool, bytea, oid, floats, timestamps, uuid, jsonb."""
 
 
 @dataclass(slots=True)

@@ -96,7 +96,7 @@ async def check_slot(uri: str, config: ProducerConfig, position: LogPosition | N
     try:
         async with session(uri, "source", application="live-migration producer") as connection:
             slot = await _free_slot(connection, config.slot)
-    except CONNECTION_ERRORS as error:
+    except (*CONNECTION_ERRORS, asyncpg.InterfaceError) as error:
         raise ConnectionLost(f"the source at {describe(uri)} cannot be asked about its slot: {error!r}") from error
     except asyncpg.PostgresError as error:
         raise server_error(error, "source", f"looking at slot {config.slot}") from error

@@ -174,7 +174,11 @@ class Router:
                 if lane.size + lane.missing_bytes(()) + FRAME.size + len(message) > self._segment_bytes:
                     self._cut(lane)
                 lane.prepare(self._begin, self._commit_lsn, self._ordinal, ())
+                # with one lane the target commits where a segment ends with a Commit: there must be such an end
+                spans_segments = lane.last.commit_lsn == self._commit_lsn
                 lane.append_commit(message)
+                if spans_segments and len(self._lanes) == 1:
+                    self._cut(lane)
                 self.has_changes = True
         self._touched.clear()
         self._ready_lanes.clear()

@@ -6,12 +6,14 @@ import asyncio
 from collections import deque
 from contextlib import suppress
 
+from aiokafka import errors as kafka_errors
+
 from live_migration.common.control import ProducerConfig
 from live_migration.common.errors import ConnectionLost, LiveMigrationError, Retry
 from live_migration.common.kafka import check_topics
 from live_migration.common.settings import Settings
 from live_migration.common.telemetry import get_logger
-from live_migration.producer.control_reader import BrokerLost
+from live_migration.producer.control_reader import BrokerLost, translate_broker_error
 from live_migration.producer.publisher import Publisher, topics_exist
 from live_migration.producer.replication import ReplicationConnection, StreamFailed
 from live_migration.producer.resume import check_slot, check_system, explain_repeated_failure
@@ -78,6 +80,11 @@ class _Service:
                         await self._produce(publisher)
             except ConnectionLost as error:
                 await self._broker_backoff.pause(error)
+            except kafka_errors.KafkaError as error:  # of an admin client, while it looked at the topics
+                lost = translate_broker_error(error, "looking at the topics")
+                if not isinstance(lost, ConnectionLost):
+                    raise lost from error
+                await self._broker_backoff.pause(lost)
 
     async def _await_topics(self) -> bool:
         """Wait until the coordinator has made the topics; give False when told to stop."""

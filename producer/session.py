@@ -33,6 +33,7 @@ _GATHER_SECONDS = 0.001
 _RECORD_SECONDS = 2.0
 """Time between records of position and status while there is nothing to send."""
 _REPLY_GAP_SECONDS = 0.1
+_SLOW_SECONDS = 10.0
 
 
 class Session:
@@ -170,7 +171,11 @@ class Session:
         self._published_changes = self._router.change_count
         self._report.add(self._router.change_count - before, self._in_flight_bytes)
         self._report.update(self._acks.received_lsn, self._acks.recorded_lsn, self._probe.source_lsn)
-        await self._publisher.publish(records, position, self._report.make() if is_status_due else None)
+        warning = asyncio.get_running_loop().call_later(_SLOW_SECONDS, _warn_of_kafka)
+        try:
+            await self._publisher.publish(records, position, self._report.make() if is_status_due else None)
+        finally:
+            warning.cancel()
         self._acks.record(position.confirm_lsn)
         self._in_flight_bytes = 0
         self._has_space.set()
@@ -195,6 +200,10 @@ class Session:
     async def _await_stop(self, stop: asyncio.Event) -> None:
         await stop.wait()
         self._ending.set()
+
+
+def _warn_of_kafka() -> None:
+    log.warning("Kafka has not committed for a while, still trying; the source's WAL is kept", seconds=_SLOW_SECONDS)
 
 
 def lane_positions(position: LogPosition | None, lane_count: int) -> list[Position]:

@@ -22,13 +22,11 @@ create table demo.orders (          -- child
     amount numeric(12, 2) not null,
     state text not null default 'new'
 );
-create index on demo.orders (customer_id);
 create table demo.events (          -- documents
     id uuid primary key default gen_random_uuid(),
     at timestamptz not null default now(),
     document jsonb not null
 );
-create index on demo.events using gin (document);
 create table demo.log (             -- no key at all: insert only
     at timestamptz not null default now(),
     line text
@@ -50,6 +48,8 @@ insert into demo.events (document)
     select jsonb_build_object('kind', (array['view', 'buy', 'leave'])[1 + i % 3], 'number', i)
     from generate_series(1, :rows / 3) i;
 insert into demo.log (line) select 'line ' || i from generate_series(1, :rows / 3) i;
+create index on demo.orders (customer_id);
+create index on demo.events using gin (document);
 insert into demo.run default values;
 commit;
 analyze;

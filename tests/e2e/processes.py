@@ -94,7 +94,10 @@ class Migrate:
                 await asyncio.sleep(0.05)
 
     async def interrupt(self) -> int:
-        """ctrl-C; give the exit code."""
+        """ctrl-C, once it has begun to speak; give the exit code."""
+        async with asyncio.timeout(60):
+            while not self.log() and self.process.returncode is None:
+                await asyncio.sleep(0.05)
         self.process.send_signal(signal.SIGINT)
         return await self.wait()
 

@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+COPYING_HOST = """
+    select host from _live_migration.workers w
+    where exists (select from _live_migration.tables t where t.state = 'copying' and t.owner = w.id) limit 1
+"""
 
 pytestmark = [pytest.mark.docker, pytest.mark.e2e, pytest.mark.timeout(1200)]
 
@@ -26,9 +30,9 @@ class Stack:
             **os.environ,
             "IMAGE": self.name,
             "DEMO_PASSWORD": "of-this-test-only",
-            "DEMO_ROWS": "1500000",
+            "DEMO_ROWS": "600000",
             "DEMO_WRITE_SECONDS": "30",
-            "DEMO_WRITE_RATE": "100",
+            "DEMO_WRITE_RATE": "200",
         }
 
     def run(self, *words: str, check: bool = True, timeout: float = 600) -> subprocess.CompletedProcess[str]:
@@ -93,11 +97,7 @@ def _docker(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_migration_ends_although_a_consumer_is_killed_while_it_copies(stack: Stack) -> None:
-    host = stack.await_answer(
-        "target",
-        """select host from _live_migration.workers w where kind = 'consumer'
-           and exists (select from _live_migration.parts p where p.state = 'copying' and p.owner = w.id) limit 1""",
-    )
+    host = stack.await_answer("target", COPYING_HOST)
     assert _docker("kill", "--signal", "KILL", host).returncode == 0
     assert stack.run("wait", "coordinator").stdout.strip() == "0", stack.logs("coordinator")
     assert stack.query("source", "select writer_ended_at is not null from demo.run") == "t", "cut over under a writer"
@@ -115,11 +115,10 @@ def test_source_and_target_have_the_same_rows_by_psql(stack: Stack) -> None:
 
 
 def test_starting_all_again_after_the_end_changes_nothing(stack: Stack) -> None:
-    before = stack.query("source", "select pg_current_wal_insert_lsn(), (select writer_ended_at from demo.run)")
+    run = stack.query("source", "select * from demo.run")
     stack.run("up", "--detach")
     assert stack.run("wait", "coordinator").stdout.strip() == "0", stack.logs("coordinator")
-    ended = before.split("|")[1]
-    assert stack.query("source", "select writer_ended_at from demo.run") == ended
+    assert stack.query("source", "select * from demo.run") == run
     assert stack.run("run", "--rm", "-T", "coordinator", "verify", check=False).returncode == 0
 
 

@@ -12,6 +12,7 @@ import pytest
 from live_migration.common.errors import TargetError
 from live_migration.common.postgres import session
 from live_migration.common.visibility import CopySnapshot
+from tests.fixtures.fix_postgres import DatabaseFactory, PostgresFactory
 from tests.support.copying import (
     consumers,
     contents,
@@ -103,6 +104,17 @@ async def test_every_kind_of_table_arrives_whole_with_its_indexes(source_databas
         assert row["owner"] is row["lease_until"] is row["error"] is None
         CopySnapshot.parse(row["snapshot"], row["horizon"])
         assert row["horizon"] > 0
+
+
+async def test_the_oldest_version_on_both_sides(
+    postgres_server: PostgresFactory, fresh_database: DatabaseFactory
+) -> None:
+    source, target = await fresh_database(postgres_server(14)), await fresh_database(postgres_server(14))
+    await make(source, target)
+    async with consumers(settings_for(source, target, part_size=256 * 1024), 2):
+        await until_ready(target)
+    assert await contents(target) == await contents(source)
+    assert await index_definitions(target) == await index_definitions(source)
 
 
 async def test_small_tables_are_frozen(source_database: str, target_database: str) -> None:

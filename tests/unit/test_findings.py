@@ -118,7 +118,7 @@ def test_tables_that_cannot_be_followed_are_named() -> None:
     assert bare.what.endswith("are followed: s.bare")
     assert computed.what.endswith("s.computed")
     assert volatile.what.endswith("s.volatile")
-    assert "FULL until `clean`: s.bare" in assess_tables(tables, replica_identity_full=True)[0].what
+    assert "without an identity: s.bare" in assess_tables(tables, replica_identity_full=True)[0].what
 
 
 def test_large_objects_and_prepared_transactions_are_announced() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from live_migration.common.progress import (
     Lag,
     LagMeter,
@@ -10,6 +11,7 @@ from live_migration.common.progress import (
     format_bytes,
     format_clock,
     format_duration,
+    format_number_of,
     remaining_seconds,
     sum_up,
 )
@@ -162,6 +164,19 @@ def test_new_change_in_a_long_idle_lane_is_not_hours_of_lag() -> None:
 def test_lane_never_applied_starts_where_the_log_starts() -> None:
     lag = LagMeter(start_lsn=700).read(0, source_lsn=1_000, log_end=1_000, log_lanes=[(900, 1)], checkpoints={})
     assert lag.lag_bytes == 300
+
+
+def test_rate_is_not_judged_before_it_means_something() -> None:
+    meter = LagMeter(least_seconds=5.0)
+    for at in (0, 4.9):
+        lag = meter.read(at, source_lsn=10**7, log_end=10**7, log_lanes=[(10**7, 1)], checkpoints={})
+        assert lag.state is LagState.UNKNOWN
+    lag = meter.read(5, source_lsn=10**7, log_end=10**7, log_lanes=[(10**7, 1)], checkpoints={})
+    assert lag.state is LagState.FALLING_BEHIND
+
+
+def test_nouns_take_their_plural() -> None:
+    assert [format_number_of(n, "table") for n in (0, 1, 2_000)] == ["0 tables", "1 table", "2,000 tables"]
 
 
 def test_rates_are_in_bytes_of_wal() -> None:

@@ -13,9 +13,9 @@ OID = 16384
 BEGIN = b"B" + struct.pack(">QqI", 0x100, 86_400_000_000, 77)
 
 
-def relation(identity: bytes = b"d") -> bytes:
+def relation(identity: bytes = b"d", type_oid: int = 25) -> bytes:
     columns = b"".join(
-        bytes([is_key]) + name + b"\0" + struct.pack(">Ii", 25, -1) for is_key, name in ((1, b"k"), (0, b"v"))
+        bytes([is_key]) + name + b"\0" + struct.pack(">Ii", type_oid, -1) for is_key, name in ((1, b"k"), (0, b"v"))
     )
     return b"R" + struct.pack(">I", OID) + b"s\0t\0" + identity + struct.pack(">H", 2) + columns
 
@@ -35,13 +35,13 @@ def header(kind: int = segment.SEGMENT, index: int = 0, count: int = 0) -> bytes
     return segment.encode_header(SegmentHeader(kind, b"x" * 16, 3, Position(0, 0), Position(1, 1), 1, index, count))
 
 
-def body(*changes: bytes, identity: bytes = b"d") -> bytes:
-    frames = [segment.begin_frame(BEGIN, 10), segment.frame(relation(identity))]
+def body(*changes: bytes, identity: bytes = b"d", type_oid: int = 25) -> bytes:
+    frames = [segment.begin_frame(BEGIN, 10), segment.frame(relation(identity, type_oid))]
     return b"".join([*frames, *(segment.frame(change, number) for number, change in enumerate(changes, 1))])
 
 
-def lines(*changes: bytes, identity: bytes = b"d") -> list[dict[str, object]]:
-    return list(LineDecoder(3).decode(header() + body(*changes, identity=identity), 42))
+def lines(*changes: bytes, identity: bytes = b"d", type_oid: int = 25) -> list[dict[str, object]]:
+    return list(LineDecoder(3).decode(header() + body(*changes, identity=identity, type_oid=type_oid), 42))
 
 
 def test_insert_says_where_it_stands_and_what_it_holds() -> None:
@@ -75,9 +75,28 @@ def test_full_identity_shows_the_whole_old_row() -> None:
     assert (line["op"], line["old"]) == ("delete", {"k": "a", "v": None})
 
 
-def test_binary_value_is_base64() -> None:
-    (line,) = lines(row(b"I", b"N" + values(b"\0\xff", b"", kind=b"b")))
-    assert line["new"] == {"k": {"$binary": "AP8="}, "v": {"$binary": ""}}
+@pytest.mark.parametrize(
+    ("type_oid", "value", "shown"),
+    [
+        (23, struct.pack(">i", -5), "-5"),
+        (20, struct.pack(">q", 2**62), str(2**62)),
+        (16, b"\1", "t"),
+        (17, b"\0\xff", "\\x00ff"),
+        (25, "ü".encode(), "ü"),
+        (701, struct.pack(">d", -0.0), "-0.0"),
+        (1184, struct.pack(">q", 1_500_000), "2000-01-01 00:00:01.500000+00"),
+        (1184, struct.pack(">q", 2**63 - 1), "infinity"),
+        (1114, struct.pack(">q", -(2**63) + 1), {"$binary": "gAAAAAAAAAE="}),  # too early for Python
+        (2950, bytes(16), "00000000-0000-0000-0000-000000000000"),
+        (3802, b"\1{}", "{}"),
+        (25, b"\xff", {"$binary": "/w=="}),
+        (1700, b"\0\xff", {"$binary": "AP8="}),
+    ],
+)
+def test_binary_value_is_readable_where_its_type_is_known(type_oid: int, value: bytes, shown: object) -> None:
+    (line,) = lines(row(b"I", b"N" + values(value, b"", kind=b"b")), type_oid=type_oid)
+    assert isinstance(line["new"], dict)
+    assert line["new"]["k"] == shown
 
 
 def test_truncate_and_logical_message() -> None:
