@@ -98,7 +98,14 @@ async def create_topics(settings: Settings) -> None:
                     f"topic {topic.name} exists already",
                     hint="It may hold another migration's changes. Choose another --name, or delete the topic if nobody needs it.",
                 )
-        await client.create_topics(topics)
+        response = await client.create_topics(topics)
+        for topic, code, *reason in response.topic_errors:  # the client raises none of them
+            if code:
+                failure = kafka_errors.for_code(code)
+                raise KafkaError(
+                    f"Kafka: creating topic {topic}: {failure.__name__} {' '.join(str(each or '') for each in reason)}".rstrip(),
+                    hint="Check our rights at the broker, and --replication-factor.",
+                )
         await _await_leaders(client, settings)
 
 

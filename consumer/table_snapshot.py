@@ -117,10 +117,11 @@ async def import_snapshot(connection: asyncpg.Connection, claim: PartClaim, lock
     that the table was under lock, his and ours, all the time from the snapshot on.
 
     Raises:
-        AttemptOver: the lock cannot be had, as somebody waits behind the holder, or the holder is gone.
+        CopyDeferred: the lock cannot be had just now: somebody waits behind the holder, who will give way if that lasts.
+        AttemptOver: the holder is gone.
     """
+    await _begin_locked(connection, claim.name, lock_timeout)
     try:
-        await _begin_locked(connection, claim.name, lock_timeout)
         with server_errors("source", f"importing the snapshot of {claim.name}"):
             await connection.execute(f"set transaction snapshot {quote_literal(claim.snapshot_id)}")
             seen = await connection.fetchrow(_UNDER_LOCK, claim.oid)

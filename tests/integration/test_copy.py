@@ -290,7 +290,7 @@ async def test_the_copy_gives_way_to_who_waits_behind_its_lock(
         async with consumers(settings_for(source_database, target_database, part_size=part_size), 2):
             await until(
                 target_database,
-                "select count(*) >= $1 from pg_locks where locktype = 'advisory' and not granted",
+                "select count(*) >= $1 from pg_locks where locktype = 'advisory' and not granted and objid = 1 and classid = 0",
                 1 if part_size > 1 << 20 else 2,
             )
             await altering.execute("set application_name = 'the one who alters'")

@@ -55,7 +55,9 @@ async def make(source: str, target: str, *, stall: str = "big") -> None:
 
 async def until_stalled(target: str, count: int = 1) -> None:
     await until(
-        target, "select count(*) >= $1 from pg_locks where locktype = 'advisory' and not granted and objid = 1", count
+        target,
+        "select count(*) >= $1 from pg_locks where locktype = 'advisory' and not granted and objid = 1 and classid = 0",
+        count,
     )
 
 

@@ -37,3 +37,21 @@ def test_option_environment_and_default_are_those_of_the_code(name: str) -> None
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (DOCS / page).read_text()):
         assert (DOCS / link).exists(), f"{page} links to {link}"
+
+
+def test_architecture_names_files_that_are_there() -> None:
+    folder = ""
+    for line in (DOCS / "architecture.md").read_text().splitlines():
+        if line.startswith("### "):
+            folder = line.removeprefix("### ")
+        for name in re.findall(r"`([\w/]+\.(?:py|sql))`", line) if folder and line.startswith("|") else ():
+            assert (DOCS.parent / folder / name).exists(), f"{folder}{name}"
+
+
+def test_architecture_names_every_table_of_the_state() -> None:
+    made = re.findall(
+        r"^create table _live_migration\.(\w+)", (DOCS.parent / "common/sql/state.sql").read_text(), re.MULTILINE
+    )
+    page = (DOCS / "architecture.md").read_text()
+    assert made
+    assert [table for table in made if f"| `{table}` |" not in page] == []

@@ -86,8 +86,8 @@ def test_arbitrary_bytes_are_a_format_error_or_frames(body: bytes) -> None:
 
 
 def test_positions_are_in_commit_order_and_a_commit_stands_last() -> None:
-    ordered = [Position(1, 1), Position(1, 2), Position(1, COMMIT_ORDINAL), Position(2, 1)]
-    assert sorted(ordered[::-1]) == ordered
+    mixed = [Position(2, 1), Position(1, COMMIT_ORDINAL), Position(1, 2), Position(1, 1)]
+    assert sorted(mixed) == mixed[::-1]
     assert str(Position(0x16B374D848, COMMIT_ORDINAL)) == "16/B374D848#commit"
 
 
