@@ -17,7 +17,8 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . \
 
 FROM python:3.12-slim
 RUN groupadd --gid 10001 migration \
- && useradd --uid 10001 --gid 10001 --home-dir /var/lib/live-migration --create-home --shell /usr/sbin/nologin migration
+ && useradd --uid 10001 --gid 10001 --home-dir /var/lib/live-migration --no-create-home --shell /usr/sbin/nologin migration \
+ && install --directory --owner=10001 --group=10001 /var/lib/live-migration
 COPY --from=build /opt/live-migration /opt/live-migration
 # PYTHONSAFEPATH: what lies in the working folder is never imported.
 ENV PATH=/opt/live-migration/bin:$PATH \

@@ -23,6 +23,8 @@ from live_migration.consumer.decoder import Batch, TableRun, TruncateStep, all_r
 from live_migration.consumer.folding import NotFoldable, decode_change, fold, fold_whole_rows
 from live_migration.consumer.row_encoding import (
     UNCHANGED,
+    CopyRow,
+    Message,
     Value,
     binary_row,
     copy_chunks,
@@ -113,7 +115,13 @@ class Applier:
             await self._copy(table.name, _names(table), map(encode, rows), len(rows), binary=binary)
 
     async def _copy(
-        self, table: QualifiedName, columns: Sequence[str] | None, rows: Iterable[bytes], expected: int, *, binary: bool
+        self,
+        table: QualifiedName,
+        columns: Sequence[str] | None,
+        rows: Iterable[CopyRow],
+        expected: int,
+        *,
+        binary: bool,
     ) -> None:
         """COPY encoded rows into a table and see that each arrived."""
         status = await self._connection.copy_to_table(
@@ -272,7 +280,7 @@ class Applier:
         ) from error
 
 
-def _staged_changes(table: TargetTable, number: int, message: bytes, *, binary: bool) -> Iterator[list[bytes | None]]:
+def _staged_changes(table: TargetTable, number: int, message: Message, *, binary: bool) -> Iterator[list[bytes | None]]:
     """Give a change as rows of the source order stage: one, or a delete and an insert where an update cannot say it."""
     kind, old, new = decode_change(message)
     written = table.written
@@ -328,7 +336,7 @@ def _names(table: TargetTable) -> list[str]:
     return [table.columns[i].name for i in table.written]
 
 
-def _is_binary(messages: Iterable[bytes]) -> bool:
+def _is_binary(messages: Iterable[Message]) -> bool:
     """Tell by the first value that is not NULL; the first tuple of each kind of row message starts at byte 6."""
     return next((found for message in messages if (found := is_binary(message, 6)) is not None), False)
 
@@ -337,7 +345,7 @@ def _integer(number: int, *, binary: bool) -> bytes:
     return number.to_bytes(4, "big") if binary else str(number).encode()
 
 
-async def _as_async(chunks: Iterable[bytes]) -> AsyncIterator[bytes]:
+async def _as_async(chunks: Iterable[Message]) -> AsyncIterator[Message]:
     for chunk in chunks:
         yield chunk
 

@@ -12,6 +12,7 @@ from live_migration.common import control, pgoutput
 from live_migration.common.errors import FormatError
 from live_migration.common.relation import Relation
 from live_migration.common.segment import BASE, FRAME, Position
+from live_migration.consumer.row_encoding import BIG_BYTES, Message
 from live_migration.consumer.target_tables import TargetTable
 
 _TAKES_ROWS = frozenset((pgoutput.INSERT, pgoutput.UPDATE, pgoutput.DELETE))
@@ -30,7 +31,7 @@ class TableRun:
 
     def __init__(self, table: TargetTable) -> None:
         self.table = table
-        self.messages: list[bytes] = []
+        self.messages: list[Message] = []
         self.ordinals: list[int] = []  # less the base of the mark before
         self.marks: list[tuple[int, int, int]] = []
         self.only_inserts = True
@@ -157,7 +158,7 @@ class LaneDecoder:
                 if run is None or known.step is not step:
                     run = self._open_run(known, batch)
                     step = known.step
-                run.messages.append(body[start:at])
+                run.messages.append(body[start:at] if length < BIG_BYTES else memoryview(body)[start:at])
                 run.ordinals.append(relative)
                 batch.change_count += 1
                 if kind != pgoutput.INSERT:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from live_migration.common import pgoutput
 from live_migration.common.errors import FormatError
-from live_migration.consumer.row_encoding import UNCHANGED, Value, decode_tuple
+from live_migration.consumer.row_encoding import UNCHANGED, Message, Value, decode_tuple
 
 Key = tuple[bytes | None, ...]
 WholeRow = tuple[bytes | None, ...]
@@ -31,7 +31,7 @@ class Change(NamedTuple):
     new: list[Value] | None
 
 
-def decode_change(message: bytes) -> Change:
+def decode_change(message: Message) -> Change:
     """Decode an Insert, Update or Delete message. Raises FormatError where it is malformed."""
     kind = message[0]
     old: list[Value] | None = None
@@ -81,7 +81,7 @@ class _State:
         self.replaced = replaced
 
 
-def fold(messages: Iterable[bytes], key_indexes: Sequence[int]) -> NetEffect:
+def fold(messages: Iterable[Message], key_indexes: Sequence[int]) -> NetEffect:
     """Fold row messages of one table, in their order, to their net effect.
 
     Args:
@@ -175,7 +175,7 @@ def _net(states: dict[Key, _State], key_indexes: Sequence[int]) -> NetEffect:
     return net
 
 
-def fold_whole_rows(messages: Iterable[bytes]) -> tuple[Counter[WholeRow], Counter[WholeRow]]:
+def fold_whole_rows(messages: Iterable[Message]) -> tuple[Counter[WholeRow], Counter[WholeRow]]:
     """Fold changes of a table without key, under REPLICA IDENTITY FULL, to rows to delete and rows to insert, with how often.
 
     Rows are equal when all their bytes are. Order does not matter any more: rows without a key are a multiset.

@@ -9,7 +9,7 @@ Source: PostgreSQL manual, "Logical Replication Message Formats" (TupleData) and
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from typing import Final, Literal
 
@@ -24,7 +24,17 @@ class Unchanged(Enum):
 
 UNCHANGED: Final = Unchanged.UNCHANGED
 
+BIG_BYTES = 1 << 20
+"""A message from this size on is a view of its segment, and so are its big values: they are not copied again and again."""
+
+Message = bytes | memoryview
+
 Value = bytes | None | Literal[Unchanged.UNCHANGED]
+
+CopyRow = bytes | Iterator[Message]
+"""An encoded row; one with big values comes in pieces."""
+
+_PIECE_BYTES = 131_072
 Row = Sequence[Value]
 
 _NULL = ord("n")
@@ -37,10 +47,9 @@ BINARY_TRAILER = b"\xff\xff"
 _BINARY_NULL = b"\xff\xff\xff\xff"
 
 _SPECIAL = re.compile(rb"[\\\t\n\r]")
-_ESCAPES = {b"\\": b"\\\\", b"\t": b"\\t", b"\n": b"\\n", b"\r": b"\\r"}
 
 
-def decode_tuple(message: bytes, at: int) -> tuple[list[Value], int]:
+def decode_tuple(message: Message, at: int) -> tuple[list[Value], int]:
     """Give the values of the tuple that starts at byte `at` of a message, and where it ends.
 
     Raises:
@@ -56,7 +65,8 @@ def decode_tuple(message: bytes, at: int) -> tuple[list[Value], int]:
         if kind in (_TEXT, _BINARY):
             start = at + 5
             at = start + from_bytes(message[at + 1 : start], "big")
-            append(message[start:at])
+            # a view is bytes to all that is done with values: joined, compared, hashed
+            append(message[start:at] if type(message) is bytes or at - start >= BIG_BYTES else bytes(message[start:at]))  # type: ignore[arg-type]
         elif kind == _NULL:
             append(None)
             at += 1
@@ -70,7 +80,7 @@ def decode_tuple(message: bytes, at: int) -> tuple[list[Value], int]:
     return values, at
 
 
-def is_binary(message: bytes, at: int) -> bool | None:
+def is_binary(message: Message, at: int) -> bool | None:
     """Tell by its first non-NULL value whether the tuple at byte `at` is binary; None if it has none."""
     count = int.from_bytes(message[at : at + 2], "big")
     at += 2
@@ -82,19 +92,26 @@ def is_binary(message: bytes, at: int) -> bool | None:
     return None
 
 
-def escape_text(value: bytes) -> bytes:
+def escape_text(value: Message) -> Message:
     """Escape a text value for COPY's text format."""
-    return _SPECIAL.sub(lambda match: _ESCAPES[match[0]], value) if _SPECIAL.search(value) else value
+    if _SPECIAL.search(value) is None:
+        return value
+    escaped = bytes(value).replace(b"\\", b"\\\\").replace(b"\t", b"\\t")
+    return escaped.replace(b"\n", b"\\n").replace(b"\r", b"\\r")
 
 
-def text_row(values: Iterable[bytes | None]) -> bytes:
+def text_row(values: Sequence[Message | None]) -> CopyRow:
     """Give one row of COPY's text format."""
+    if memoryview in map(type, values):
+        return _text_pieces(values)
     return b"\t".join([b"\\N" if value is None else escape_text(value) for value in values]) + b"\n"
 
 
-def binary_row(values: Sequence[bytes | None]) -> bytes:
+def binary_row(values: Sequence[Message | None]) -> CopyRow:
     """Give one row of COPY's binary format."""
-    parts = [len(values).to_bytes(2, "big")]
+    if memoryview in map(type, values):
+        return _binary_pieces(values)
+    parts: list[Message] = [len(values).to_bytes(2, "big")]
     for value in values:
         if value is None:
             parts.append(_BINARY_NULL)
@@ -104,8 +121,33 @@ def binary_row(values: Sequence[bytes | None]) -> bytes:
     return b"".join(parts)
 
 
-def insert_as_binary_row(message: bytes) -> bytes:
+def _text_pieces(values: Sequence[Message | None]) -> Iterator[Message]:
+    for number, value in enumerate(values):
+        if number:
+            yield b"\t"
+        if value is None:
+            yield b"\\N"
+        else:
+            for start in range(0, len(value), _PIECE_BYTES):
+                yield escape_text(value[start : start + _PIECE_BYTES])
+    yield b"\n"
+
+
+def _binary_pieces(values: Sequence[Message | None]) -> Iterator[Message]:
+    yield len(values).to_bytes(2, "big")
+    for value in values:
+        if value is None:
+            yield _BINARY_NULL
+        else:
+            yield len(value).to_bytes(4, "big")
+            for start in range(0, len(value), _PIECE_BYTES):
+                yield value[start : start + _PIECE_BYTES]
+
+
+def insert_as_binary_row(message: Message) -> CopyRow:
     """Give an Insert message with binary values as a row of COPY's binary format: all its columns, in their order."""
+    if isinstance(message, memoryview):
+        return _binary_pieces(_inserted(message))
     from_bytes = int.from_bytes
     parts = [message[6:8]]
     append = parts.append
@@ -123,10 +165,12 @@ def insert_as_binary_row(message: bytes) -> bytes:
     return b"".join(parts)
 
 
-def insert_as_text_row(message: bytes) -> bytes:
+def insert_as_text_row(message: Message) -> CopyRow:
     """Give an Insert message with text values as a row of COPY's text format: all its columns, in their order."""
+    if isinstance(message, memoryview):
+        return _text_pieces(_inserted(message))
     from_bytes = int.from_bytes
-    parts: list[bytes] = []
+    parts: list[Message] = []
     append = parts.append
     at = 8
     special = _SPECIAL.search(message, 8) is not None  # lengths may look special too: then each value is asked
@@ -134,7 +178,7 @@ def insert_as_text_row(message: bytes) -> bytes:
         if message[at] == _TEXT:
             start = at + 5
             at = start + from_bytes(message[at + 1 : start], "big")
-            append(escape_text(message[start:at]) if special else message[start:at])
+            append(message[start:at] if not special else escape_text(message[start:at]))
         elif message[at] == _NULL:
             append(b"\\N")
             at += 1
@@ -143,13 +187,25 @@ def insert_as_text_row(message: bytes) -> bytes:
     return b"\t".join(parts) + b"\n"
 
 
-def copy_chunks(rows: Iterable[bytes], *, binary: bool, chunk_bytes: int = 131_072) -> Iterable[bytes]:
-    """Join rows into pieces of about `chunk_bytes` for COPY FROM STDIN, with header and trailer where binary."""
+def _inserted(message: memoryview) -> list[bytes | None]:
+    values, _ = decode_tuple(message, 6)
+    if UNCHANGED in values:
+        raise FormatError("insert message: a value is missing")
+    return values  # type: ignore[return-value]
+
+
+def copy_chunks(rows: Iterable[CopyRow], *, binary: bool, chunk_bytes: int = 131_072) -> Iterator[Message]:
+    """Join rows into chunks of about `chunk_bytes` for COPY FROM STDIN, with header and trailer where binary."""
     pending: list[bytes] = [BINARY_HEADER] if binary else []
     size = 0
     for row in rows:
-        pending.append(row)
-        size += len(row)
+        if type(row) is bytes:
+            pending.append(row)
+            size += len(row)
+        else:
+            yield b"".join(pending)
+            pending, size = [], 0
+            yield from row  # type: ignore[misc]
         if size >= chunk_bytes:
             yield b"".join(pending)
             pending, size = [], 0

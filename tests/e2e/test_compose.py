@@ -57,7 +57,7 @@ class Stack:
         while not (answer := self.query(server, sql)):
             assert time.monotonic() < deadline, f"no answer to {sql}\n{self.logs('coordinator')}"
             assert self.state("coordinator") == "running", self.logs("coordinator")
-            time.sleep(0.1)
+            time.sleep(0.2)
         return answer
 
     def state(self, service: str) -> str:

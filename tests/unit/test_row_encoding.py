@@ -1,9 +1,10 @@
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from live_migration.consumer.row_encoding import (
+    BIG_BYTES,
     BINARY_HEADER,
     BINARY_TRAILER,
     binary_row,
@@ -64,3 +65,18 @@ def test_binary_chunks_have_header_and_trailer_even_without_rows() -> None:
 @given(st.lists(st.binary(min_size=1, max_size=50), max_size=50))
 def test_chunks_lose_nothing(rows: list[bytes]) -> None:
     assert b"".join(copy_chunks(rows, binary=False, chunk_bytes=64)) == b"".join(rows)
+
+
+@settings(deadline=None, max_examples=20)
+@given(values.filter(bool), st.booleans())
+def test_a_view_of_a_message_gives_the_same_rows_in_pieces(row: list[bytes | None], binary: bool) -> None:
+    row = [*row, b"\\x\t" * BIG_BYTES, b"end"]
+    message = put_insert(7, row, binary=binary)
+    values, end = decode_tuple(memoryview(message), 6)
+    assert (values, end) == (row, len(message))
+    encode, encode_values = (insert_as_binary_row, binary_row) if binary else (insert_as_text_row, text_row)
+    expected = encode(message)
+    for pieces in (encode(memoryview(message)), encode_values(values)):
+        chunks = list(copy_chunks([b"before", pieces, b"after"], binary=False))
+        assert b"".join(chunks) == b"before" + expected + b"after"
+        assert max(map(len, chunks)) < BIG_BYTES
