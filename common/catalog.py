@@ -42,7 +42,8 @@ class TableInfo:
     """An ordinary table or leaf partition of a user's.
 
     `identity_index`: oid of the index that UPDATE and DELETE are identified by, as the server sees it
-    (`pg_get_replica_identity_index`), else None. `persistence`: 'p' permanent, 'u' unlogged.
+    (`pg_get_replica_identity_index`), else None; None too where a generated column is in it: the stream lacks those, and
+    from 18 on the server refuses UPDATE and DELETE then. `persistence`: 'p' permanent, 'u' unlogged.
     """
 
     oid: int
@@ -75,7 +76,12 @@ _COLUMNS = """
 
 _TABLES = """
     select c.oid, n.nspname as schema, c.relname as name, c.relpersistence::text as persistence,
-           c.relreplident::text as identity, nullif(pg_get_replica_identity_index(c.oid)::oid, 0) as identity_index,
+           c.relreplident::text as identity,
+           (select i.indexrelid from pg_index i
+            where i.indexrelid = pg_get_replica_identity_index(c.oid) and not exists (
+                select from pg_attribute a
+                where a.attrelid = c.oid and a.attgenerated <> '' and a.attnum = any((i.indkey::int2[])[0:i.indnkeyatts - 1]))
+           ) as identity_index,
            pg_relation_size(c.oid) as size, greatest(c.reltuples, 0)::bigint as rows
     from pg_class c join pg_namespace n on n.oid = c.relnamespace
     where c.relkind = 'r' and c.relpersistence in ('p', 'u')

@@ -36,6 +36,14 @@ SESSION_SETTINGS: dict[str, str] = {
 }
 """Settings of each of our sessions, the walsender's included: values leave and enter by the same text form."""
 
+_NOT_EVERYWHERE = """
+    select set_config(name, case when name like 'tcp%' then '15' else '0' end, false) from pg_settings
+    where name in ('transaction_timeout', 'idle_session_timeout', 'tcp_keepalives_idle', 'tcp_keepalives_interval')
+"""
+"""Time-outs that not every version knows; and keepalives of the server's own: when our host dies, it lets go of our locks."""
+_CHECK_CLIENT = "set client_connection_check_interval = '5s'"
+"""A server that is at work, or waits, for a client that is gone leaves off; not every platform can tell."""
+
 CONNECTION_ERRORS = (
     OSError,
     TimeoutError,
@@ -78,8 +86,21 @@ async def connect(
         raise server_error(error, side, f"connecting to {describe(uri)}") from error
     except (ValueError, ssl.SSLError, asyncpg.InterfaceError) as error:
         raise UsageError(f"the {side}'s URI cannot be used: {_reason(error)}") from error
-    _keep_alive(connection)
+    try:
+        _keep_alive(connection)
+        with asking(side, "setting up a session"):
+            await _set_up(connection, timeout)
+    except BaseException:
+        connection.terminate()
+        raise
     return connection
+
+
+async def _set_up(connection: asyncpg.Connection, timeout: float) -> None:
+    try:
+        await connection.execute(f"{_NOT_EVERYWHERE}; {_CHECK_CLIENT}", timeout=timeout)
+    except (asyncpg.InvalidParameterValueError, asyncpg.UndefinedObjectError):
+        await connection.execute(_NOT_EVERYWHERE, timeout=timeout)
 
 
 @asynccontextmanager

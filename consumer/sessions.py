@@ -16,9 +16,6 @@ from live_migration.common.postgres import Side, connect
 from live_migration.common.telemetry import get_logger
 from live_migration.consumer.copy_errors import server_errors
 
-_TIMEOUTS_OFF = """
-    select set_config(name, '0', false) from pg_settings where name in ('transaction_timeout', 'idle_session_timeout')
-"""
 _BACKEND = "select backend_start from pg_stat_activity where pid = pg_backend_pid()"
 
 log = get_logger(__name__)
@@ -46,11 +43,10 @@ class CopySession:
 
 
 async def open_session(uri: str, side: Side) -> CopySession:
-    """Open a session without any time-out; errors are those of `postgres.connect`."""
+    """Open a session; errors are those of `postgres.connect`."""
     connection = await connect(uri, side, application="live-migration copy")
     try:
         with server_errors(side, "opening a session"):
-            await connection.execute(_TIMEOUTS_OFF)
             started = await connection.fetchval(_BACKEND)
             settings = await _copy_settings(connection) if side == "target" else ()
     except BaseException:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from contextlib import suppress
 
 import asyncpg
-from aiokafka import errors as kafka_errors
 
-from live_migration.common import kafka, state
-from live_migration.common.errors import ConnectionLost, Fenced, LaneStopped, LiveMigrationError, Retry
-from live_migration.common.postgres import CONNECTION_ERRORS, asking, connect, server_error, session
+from live_migration.common import state
+from live_migration.common.errors import LaneStopped, Retry
+from live_migration.common.postgres import asking, connect, session
 from live_migration.common.settings import Settings
 from live_migration.common.state import Phase
+from live_migration.coordinator.beside import beside, translated
 from live_migration.coordinator.cutover import SourceBusy, cut_over
 from live_migration.coordinator.drift import watch_drift
 from live_migration.coordinator.handover import finish_after_handover
@@ -168,48 +168,3 @@ class _Conductor:
             self._reporter.phase_changed(run.phase)
             if run.phase is Phase.DONE:
                 self._reporter.note("done: write to the target now")
-
-
-async def beside(work: Coroutine[None, None, None], watchers: Sequence[Coroutine[None, None, None]]) -> None:
-    """Run work with watchers beside it, which never return by themselves; all end when one fails or the work is done."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(watcher) for watcher in watchers]
-            await work
-            for task in tasks:
-                task.cancel()
-    except BaseExceptionGroup as failures:
-        raise most_telling(failures) from failures
-
-
-def most_telling(failures: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Give the failure that explains the others: being fenced, then our own errors, lost connections last."""
-    leaves: list[BaseException] = []
-    for failure in failures.exceptions:
-        leaves.append(most_telling(failure) if isinstance(failure, BaseExceptionGroup) else failure)
-
-    def rank(failure: BaseException) -> int:
-        if isinstance(failure, Fenced):
-            return 0
-        if isinstance(failure, Exception):
-            return 2 if translated(failure).retry is Retry.RECONNECT else 1
-        return 0
-
-    return min(leaves, key=rank)
-
-
-def translated(error: Exception) -> LiveMigrationError:
-    """Give our error for any error that a phase may end with; a fault of this program passes as it is, by raising it."""
-    if isinstance(error, LiveMigrationError):
-        return error
-    if isinstance(error, kafka_errors.KafkaError):
-        return kafka.translate(error, "leading the migration")
-    if isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError | FileExistsError):
-        return LiveMigrationError(f"{error.strerror}: {error.filename}", hint="Look at --dir and --pg-bin.")
-    if isinstance(error, CONNECTION_ERRORS):
-        return ConnectionLost(f"a connection broke: {error or type(error).__name__}")
-    if isinstance(error, asyncpg.PostgresError):
-        return server_error(error, "target", "leading the migration")
-    if isinstance(error, asyncpg.InterfaceError) and "connection" in str(error):
-        return ConnectionLost(f"a connection broke: {error}")
-    raise error

@@ -34,7 +34,7 @@ async def move_lost(run: Run, source: asyncpg.Connection, target: asyncpg.Connec
     with asking("source", "looking at replica identities"):
         lost = await tables_without_identity(source, run.settings.publication, refuses_generated=refuses_generated)
     moved = [table for table in lost if await _move(run, source, target, table)]
-    if moved:
+    if moved and run.phase is not Phase.PREPARE:  # else nobody reads the change log yet
         # The producer's walsender looks at the publications anew; rows are not lost meanwhile, for the source let
         # no UPDATE or DELETE through while the table was published without an identity.
         await run.publications_changed(target)
@@ -43,7 +43,7 @@ async def move_lost(run: Run, source: asyncpg.Connection, target: asyncpg.Connec
 async def _move(run: Run, source: asyncpg.Connection, target: asyncpg.Connection, table: PublishedTable) -> bool:
     # Recorded first: should we die in between, the table is copied once too often rather than not at all.
     with asking("target", f"recording that {table.name} lost its replica identity"):
-        await target.execute(
+        status = await target.execute(
             """update _live_migration.tables
                set publication = 'insert', copy_again = true,
                    error = 'has lost its replica identity on the source: UPDATE and DELETE are not followed any more',

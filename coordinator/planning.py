@@ -36,8 +36,13 @@ def has_identity(table: TableInfo, source_version: int) -> bool:
 
 
 def may_become_full(table: TableInfo, source_version: int) -> bool:
-    """Tell whether REPLICA IDENTITY FULL would let UPDATE and DELETE through."""
-    return source_version < GENERATED_IN_FULL or not any(column.generated for column in table.columns)
+    """Tell whether REPLICA IDENTITY FULL would let UPDATE and DELETE through, and can be taken back.
+
+    An index that is the identity and holds a generated column would be forgotten by the server.
+    """
+    if not any(column.generated for column in table.columns):
+        return True
+    return source_version < GENERATED_IN_FULL and table.identity is not ReplicaIdentity.INDEX
 
 
 def assign(tables: Iterable[TableInfo], source_version: int) -> Memberships:

@@ -21,7 +21,9 @@ from live_migration.common.relation import ReplicaIdentity
 from live_migration.common.settings import Settings
 from live_migration.common.state import Phase
 from live_migration.coordinator import planning, steps
+from live_migration.coordinator.beside import beside
 from live_migration.coordinator.control_topic import producer_config, write_config
+from live_migration.coordinator.identity_watch import watch_identities
 from live_migration.coordinator.planning import Memberships
 from live_migration.coordinator.run import Run
 from live_migration.producer.publication import (
@@ -74,7 +76,7 @@ async def prepare(run: Run) -> None:
 
 
 async def _prepare_source(run: Run, source: asyncpg.Connection) -> None:
-    settings, reporter = run.settings, run.reporter
+    settings = run.settings
     identity = await identify_system(settings.source_uri())
     if identity.system_identifier != run.migration.source_system:
         raise SourceError(
@@ -87,13 +89,19 @@ async def _prepare_source(run: Run, source: asyncpg.Connection) -> None:
         await _give_full_identities(run, source)
     members = await publish_tables(run, source)
     _announce(run, members)
+    binary = all(table.is_binary_safe for table in (*members.all, *members.insert))
+    await beside(_begin_change_log(run, source, identity.timeline, binary), [watch_identities(run)])
+
+
+async def _begin_change_log(run: Run, source: asyncpg.Connection, timeline: int, binary: bool) -> None:
+    """Make the slot, which may wait long for open transactions, and enter phase `schema`."""
+    settings, reporter = run.settings, run.reporter
     lsn = await create_slot(settings.source_uri(), settings.slot, timeout=settings.slot_timeout, on_wait=reporter.note)
     reporter.note(f"slot {settings.slot} made, the change log begins at {Lsn(lsn)}")
     await await_older_transactions(
         source, timeout=settings.slot_timeout, on_wait=reporter.note, what="the first table snapshot"
     )
-    binary = all(table.is_binary_safe for table in (*members.all, *members.insert))
-    await _enter_schema(run, lsn, identity.timeline, binary)
+    await _enter_schema(run, lsn, timeline, binary)
 
 
 async def _enter_schema(run: Run, start_lsn: int, timeline: int, binary: bool) -> None:

@@ -34,9 +34,12 @@ _LOST = """
           else not exists (
               select from pg_index i
               where i.indrelid = c.oid and i.indislive and i.indisvalid and i.indisunique and i.indimmediate and i.indpred is null
-                and case c.relreplident when 'd' then i.indisprimary when 'i' then i.indisreplident else false end) end
+                and case c.relreplident when 'd' then i.indisprimary when 'i' then i.indisreplident else false end
+                and not exists (select from pg_attribute a
+                                where a.attrelid = c.oid and a.attgenerated <> ''
+                                  and a.attnum = any((i.indkey::int2[])[0:i.indnkeyatts - 1]))) end
 """
-# As pg_get_replica_identity_index has it; that function itself would wait for whoever locks one of the tables.
+# As `common.catalog` has it; pg_get_replica_identity_index itself would wait for whoever locks one of the tables.
 _BLOCKERS = """
     select string_agg(distinct format('pid %s (%s)', a.pid, coalesce(nullif(a.application_name, ''), a.state)), ', ')
     from pg_locks l join pg_stat_activity a on a.pid = l.pid

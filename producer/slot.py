@@ -209,13 +209,14 @@ async def await_older_transactions(
     Raises:
         SlotTimeout: they did not end within `timeout` seconds.
     """
-    with asking("source", "reading the current snapshot"):
-        last = await connection.fetchval("select pg_snapshot_xmax(pg_current_snapshot())::text::numeric")
+    # An xid of our own: a snapshot's xmax is only past the last one that has ended, and may be that of one that runs.
+    with asking("source", "reading the newest transaction"):
+        last = await connection.fetchval("select pg_current_xact_id()::text::numeric")
     began = reported = time.monotonic()
     while True:
         with asking("source", "waiting for open transactions"):
             oldest = await connection.fetchval("select pg_snapshot_xmin(pg_current_snapshot())::text::numeric")
-            if oldest >= last:
+            if oldest > last:
                 return
             now = time.monotonic()
             if now - reported >= min(_REPORT_SECONDS, timeout) or now - began >= timeout:
