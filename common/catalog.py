@@ -54,6 +54,7 @@ class TableInfo:
     columns: tuple[ColumnInfo, ...]
     size_bytes: int
     row_estimate: int
+    changed_row_count: int = 0
 
     @property
     def copied_columns(self) -> tuple[ColumnInfo, ...]:
@@ -82,7 +83,8 @@ _TABLES = """
                 select from pg_attribute a
                 where a.attrelid = c.oid and a.attgenerated <> '' and a.attnum = any((i.indkey::int2[])[0:i.indnkeyatts - 1]))
            ) as identity_index,
-           pg_relation_size(c.oid) as size, greatest(c.reltuples, 0)::bigint as rows
+           pg_relation_size(c.oid) as size, greatest(c.reltuples, 0)::bigint as rows,
+           pg_stat_get_tuples_updated(c.oid) + pg_stat_get_tuples_deleted(c.oid) as changed_rows
     from pg_class c join pg_namespace n on n.oid = c.relnamespace
     where c.relkind = 'r' and c.relpersistence in ('p', 'u')
       and n.nspname !~ '^pg_' and n.nspname not in ('information_schema', '_live_migration')
@@ -121,6 +123,7 @@ async def list_tables(connection: asyncpg.Connection) -> list[TableInfo]:
             columns.get(row["oid"], ()),
             row["size"],
             row["rows"],
+            row["changed_rows"],
         )
         for row in rows
     ]

@@ -141,7 +141,7 @@ class Applier:
         if not table.is_foldable and (table.key or not table.is_full):
             await self._in_source_order(run)
             return
-        guarded = table.has_other_unique
+        guarded = table.has_other_unique or table.has_always_identity
         if guarded:
             await self._connection.execute("savepoint run")
         try:
@@ -165,8 +165,6 @@ class Applier:
     async def _apply_folded(self, run: TableRun) -> None:
         table = run.table
         net = fold(run.messages, [column.index for column in table.key])
-        if any(table.columns[i].identity == "a" for present in net.updates for i in present):
-            raise NotFoldable("an identity column that is generated always takes no assignment")
         binary = _is_binary(run.messages)
         if net.deletes:
             stage = await self._stage(table, "d", statements.key_stage_columns(table))
@@ -195,11 +193,12 @@ class Applier:
         stage = await self._stage(table, "u", columns)
         encode = binary_row if binary else text_row
         await self._copy(stage, None, (encode([*key, *values]) for key, values in updates), len(updates), binary=binary)
-        assigned = [i for i in present if not table.columns[i].generated]
-        if assigned:
-            status = await self._connection.execute(statements.update_staged(table, stage.sql, assigned))
+        if statements.assigned(table, present):
+            status = await self._connection.execute(statements.update_staged(table, stage.sql, present))
         else:
-            status = f"UPDATE {await self._connection.fetchval(statements.count_staged_keys(table, stage.sql))}"
+            status = f"UPDATE {await self._connection.fetchval(statements.count_staged(table, stage.sql, present))}"
+        if table.has_always_identity and _row_count(status) != len(updates):
+            raise NotFoldable("an identity column that is generated always may have changed")
         self._expect_rows(run, "UPDATE", status, len(updates))
 
     async def _apply_whole_rows(self, run: TableRun) -> None:
@@ -233,11 +232,7 @@ class Applier:
         columns = statements.source_order_columns(table)
         stage = await self._stage(table, "s", columns)
         encode = binary_row if binary else text_row
-        staged = [
-            row
-            for number, message in enumerate(run.messages)
-            for row in _staged_changes(table, number, message, binary=binary)
-        ]
+        staged = [_staged_change(table, number, each, binary=binary) for number, each in enumerate(run.messages)]
         await self._copy(stage, None, map(encode, staged), len(staged), binary=binary)
         try:
             await self._connection.execute(statements.apply_in_source_order(table, stage.sql))
@@ -280,8 +275,8 @@ class Applier:
         ) from error
 
 
-def _staged_changes(table: TargetTable, number: int, message: Message, *, binary: bool) -> Iterator[list[bytes | None]]:
-    """Give a change as rows of the source order stage: one, or a delete and an insert where an update cannot say it."""
+def _staged_change(table: TargetTable, number: int, message: Message, *, binary: bool) -> list[bytes | None]:
+    """Give a change as a row of the source order stage."""
     kind, old, new = decode_change(message)
     written = table.written
     before = old if old is not None else new
@@ -293,37 +288,10 @@ def _staged_changes(table: TargetTable, number: int, message: Message, *, binary
     head = _integer(number, binary=binary)
     nothing: list[bytes | None] = [None] * len(written)
     if new is None:
-        yield [head, b"D", None, *identity, *nothing]
-        return
+        return [head, b"D", None, *identity, *nothing]
     values = [None if new[i] is UNCHANGED else _whole(new[i]) for i in written]
     present = bytes([48 if new[i] is UNCHANGED else 49 for i in written])
-    if kind == pgoutput.INSERT:
-        yield [head, b"I", present, *identity, *values]
-    elif _moves_identity(table, old, new):
-        yield [head, b"D", None, *identity, *nothing]
-        yield [head, b"I", present, *identity, *values]
-    else:
-        yield [head, b"U", present, *identity, *values]
-
-
-def _moves_identity(table: TargetTable, old: Sequence[Value] | None, new: Sequence[Value]) -> bool:
-    """Tell whether a GENERATED ALWAYS column may have changed: the server takes it by an insert only.
-
-    Raises:
-        LaneStopped: it may have, and the row is not whole.
-    """
-    keys = {column.index for column in table.key}
-    for i, column in enumerate(table.columns):
-        if column.identity != "a" or (i in keys and (old is None or old[i] == new[i])):
-            continue
-        if UNCHANGED in new:
-            raise LaneStopped(
-                f"{table.name}: an update may have changed the identity column {column.name}, and left a TOASTed value out",
-                hint=f"ALTER TABLE {table.name.sql} ALTER COLUMN {quote_identifier(column.name)} SET GENERATED BY DEFAULT; on the target, "
-                "and back after the cutover.",
-            )
-        return True
-    return False
+    return [head, b"I" if kind == pgoutput.INSERT else b"U", present, *identity, *values]
 
 
 def _whole(value: Value) -> bytes | None:

@@ -37,20 +37,35 @@ def _key_matches(table: TargetTable, row: str) -> str:
     return " and ".join(f"t.{quote_identifier(c.name)} {c.equals} {row}.k{i}" for i, c in enumerate(table.key))
 
 
+def assigned(table: TargetTable, present: Sequence[int]) -> list[int]:
+    """Give those of the `present` columns that an UPDATE may assign."""
+    return [i for i in present if not table.columns[i].generated and table.columns[i].identity != "a"]
+
+
+def _staged_match(table: TargetTable, present: Sequence[int]) -> str:
+    return _key_matches(table, "s") + _keeps(table, present)
+
+
+def _keeps(table: TargetTable, present: Sequence[int]) -> str:
+    """Give the condition that identity columns GENERATED ALWAYS, which take no assignment, stay as they are."""
+    always = (i for i in present if table.columns[i].identity == "a")
+    return "".join(f" and t.{quote_identifier(table.columns[i].name)} = s.c{i}" for i in always)
+
+
 def delete_staged(table: TargetTable, stage: str) -> str:
     """Delete the rows whose keys are staged."""
     return f"delete from {table.sql} t using {stage} s where {_key_matches(table, 's')}"
 
 
 def update_staged(table: TargetTable, stage: str, present: Sequence[int]) -> str:
-    """Set the `present` columns of the rows whose keys are staged."""
-    assignments = ", ".join(f"{quote_identifier(table.columns[i].name)} = s.c{i}" for i in present)
-    return f"update {table.sql} t set {assignments} from {stage} s where {_key_matches(table, 's')}"
+    """Set the `present` columns of the rows whose keys are staged, unless an identity column GENERATED ALWAYS changes."""
+    assignments = ", ".join(f"{quote_identifier(table.columns[i].name)} = s.c{i}" for i in assigned(table, present))
+    return f"update {table.sql} t set {assignments} from {stage} s where {_staged_match(table, present)}"
 
 
-def count_staged_keys(table: TargetTable, stage: str) -> str:
-    """Count the rows whose keys are staged: for updates that change nothing the stream carries."""
-    return f"select count(*) from {table.sql} t join {stage} s on {_key_matches(table, 's')}"
+def count_staged(table: TargetTable, stage: str, present: Sequence[int]) -> str:
+    """Count the rows that `update_staged` would hit: for updates that assign nothing."""
+    return f"select count(*) from {table.sql} t join {stage} s on {_staged_match(table, present)}"
 
 
 def _row(table: TargetTable, alias: str, name: str = "") -> str:
@@ -85,24 +100,33 @@ def apply_in_source_order(table: TargetTable, stage: str) -> str:
     written = table.written
     names = [quote_identifier(table.columns[i].name) for i in written]
     values = ", ".join(f"s.c{i}" for i in written)
-    # an identity column GENERATED ALWAYS takes no assignment: one that changes is staged as delete and insert
-    assigned = [(position, i) for position, i in enumerate(written) if table.columns[i].identity != "a"]
-    assignments = ", ".join(
-        f"{names[position]} = case substr(s.present, {position + 1}, 1) when '1' then s.c{i} else t.{names[position]} end"
-        for position, i in assigned
-    )
+    # an identity column GENERATED ALWAYS takes no assignment: where it changes, the row is deleted and inserted
+    always = [i for i in written if table.columns[i].identity == "a"]
+
+    def value(position: int, row: str) -> str:
+        return f"case substr(s.present, {position + 1}, 1) when '1' then s.c{written[position]} else {row}.{names[position]} end"
+
+    assignments = ", ".join(f"{name} = {value(n, 't')}" for n, name in enumerate(names) if written[n] not in always)
     if table.key:
         match = _key_matches(table, "s")
     else:
         image = f"{_row(table, 'x')} operator(pg_catalog.*=) {_row(table, 's', 'o')}"
         match = f"t.ctid = (select x.ctid from {table.sql} x where {image} limit 1)"
+    same = match + _keeps(table, always)
     update = (
-        f"update {table.sql} t set {assignments} where {match};"
-        if assigned
-        else f"perform from {table.sql} t where {match};"
+        f"update {table.sql} t set {assignments} where {same};"
+        if assignments
+        else f"perform from {table.sql} t where {same};"
     )
-    return f"""
-        do $apply$
+    if always:
+        kept = ", ".join(value(n, "gone") for n in range(len(names)))
+        update += f"""
+                    get diagnostics hit = row_count;
+                    if hit = 0 then
+                        with gone as (delete from {table.sql} t where {match} returning t.*)
+                        insert into {table.name.sql} ({", ".join(names)}) overriding system value select {kept} from gone;
+                    end if;"""
+    return _do(f"""
         declare s record; hit bigint;
         begin
             for s in select * from {stage} order by seq loop
@@ -119,4 +143,12 @@ def apply_in_source_order(table: TargetTable, stage: str) -> str:
                         message = format('a change of kind %s hits %s rows instead of one', s.op, hit);
                 end if;
             end loop;
-        end $apply$"""
+        end""")
+
+
+def _do(body: str) -> str:
+    """Give a block as a statement, quoted by what no name in it contains."""
+    quote = "$apply$"
+    while quote in body:
+        quote = f"{quote[:-1]}_$"
+    return f"do {quote}{body} {quote}"

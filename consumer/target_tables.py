@@ -57,6 +57,12 @@ class TargetTable:
         return bool(self.key) and all(column.is_foldable for column in self.key)
 
     @property
+    def has_always_identity(self) -> bool:
+        """Whether a column beside the key is GENERATED ALWAYS AS IDENTITY: no UPDATE assigns it."""
+        keys = {column.index for column in self.key}
+        return any(column.identity == "a" and i not in keys for i, column in enumerate(self.columns))
+
+    @property
     def written(self) -> tuple[int, ...]:
         """Positions in the stream of the columns that are written."""
         return tuple(range(len(self.columns))) if self.kept is None else self.kept
@@ -80,7 +86,7 @@ _UNIQUE_INDEXES = """
                  join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum order by k.n) as columns,
            array(select format('operator(%I.%s)', s.nspname, o.oprname)
                  from unnest((i.indclass::oid[])[0:i.indnkeyatts - 1]) with ordinality k(opclass, n)
-                 join pg_opclass p on p.oid = k.opclass
+                 join pg_opclass p on p.oid = k.opclass and p.opcmethod = (select oid from pg_am where amname = 'btree')
                  join pg_amop m on m.amopfamily = p.opcfamily and m.amoplefttype = p.opcintype
                      and m.amoprighttype = p.opcintype and m.amopstrategy = 3
                  join pg_operator o on o.oid = m.amopopr join pg_namespace s on s.oid = o.oprnamespace
@@ -95,7 +101,7 @@ _TYPE_OPERATORS = """
     select a.attname::text as name, format('operator(%I.%s)', s.nspname, o.oprname) as operator
     from pg_attribute a
     join pg_type t on t.oid = a.atttypid
-    join pg_opclass p on p.opcdefault and p.opcmethod = (select oid from pg_am where amname = 'btree')
+    join pg_opclass p on p.opcdefault
         and p.opcintype = case when t.typtype = 'e' then 'anyenum'::regtype when t.typtype = 'r' then 'anyrange'::regtype
                                when t.typcategory = 'A' then 'anyarray'::regtype when t.typtype = 'c' then 'record'::regtype
                                when a.atttypid = 'varchar'::regtype then 'text'::regtype
@@ -148,7 +154,7 @@ class TargetTables:
             None if len(kept) == len(columns) else kept,
             await self._key(relation, row["oid"], key_names, indexes),
             relation.identity is ReplicaIdentity.FULL,
-            any(set(index["columns"]) != set(key_names) or index["is_exclusion"] for index in indexes),
+            any(set(index["columns"]) != set(key_names) or not index["is_identity"] for index in indexes),
             any(index["is_deferrable"] for index in indexes),
             row["kind"] == "r",
             CopySnapshot.parse(row["snapshot"], int(row["horizon"])) if row["snapshot"] else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
 import asyncpg
@@ -12,12 +12,12 @@ from live_migration.common.errors import TargetError
 from live_migration.common.postgres import asking
 from live_migration.common.progress import format_bytes
 from live_migration.common.relation import QualifiedName, quote_identifier
+from live_migration.consumer.copy_stream import CopyPlan, stream_copy
 from live_migration.coordinator import steps
 from live_migration.coordinator.drift import read_sequences
 from live_migration.coordinator.entries import run_entries
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.schema import read_post_data
-from live_migration.coordinator.table_copy import copy_table
 
 _SEQUENCE_BATCH = 100
 _OBJECT_BATCH = 64
@@ -58,12 +58,32 @@ async def _once(run: Run, step: str, act: Callable[[], Awaitable[None]]) -> None
 
 
 async def copy_outside_stream(run: Run, source: asyncpg.Connection) -> None:
-    """Copy unlogged tables, and those that lost their replica identity; each in a transaction of its own."""
+    """Copy unlogged tables, and those whose changes were not all in the stream; each in a transaction of its own."""
+    tables = await run.list_tables(source)
+    await _mark_unfollowed(run, tables)
     with asking("target", "reading the plan"):
         again = {r[0] for r in await run.target.fetch("select oid from _live_migration.tables where copy_again")}
-    tables = [t for t in await run.list_tables(source) if t.persistence == "u" or t.oid in again]
     for table in tables:
-        await _copy(run, source, table)
+        if table.persistence == "u" or table.oid in again:
+            await _copy(run, source, table)
+
+
+async def _mark_unfollowed(run: Run, tables: Iterable[TableInfo]) -> None:
+    """Mark tables without replica identity in which rows were updated or deleted since the plan, as far as the source knows."""
+    with asking("target", "reading the plan"):
+        rows = await run.target.fetch(
+            "select oid, changed_row_count from _live_migration.tables where publication = 'insert'"
+        )
+        planned = {row["oid"]: row["changed_row_count"] for row in rows}
+        changed = [t for t in tables if t.changed_row_count != planned.get(t.oid, t.changed_row_count)]
+        await run.target.execute(
+            "update _live_migration.tables set copy_again = true where oid = any($1::oid[])", [t.oid for t in changed]
+        )
+    for table in changed:
+        run.reporter.warning(
+            f"rows of {table.name} were updated or deleted on the source, and without a replica identity that is not in the "
+            "stream: the table is copied once more"
+        )
 
 
 async def _copy(run: Run, source: asyncpg.Connection, table: TableInfo) -> None:
@@ -71,12 +91,15 @@ async def _copy(run: Run, source: asyncpg.Connection, table: TableInfo) -> None:
     async with run.target_transaction(f"copying {table.name}") as target:
         # The target may be partitioned otherwise or have indexes of its own by now, but no trigger of the source's.
         await target.execute("set local session_replication_role = replica")
-        row_count = await copy_table(source, target, table)
+        plan = CopyPlan(table.name, tuple(column.name for column in table.copied_columns), table.is_binary_safe)
+        with asking("target", f"emptying {table.name}"):
+            await target.execute(f"truncate only {table.name.sql}")
+        copied = await stream_copy(source, target, plan, blocks=None, freeze=False, on_bytes=lambda _: None)
         await target.execute(
             """update _live_migration.tables set copy_again = false, error = null, hint = null, row_count = $2
                where oid = $1""",
             table.oid,
-            row_count,
+            copied.rows,
         )
 
 

@@ -8,6 +8,7 @@ import asyncpg
 
 from live_migration.common.errors import SourceError
 from live_migration.common.postgres import asking
+from live_migration.common.state import Phase
 from live_migration.coordinator.planning import GENERATED_IN_FULL
 from live_migration.coordinator.run import Run
 from live_migration.producer.publication import (
@@ -65,7 +66,7 @@ async def _move(run: Run, source: asyncpg.Connection, target: asyncpg.Connection
     run.reporter.warning(
         f"{table.name} has lost its replica identity on the source; it was taken out of publication "
         f"{run.settings.publication} so that UPDATE and DELETE on it succeed. From now on only INSERT and TRUNCATE on it "
-        "are followed, and it is copied once more at the cutover."
+        f"are followed{'' if status == 'UPDATE 0' else ', and it is copied once more at the cutover'}."
     )
     return True
 

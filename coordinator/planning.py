@@ -72,9 +72,11 @@ def table_row(table: TableInfo, lane_count: int, membership: Membership) -> tupl
         table.is_binary_safe,
         table.row_estimate,
         table.size_bytes,
+        table.changed_row_count,
     )
 
 
 TABLE_COLUMNS = (
     "oid", "schema_name", "table_name", "lane", "publication", "columns", "binary_copy", "row_estimate", "size_bytes",
+    "changed_row_count",
 )  # fmt: skip

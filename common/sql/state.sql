@@ -40,6 +40,7 @@ create table _live_migration.tables (
     binary_copy boolean not null,
     row_estimate bigint not null default 0,
     size_bytes bigint not null default 0,
+    changed_row_count bigint not null default 0,    -- rows that the source had ever updated or deleted, when planned
     state text not null default 'planned' check (state in ('planned', 'copying', 'copied', 'ready', 'stopped')),
     attempt integer not null default 0,
     snapshot_id text,                       -- exported by the holder, while state = 'copying'
@@ -52,7 +53,7 @@ create table _live_migration.tables (
     error text,
     hint text,
     retry_at timestamptz,
-    copy_again boolean not null default false,  -- lost its identity on the source: copied once more at the cutover
+    copy_again boolean not null default false,  -- has changes that the stream does not carry: copied once more at the cutover
     -- the lease of the snapshot's holder
     owner text,
     backend_pid integer,                    -- the holder's target backend

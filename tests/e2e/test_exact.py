@@ -104,7 +104,9 @@ async def test_every_row_is_equal_after_cutover_under_load(
 async def _assert_foreign_keys_are_valid(uri: str) -> None:
     connection = await asyncpg.connect(uri)
     try:
-        rows = await connection.fetch("select conname, convalidated from pg_constraint where contype = 'f' and connamespace = 'app'::regnamespace")
+        rows = await connection.fetch(
+            "select conname, convalidated from pg_constraint where contype = 'f' and connamespace = 'app'::regnamespace"
+        )
         assert [tuple(row) for row in rows] == [("child_parent_fkey", True)]
     finally:
         await connection.close()
