@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import asyncpg
+
 from live_migration.common.relation import QualifiedName, ReplicaIdentity
 
 BINARY_SAFE_TYPES = frozenset(

@@ -27,7 +27,16 @@ CHANGES_CONFIG = {
 }
 """What the change topic must say, or buffered changes could vanish."""
 
-CONTROL_CONFIG = {"cleanup.policy": "compact", "unclean.leader.election.enable": "false"}
+CONTROL_CONFIG = {
+    "cleanup.policy": "compact",
+    "unclean.leader.election.enable": "false",
+    "segment.bytes": str(4 * 1024 * 1024),
+    "segment.ms": "600000",
+    "min.cleanable.dirty.ratio": "0.1",
+    "delete.retention.ms": "600000",
+}
+"""The control topic is read from its start by whoever starts, and gets a record at each flush: by Kafka's own defaults it
+would first be compacted at 1 GiB or after a week, and to read it would take minutes."""
 
 
 def client_options(settings: Settings) -> dict[str, Any]:

@@ -33,6 +33,7 @@ SESSION_SETTINGS: dict[str, str] = {
     "idle_in_transaction_session_timeout": "0",
     "synchronize_seqscans": "off",
     "xmloption": "content",
+    "default_transaction_isolation": "read committed",
 }
 """Settings of each of our sessions, the walsender's included: values leave and enter by the same text form."""
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from live_migration.common.errors import UsageError
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from live_migration.common.errors import UsageError
 
 KIB = 1024
 MIB = 1024 * KIB

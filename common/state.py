@@ -18,6 +18,7 @@ from uuid import UUID, uuid4
 
 import asyncpg
 import psutil
+
 from live_migration.common.errors import Fenced, TargetError
 from live_migration.common.postgres import terminate_backend
 

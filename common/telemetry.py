@@ -22,7 +22,7 @@ def configure_logging(level: str, *, json: bool = False) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),  # today's stderr, not that of the set-up
         cache_logger_on_first_use=False,
     )
     logging.basicConfig(

@@ -8,7 +8,7 @@ Rows hit must equal rows staged, each time: a plain insert never upserts, an upd
 from __future__ import annotations
 
 import struct
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import NoReturn
 from zlib import crc32
 
@@ -17,7 +17,7 @@ import asyncpg
 from live_migration.common import pgoutput
 from live_migration.common.errors import FormatError, LaneStopped
 from live_migration.common.postgres import CONNECTION_ERRORS
-from live_migration.common.relation import QualifiedName, quote_identifier
+from live_migration.common.relation import QualifiedName
 from live_migration.consumer import statements
 from live_migration.consumer.decoder import Batch, TableRun, TruncateStep, all_runs
 from live_migration.consumer.folding import NotFoldable, decode_change, fold, fold_whole_rows
@@ -35,6 +35,8 @@ from live_migration.consumer.row_encoding import (
 )
 from live_migration.consumer.target_tables import TargetTable
 
+_MOST_STAGES = 64
+"""Staging tables that a session keeps: the server locks and empties every one of them at each COMMIT."""
 _CLASHES = (asyncpg.UniqueViolationError, asyncpg.ExclusionViolationError)
 _SESSION = (
     "set local session_replication_role = replica; set local synchronous_commit = off; set constraints all deferred"
@@ -47,11 +49,15 @@ class Applier:
     def __init__(self, connection: asyncpg.Connection, lane: int) -> None:
         self._connection = connection
         self._lane = lane
-        self._used_stages: set[str] = set()
+        self._stages: set[str] = set()  # of this session
+        self._used_stages: set[str] = set()  # of this transaction
 
     async def begin(self) -> None:
         """Begin a target transaction in which no trigger fires."""
         self._used_stages.clear()
+        if len(self._stages) > _MOST_STAGES:
+            await self._connection.execute("discard temp")
+            self._stages.clear()
         await self._connection.execute(f"begin; {_SESSION}")
 
     async def apply(self, batch: Batch) -> None:
@@ -252,6 +258,7 @@ class Applier:
         stage = QualifiedName("pg_temp", name)
         if name in self._used_stages:
             await self._connection.execute(f"truncate {stage.sql}")
+        self._stages.add(name)
         self._used_stages.add(name)
         return stage
 

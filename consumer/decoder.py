@@ -67,6 +67,7 @@ class Batch:
         self.steps: list[Step] = []
         self.change_count = 0
         self.byte_count = 0
+        self.run_count = 0
         self.barrier: str | None = None
         self.commit_time: int | None = None
         self.is_inside_transaction = False
@@ -182,6 +183,7 @@ class LaneDecoder:
         table_runs = runs.setdefault(known.table.source_oid, [])
         if not table_runs or table_runs[-1].table is not known.table:
             table_runs.append(TableRun(known.table))
+            batch.run_count += 1
         run = table_runs[-1]
         run.marks.append((len(run.messages), self._begin.commit_lsn, self._base))
         known.run, known.step = run, runs

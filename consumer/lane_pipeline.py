@@ -24,6 +24,8 @@ from live_migration.consumer.memory_budget import MemoryBudget
 
 READ_AHEAD_BYTES = 2 * 1024 * 1024
 """How much is read and not yet decoded: a lane whose target is slow must not use up the budget of all."""
+MOST_RUNS = 400
+"""Runs in one target transaction: tables and their staging tables take some ten locks a run from the server's few thousand."""
 
 
 @dataclass(slots=True)
@@ -51,6 +53,7 @@ class LanePipeline:
         budget: MemoryBudget,
         lane_count: int,
         on_progress: Callable[[Checkpoint], None],
+        careful_until: Position = START,
     ) -> None:
         self._settings = settings
         self._checkpoint = checkpoint
@@ -60,6 +63,9 @@ class LanePipeline:
         self._decoder = decoder
         self._budget = budget
         self._lane_count = lane_count
+        self._careful_until = careful_until
+        self.attempted = START
+        """Last position of the newest segment that was begun to be decoded."""
         self._inbox: deque[Segment] = deque()
         self._inbox_bytes = 0
         self._growing = Flush()
@@ -140,6 +146,7 @@ class LanePipeline:
                         raise self._reading_error
                     break
                 segment = self._inbox.popleft()
+                self.attempted = segment.last
                 self._inbox_bytes -= segment.held_bytes
                 self._changed.notify_all()
             await asyncio.sleep(0)  # nothing else here need wait: let the other lanes have their turn
@@ -153,7 +160,13 @@ class LanePipeline:
 
     def _is_full(self, flush: Flush) -> bool:
         batch, settings = flush.batch, self._settings
-        if batch.change_count >= settings.batch_rows or batch.byte_count >= settings.batch_bytes:
+        if flush.segment_count and flush.position <= self._careful_until:
+            return True
+        if (
+            batch.change_count >= settings.batch_rows
+            or batch.byte_count >= settings.batch_bytes
+            or batch.run_count >= MOST_RUNS
+        ):
             return True
         if batch.is_inside_transaction or not flush.segment_count or not self._open_bytes:
             return False

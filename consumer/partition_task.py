@@ -11,6 +11,7 @@ import asyncpg
 
 from live_migration.common.errors import ConnectionLost, Fenced, LaneStopped, LiveMigrationError, Retry, TargetError
 from live_migration.common.postgres import asking, connect, session
+from live_migration.common.segment import START
 from live_migration.common.settings import Settings
 from live_migration.common.state import Migration
 from live_migration.common.telemetry import get_logger
@@ -51,6 +52,9 @@ class PartitionTask:
         self._budget = budget
         self._on_progress = on_progress
         self._checkpoint: Checkpoint | None = None
+        # After a refusal each segment is applied by itself up to here: all that stands before the refused change gets
+        # through, as it must before the target is altered (a segment holds but one shape of a table).
+        self._careful_until = START
         self._must_take = True  # the group gave us the partition: whoever still holds the lane has to go
         self._backoff = _FIRST_BACKOFF_SECONDS
         self._log = log.bind(lane=lane)
@@ -93,17 +97,29 @@ class PartitionTask:
             stack.push_async_callback(reader.close)
             await reader.open()
             self._log.info("lane taken", next_offset=held.next_offset, position=str(held.position), epoch=held.epoch)
-            decoder = LaneDecoder(TargetTables(beside), str(self._migration.id))
+            decoder = LaneDecoder(TargetTables(beside, self._lane), str(self._migration.id))
             await self._run_pipeline(held, connection, reader, decoder)
 
     async def _run_pipeline(
         self, held: Checkpoint, connection: asyncpg.Connection, reader: LogReader, decoder: LaneDecoder
     ) -> None:
         pipeline = LanePipeline(
-            self._settings, held, connection, reader, decoder, self._budget, self._migration.lane_count, self._advanced
+            self._settings,
+            held,
+            connection,
+            reader,
+            decoder,
+            self._budget,
+            self._migration.lane_count,
+            self._advanced,
+            self._careful_until,
         )
         try:
             await pipeline.run()
+        except LiveMigrationError as error:
+            if error.retry is Retry.STOP:
+                self._careful_until = max(self._careful_until, pipeline.attempted)
+            raise
         finally:
             connection.terminate()  # before anything that waits: the lane's successor waits for this
 

@@ -69,7 +69,7 @@ class TargetTable:
 
 
 _TABLE = """
-    select t.schema_name, t.table_name, t.snapshot, t.horizon - '0/0'::pg_lsn as horizon, t.state, c.oid, c.relkind::text as kind
+    select t.schema_name, t.table_name, t.lane, t.snapshot, t.horizon - '0/0'::pg_lsn as horizon, c.oid, c.relkind::text as kind
     from _live_migration.tables t
     left join pg_namespace n on n.nspname = t.schema_name
     left join pg_class c on c.relnamespace = n.oid and c.relname = t.table_name
@@ -101,7 +101,7 @@ _TYPE_OPERATORS = """
     select a.attname::text as name, format('operator(%I.%s)', s.nspname, o.oprname) as operator
     from pg_attribute a
     join pg_type t on t.oid = a.atttypid
-    join pg_opclass p on p.opcdefault
+    join pg_opclass p on p.opcdefault and p.opcmethod = (select oid from pg_am where amname = 'btree')
         and p.opcintype = case when t.typtype = 'e' then 'anyenum'::regtype when t.typtype = 'r' then 'anyrange'::regtype
                                when t.typcategory = 'A' then 'anyarray'::regtype when t.typtype = 'c' then 'record'::regtype
                                when a.atttypid = 'varchar'::regtype then 'text'::regtype
@@ -120,10 +120,11 @@ _FOLDABLE = """
 
 
 class TargetTables:
-    """Looks tables up on one connection and remembers them until their Relation message changes."""
+    """Looks the tables of one lane up."""
 
-    def __init__(self, connection: asyncpg.Connection) -> None:
+    def __init__(self, connection: asyncpg.Connection, lane: int) -> None:
         self._connection = connection
+        self._lane = lane
 
     async def resolve(self, relation: Relation) -> TargetTable:
         """Give the target's table for a source relation.
@@ -138,6 +139,12 @@ class TargetTables:
                 hint="It was made after the migration was planned. Drop it from our publication, or `clean` and start again.",
             )
         name = QualifiedName(row["schema_name"], row["table_name"])
+        if row["lane"] != self._lane:
+            raise LaneStopped(
+                f"table {name} was renamed to {relation.name} on the source: from then on its changes stand in lane {self._lane}, "
+                f"those before in lane {row['lane']}, and their order is lost",
+                hint="Run `live-migration clean` and start again; rename no table while it is migrated.",
+            )
         if row["oid"] is None:
             raise LaneStopped(
                 f"table {name} does not exist on the target", hint="Restore it there; the lane then goes on by itself."
@@ -166,9 +173,15 @@ class TargetTables:
         if missing:
             types = await self._type_names([(column.type_oid, column.type_modifier) for column in missing])
             adds = ", ".join(f"ADD COLUMN {quote_identifier(c.name)} {t}" for c, t in zip(missing, types, strict=True))
+            here = {column.name for column in relation.columns}
+            gone = [column for column in found.values() if column.name not in here and not column.generated]
+            renames = (
+                f" A column that was only renamed ({', '.join(c.name for c in gone)}?): RENAME COLUMN." if gone else ""
+            )
             raise LaneStopped(
                 f"the source's table {relation.name} has columns that the target's lacks: {', '.join(c.name for c in missing)}",
-                hint=f"Mend the target, the lane then goes on by itself: ALTER TABLE {name.sql} {adds};",
+                hint="Mend the target as the source was altered, the lane then goes on by itself. New columns, with the source's "
+                f"defaults, which the stream does not tell: ALTER TABLE {name.sql} {adds};{renames}",
             )
         for column in relation.columns:
             target = found[column.name]

@@ -47,9 +47,18 @@ class LanePosition:
 
 async def emit_barrier(source: asyncpg.Connection, migration_id: str) -> Barrier:
     """Write a barrier into the source's WAL; it is flushed there when this returns."""
+    return await _emit(source, "barrier", migration_id)
+
+
+async def emit_heartbeat(source: asyncpg.Connection, migration_id: str) -> int:
+    """Write what comes out of no lane, and give a position: a change log that is confirmed past it holds all before it."""
+    return (await _emit(source, "heartbeat", migration_id)).before_lsn
+
+
+async def _emit(source: asyncpg.Connection, kind: str, migration_id: str) -> Barrier:
     barrier = uuid4().hex
-    content = WalMessage(kind="barrier", migration_id=migration_id, id=barrier).model_dump_json()
-    with asking("source", "writing a barrier into the WAL"):
+    content = WalMessage(kind=kind, migration_id=migration_id, id=barrier).model_dump_json()
+    with asking("source", f"writing a {kind} into the WAL"):
         before = await source.fetchval("select pg_current_wal_insert_lsn()")
         async with source.transaction():
             await source.execute("set local synchronous_commit = local")

@@ -136,6 +136,9 @@ class _Conductor:
         if run.phase is Phase.PREPARE:
             await prepare(run)
             self._show(run)
+        elif run.phase is not Phase.DONE:
+            # An earlier coordinator may have died before it told the producer what it had prepared or published.
+            await run.publications_changed(run.target)
         if run.phase is not Phase.DONE:
             await self._pool.start()
             await beside(self._lead_to_done(run), [self._pool.watch(), watch_identities(run), watch_slot(run)])

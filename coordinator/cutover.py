@@ -13,12 +13,12 @@ import asyncpg
 from live_migration.common import state
 from live_migration.common.control import POSITION, LogPosition
 from live_migration.common.errors import LiveMigrationError, TargetError
-from live_migration.common.kafka import read_control
+from live_migration.common.kafka import ControlReader
 from live_migration.common.postgres import asking, session
 from live_migration.common.settings import Settings
 from live_migration.common.state import Phase
 from live_migration.coordinator import steps
-from live_migration.coordinator.barrier import Barrier, await_barrier, changes_between, emit_barrier
+from live_migration.coordinator.barrier import Barrier, await_barrier, changes_between, emit_barrier, emit_heartbeat
 from live_migration.coordinator.drift import find_drift, shape_differences
 from live_migration.coordinator.findings import name_list
 from live_migration.coordinator.handover import hand_over
@@ -29,6 +29,7 @@ from live_migration.producer.slot import OpenTransaction, describe_transactions,
 _BARRIER = "barrier"
 _QUIET_SECONDS = 10.0
 _START_SECONDS = 10.0
+_LOG_SECONDS = 30.0
 
 
 class CutoverRefused(LiveMigrationError):
@@ -128,7 +129,7 @@ async def cut_over(run: Run) -> None:
                 await _back_to_replay(run, error)
                 raise
         await hand_over(run, source)
-        await _warn_of_late_writes(run)
+        await _warn_of_late_writes(run, source)
     async with run.target_transaction("ending the migration"):
         await _answer(run, "done")
         await run.enter(Phase.DONE)
@@ -165,7 +166,7 @@ async def _prove_everything_arrived(run: Run, source: asyncpg.Connection) -> Non
 
 async def _record_barrier(run: Run, barrier: Barrier) -> None:
     async with run.target_transaction("recording the barrier") as target:
-        await target.execute("update _live_migration.migration set cutover_lsn = $1", barrier.before_lsn)
+        await target.execute("update _live_migration.migration set cutover_lsn = $1", barrier.after_lsn)
         await steps.finish(target, run.epoch, _BARRIER)
     run.reporter.note("the target holds every change of the source")
 
@@ -229,15 +230,30 @@ async def _require_accounted_for(run: Run, source: asyncpg.Connection) -> None:
         )
 
 
-async def _warn_of_late_writes(run: Run) -> None:
+async def _warn_of_late_writes(run: Run, source: asyncpg.Connection) -> None:
     """Warn when the change log went on after the last barrier: somebody wrote to the source during the handover."""
     with asking("target", "reading checkpoints"):
+        last = await run.target.fetchval("select cutover_lsn from _live_migration.migration")
         rows = await run.target.fetch("select commit_lsn from _live_migration.checkpoints")
-    control = await read_control(run.settings)
-    lanes = LogPosition.model_validate_json(control[POSITION]).lanes if POSITION in control else ()
-    # A barrier is the same position in every lane; whatever came after it is a higher one in the lanes it touched.
-    if len({lsn for lsn, _ in lanes} | {int(row["commit_lsn"]) for row in rows}) > 1:
+    position = await _await_log(run, await emit_heartbeat(source, str(run.migration.id)))
+    lanes = [int(row["commit_lsn"]) for row in rows] + [lsn for lsn, _ in position.lanes] if position else []
+    # The barrier is the last position of every lane that nothing has touched since.
+    if position is None or any(lsn > last for lsn in lanes):
+        found = "could not be asked whether it" if position is None else "was written to after the last barrier: it"
         run.reporter.warning(
-            "the source was written to after the last barrier; these changes may lack on the target. "
-            "Run `live-migration verify` before you trust it."
+            f"the source {found} has changes that the target may lack. Run `live-migration verify` before you trust it."
         )
+
+
+async def _await_log(run: Run, lsn: int) -> LogPosition | None:
+    """Wait until the change log holds everything before `lsn`; None when that does not come to pass."""
+    deadline = time.monotonic() + _LOG_SECONDS
+    async with ControlReader(run.settings) as reader:
+        while time.monotonic() < deadline:
+            control = await reader.read()
+            if POSITION in control:
+                position = LogPosition.model_validate_json(control[POSITION])
+                if position.confirm_lsn > lsn:
+                    return position
+            await asyncio.sleep(0.05)
+    return None

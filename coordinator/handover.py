@@ -11,13 +11,14 @@ from live_migration.common.catalog import TableInfo
 from live_migration.common.errors import TargetError
 from live_migration.common.postgres import asking
 from live_migration.common.progress import format_bytes
-from live_migration.common.relation import QualifiedName, quote_identifier
+from live_migration.common.relation import QualifiedName, ReplicaIdentity, quote_identifier
 from live_migration.consumer.copy_stream import CopyPlan, stream_copy
 from live_migration.coordinator import steps
 from live_migration.coordinator.drift import read_sequences
 from live_migration.coordinator.entries import run_entries
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.schema import read_post_data
+from live_migration.producer.publication import identity_without_full
 
 _SEQUENCE_BATCH = 100
 _OBJECT_BATCH = 64
@@ -34,8 +35,9 @@ async def hand_over(run: Run, source: asyncpg.Connection) -> None:
     run.reporter.note(f"restoring the rest of the schema: {len(post_data.main) + len(post_data.last)} objects")
     await run_entries(run, "post-data", post_data.main)
     await _once(run, "foreign keys", lambda: add_foreign_keys(run))
-    await run_entries(run, "post-data last", post_data.last)
+    await _once(run, "replica identities", lambda: take_identities_back(run))
     await _once(run, "materialized views", lambda: refresh_materialized_views(run, source))
+    await run_entries(run, "post-data last", post_data.last)  # event triggers: after all else that they would fire for
 
 
 async def finish_after_handover(run: Run) -> None:
@@ -148,6 +150,19 @@ async def _copy_rest(source: asyncpg.Connection, target: asyncpg.Connection, oid
         at += len(content)
 
 
+async def take_identities_back(run: Run) -> None:
+    """Give tables the replica identity that they had on the source before we made it FULL: the dump has them as FULL."""
+    async with run.target_transaction("taking REPLICA IDENTITY FULL back") as target:
+        rows = await target.fetch(
+            """select schema_name, table_name, before from _live_migration.source_changes join _live_migration.tables using (oid)
+               where kind = 'replica_identity'"""
+        )
+        for row in rows:
+            name = QualifiedName(row["schema_name"], row["table_name"])
+            identity = identity_without_full(ReplicaIdentity(row["before"]))
+            await target.execute(f"alter table only {name.sql} replica identity {identity}")
+
+
 async def set_sequences(run: Run, source: asyncpg.Connection) -> None:
     """Set each sequence of the target to where the source's is."""
     with asking("source", "listing sequences"):
@@ -225,7 +240,10 @@ async def validate_foreign_keys(run: Run) -> None:
         if key.is_valid:
             try:
                 with asking("target", f"validating foreign key {key.name} of {key.table}"):
-                    await run.target.execute(key.validate_statement)
+                    async with run.target.transaction():
+                        # The source's event triggers are in force by now, and may refuse an ALTER TABLE.
+                        await run.target.execute("set local session_replication_role = replica")
+                        await run.target.execute(key.validate_statement)
             except TargetError as error:
                 if not isinstance(error.__cause__, asyncpg.IntegrityConstraintViolationError):
                     raise

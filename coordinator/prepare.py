@@ -72,7 +72,6 @@ async def prepare(run: Run) -> None:
             await remove_from_source(source, run.settings)
             await give_identities_back(run.target, source, run.settings)
             raise
-    await run.reload()
 
 
 async def _prepare_source(run: Run, source: asyncpg.Connection) -> None:
@@ -105,8 +104,8 @@ async def _begin_change_log(run: Run, source: asyncpg.Connection, timeline: int,
 
 
 async def _enter_schema(run: Run, start_lsn: int, timeline: int, binary: bool) -> None:
-    with asking("target", "recording the slot"):
-        await run.target.execute(
+    async with run.target_transaction("leaving phase prepare") as target:
+        await target.execute(
             """update _live_migration.migration set start_lsn = $2, source_timeline = $3, binary_stream = $4
                where epoch = $1""",
             run.epoch,
@@ -114,11 +113,11 @@ async def _enter_schema(run: Run, start_lsn: int, timeline: int, binary: bool) -
             timeline,
             binary,
         )
-    await run.reload()
-    await write_config(run.settings, producer_config(run.settings, run.migration))
-    async with run.target_transaction("leaving phase prepare"):
-        await steps.finish(run.target, run.epoch, _STEP)
+        await steps.finish(target, run.epoch, _STEP)
         await run.enter(Phase.SCHEMA)
+    await run.reload()
+    # Last, for producers begin at once, and what they began with is never made anew now.
+    await write_config(run.settings, producer_config(run.settings, run.migration))
 
 
 async def _require_nothing_there(source: asyncpg.Connection, settings: Settings) -> None:

@@ -60,8 +60,12 @@ _FOREIGN_KEYS = """
 """
 _OUR_PUBLICATIONS = """
     select p.oid, (select array_agg(r.oid) from pg_publication_rel r where r.prpubid = p.oid) as members
-    from pg_publication p where p.pubname = any($1::text[])
+    from pg_publication p
+    where p.pubname = any($1::text[]) or exists (
+        select from pg_replication_slots s join pg_publication i on i.pubname = s.slot_name || '_insert'
+        where s.plugin = 'pgoutput' and s.database = current_database() and not i.pubupdate and p.pubname in (s.slot_name, i.pubname))
 """
+"""Those of another migration from the same source included: it names slot and publications as we do."""
 
 
 @dataclass(frozen=True, slots=True)

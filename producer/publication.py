@@ -77,7 +77,9 @@ async def execute_politely(
         try:
             with asking("source", doing):
                 async with connection.transaction():
-                    await connection.execute(f"set local lock_timeout = {max(1, round(lock_timeout * 1000))}")
+                    # Read-only by default is how some stop their writers.
+                    milliseconds = max(1, round(lock_timeout * 1000))
+                    await connection.execute(f"set transaction read write; set local lock_timeout = {milliseconds}")
                     for statement in statements:
                         await connection.execute(statement)
             return
@@ -192,6 +194,14 @@ async def set_identity_full(
     )
 
 
+def identity_without_full(before: ReplicaIdentity) -> str:
+    """Give what a table has for REPLICA IDENTITY when FULL is taken back from it.
+
+    An index that was its identity had been dropped already: the same as NOTHING, and all that can be set without it.
+    """
+    return "default" if before is ReplicaIdentity.DEFAULT else "nothing"
+
+
 async def restore_identity(
     connection: asyncpg.Connection, oid: int, before: ReplicaIdentity, *, lock_timeout: float
 ) -> QualifiedName | None:
@@ -204,11 +214,9 @@ async def restore_identity(
     if row is None:
         return None
     name = QualifiedName(row["schema"], row["name"])
-    # An index that was its identity had been dropped already: the same as NOTHING, and all that can be set without it.
-    identity = "default" if before is ReplicaIdentity.DEFAULT else "nothing"
     await execute_politely(
         connection,
-        [f"alter table only {name.sql} replica identity {identity}"],
+        [f"alter table only {name.sql} replica identity {identity_without_full(before)}"],
         lock_timeout=lock_timeout,
         doing=f"giving {name} its replica identity back",
         relations=[oid],

@@ -50,10 +50,11 @@ async def check_system(stream: ReplicationConnection, config: ProducerConfig, po
 
 
 def published_lsn(config: ProducerConfig, position: LogPosition | None) -> int:
-    """Give the highest WAL position that the log speaks of."""
+    """Give the WAL position up to which a timeline must be ours: a commit record that the log speaks of is not to lie beyond."""
     if position is None:
         return config.start_lsn
-    return max(position.confirm_lsn, *(commit_lsn for commit_lsn, _ in position.lanes))
+    # a lane's position names where the record begins: a timeline left right there has lost the transaction
+    return max(position.confirm_lsn, *(commit_lsn + 1 for commit_lsn, _ in position.lanes))
 
 
 def parse_timeline_history(text: str) -> dict[int, int]:

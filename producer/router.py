@@ -185,15 +185,21 @@ class Router:
         self._acks.commit(int.from_bytes(message[10:18], "big"))
 
     def _relation(self, message: bytes) -> None:
-        relation = pgoutput.decode_relation(message)
+        """Learn a relation. It comes again whenever the source's cache forgot it, mostly unchanged.
+
+        No segment holds two shapes of one relation: a consumer that must wait until the target is altered has then
+        applied all that the old shape takes.
+        """
+        framed = frame(message)
         oid = message[1:5]
         before = self._routes.get(oid)
-        if before:
-            before.lane.relations.pop(oid, None)
-        for kind in _ROW_KINDS:
-            self._ready_lanes.pop(kind + oid, None)
+        if before and before.relation_frame == framed:
+            return
+        if before and oid in before.lane.relations:
+            self._cut(before.lane)
+        relation = pgoutput.decode_relation(message)
         lane = self._lanes[lane_of(relation.name, len(self._lanes))]
-        self._routes[oid] = Route(lane, frame(message), str(relation.name))
+        self._routes[oid] = Route(lane, framed, str(relation.name))
 
     def _truncate(self, message: bytes) -> None:
         truncate = pgoutput.decode_truncate(message)

@@ -8,8 +8,10 @@ from collections import deque
 from collections.abc import Coroutine
 from uuid import UUID
 
+from psycopg import OperationalError
+
 from live_migration.common.control import LogPosition, ProducerConfig
-from live_migration.common.errors import KafkaError, LiveMigrationError
+from live_migration.common.errors import ConnectionLost, KafkaError, LiveMigrationError
 from live_migration.common.lsn import Lsn
 from live_migration.common.relation import quote_identifier
 from live_migration.common.segment import START, Position
@@ -112,7 +114,9 @@ class Session:
         """End the session in order when its source breaks."""
         try:
             await work
-        except LiveMigrationError as error:
+        except (LiveMigrationError, OperationalError) as error:
+            if isinstance(error, OperationalError):  # libpq's own, once its connection is gone or its buffer is broken
+                error = ConnectionLost(f"the replication connection broke: {' '.join(str(error).split())}")
             self._failure = self._failure or error
             self._ending.set()
 

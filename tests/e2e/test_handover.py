@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
 
+from live_migration.common.errors import ConnectionLost
+from live_migration.coordinator import conductor
 from live_migration.coordinator.clean import clean
+from live_migration.coordinator.run import Run
 from tests.e2e.migration import Migration
 
 pytestmark = [pytest.mark.e2e, pytest.mark.integration]
@@ -23,9 +29,7 @@ GUARDED = """
     insert into child values (1000, null, null);
     alter table child add orphan int default 7;
     alter table child add constraint orphans foreign key (orphan) references parent not valid;
-    alter table child disable trigger all;
-    update child set orphan = 5000 where id = 1000;
-    alter table child enable trigger all;
+    set session_replication_role = replica; update child set orphan = 5000 where id = 1000; reset session_replication_role;
     create function touch() returns trigger language plpgsql as 'begin return new; end';
     create trigger is_plain before update on child for each row execute function touch();
     create trigger is_disabled before update on child for each row execute function touch();
@@ -41,15 +45,16 @@ GUARDED = """
     create unique index by_key_id on by_key (id);
     create view view_by_key as select p.id, p.v, count(*) as n from parent p group by p.id;
     create function refuse() returns event_trigger language plpgsql as $$ begin raise exception 'no DDL here: %', tg_tag; end $$;
-    create event trigger aa_refuse on ddl_command_start execute function refuse();
+    create event trigger aa_refuse on ddl_command_start when tag in ('ALTER TABLE', 'REFRESH MATERIALIZED VIEW')
+        execute function refuse();
     create event trigger bb_off on ddl_command_start execute function refuse();
     alter event trigger bb_off disable;
-    create event trigger cc_always on sql_drop execute function refuse();
+    create event trigger cc_always on sql_drop when tag in ('DROP TABLE') execute function refuse();
     alter event trigger cc_always enable always;
 """
 UNCHANGED = (
-    "select conname::text, conrelid::regclass::text, convalidated, condeferrable, condeferred, pg_get_constraintdef(oid) "
-    "from pg_constraint where connamespace = 'public'::regnamespace order by 2, 1",
+    """select conname::text, conrelid::regclass::text, convalidated, condeferrable, condeferred, pg_get_constraintdef(oid)
+       from pg_constraint where connamespace = 'public'::regnamespace order by 2, 1""",
     "select tgname::text, tgenabled::text from pg_trigger where not tgisinternal order by 1",
     "select evtname::text, evtenabled::text from pg_event_trigger order by 1",
     "select rulename::text, ev_enabled::text from pg_rewrite where rulename = 'is_off'",
@@ -72,9 +77,9 @@ async def test_event_triggers_that_refuse_everything_do_not_spoil_the_end(
     source_database: str, target_database: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
 ) -> None:
     source = await asyncpg.connect(source_database)
-    await source.execute(GUARDED)
+    for statement in GUARDED.rstrip().split(";\n"):  # each a transaction of its own
+        await source.execute(statement)
     migration = Migration(source_database, target_database, kafka_bootstrap, unique_name, tmp_path)
-    await source.execute("alter event trigger aa_refuse disable")  # or nobody could publish
     async with migration:
         await migration.until_phase("replay")
         await migration.finish()
@@ -144,6 +149,8 @@ async def test_roles_that_are_no_superusers_migrate(
         await admin.execute(f"create role {role} login {attributes} password 'pw'")
         await admin.execute(f"alter database {uri.rsplit('/', 1)[1]} owner to {role}")
         await admin.execute(f"alter schema public owner to {role}")
+        if not attributes:
+            await admin.execute(f"grant set on parameter session_replication_role to {role}")
         await admin.close()
         uris.append(uri.replace("postgres@", f"{role}:pw@"))
     source = await asyncpg.connect(uris[0])
@@ -177,6 +184,89 @@ async def test_roles_that_are_no_superusers_migrate(
             admin = await asyncpg.connect(uri)
             await admin.execute(f"reassign owned by {role} to postgres; drop owned by {role}; drop role {role}")
             await admin.close()
+
+
+async def test_a_source_made_read_only_to_stop_its_writers_is_cut_over_and_cleaned(
+    source_database: str, target_database: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    source = await asyncpg.connect(source_database)
+    await source.execute(
+        "create table t (id int primary key); insert into t select generate_series(1, 1000); create table no_key (v int)"
+    )
+    for uri in (source_database, target_database):
+        admin = await asyncpg.connect(uri)
+        await admin.execute(
+            f"alter database {uri.rsplit('/', 1)[1]} set default_transaction_isolation = 'serializable'"
+        )
+        await admin.close()
+    migration = Migration(
+        source_database, target_database, kafka_bootstrap, unique_name, tmp_path, replica_identity_full=True
+    )
+    async with migration:
+        await migration.until_phase("replay")
+        await source.execute(
+            f"alter database {source_database.rsplit('/', 1)[1]} set default_transaction_read_only = on"
+        )
+        await source.execute("update t set id = -id")
+        await migration.consumers[0].crash()
+        await migration.producer.crash()
+        migration.consumers[0].start()
+        migration.producer.start()
+        await migration.finish()
+    assert await rows(target_database, "select min(id), max(id) from t") == [(-1000, -1)]
+    await clean(migration.settings, prune=False, note=print)
+    assert await rows(source_database, "select pubname from pg_publication") == []
+    assert await rows(source_database, "select relreplident::text from pg_class where relname = 'no_key'") == [("d",)]
+    await source.close()
+
+
+async def test_each_transaction_of_the_conductor_may_fail_and_each_answer_be_lost(
+    source_database: str,
+    target_database: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = await asyncpg.connect(source_database)
+    for statement in GUARDED.rstrip().split(";\n"):
+        await source.execute(statement)
+    await source.execute(
+        """alter event trigger aa_refuse disable; create unlogged table cache (id int); insert into cache select generate_series(1, 100);
+           create sequence s; select setval('s', 50, false); create table no_key (v int); insert into no_key values (1);
+           select lo_from_bytea(0, convert_to(repeat('large', 100000), 'UTF8')) from generate_series(1, 100)"""
+    )
+    transaction, chance, broken = Run.target_transaction, random.Random(5), 0
+
+    @asynccontextmanager
+    async def failing(run: Run, doing: str) -> AsyncIterator[asyncpg.Connection]:
+        nonlocal broken
+        drawn = chance.random()
+        broken += drawn < 0.5
+        async with transaction(run, doing) as target:
+            yield target
+            if drawn < 0.25:
+                raise ConnectionLost(f"{doing}: broken before the commit")
+        if drawn < 0.5:
+            raise ConnectionLost(f"{doing}: broken after the commit")
+
+    monkeypatch.setattr(Run, "target_transaction", failing)
+    monkeypatch.setattr(conductor, "_FIRST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(conductor, "_LONGEST_PAUSE_SECONDS", 0.05)
+    migration = Migration(
+        source_database, target_database, kafka_bootstrap, unique_name, tmp_path, replica_identity_full=True
+    )
+    async with migration:
+        await migration.until_phase("replay")
+        await source.execute("update no_key set v = 2")
+        await migration.finish()
+    assert broken > 10
+    for query in (
+        *UNCHANGED, "select * from cache order by 1", "select last_value, is_called from s", "select * from no_key",
+        "select * from child order by id", "select oid, md5(lo_get(oid)) from pg_largeobject_metadata order by 1",
+    ):  # fmt: skip
+        assert await rows(target_database, query) == await rows(source_database, query), query
+    await source.close()
 
 
 async def test_two_migrations_of_one_source_do_not_meet(

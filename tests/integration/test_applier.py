@@ -60,7 +60,7 @@ class Pair:
         messages = await read_messages(self.source, self.slot, self.slot, binary=binary)
         bodies = segment_bodies(messages, most_changes=most_changes)
         async with postgres.session(self.target_uri, "target") as connection:
-            decoder = LaneDecoder(TargetTables(connection), "none")
+            decoder = LaneDecoder(TargetTables(connection, 0), "none")
             applier = Applier(connection, 0)
             while bodies:
                 batch = Batch()

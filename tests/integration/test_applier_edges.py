@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncpg
 import pytest
 
+from live_migration.common.errors import LaneStopped
+from live_migration.consumer.applier import Applier
 from tests.integration.test_applier import Pair, pair
 
 __all__ = ["pair"]
@@ -93,4 +96,58 @@ async def test_a_schema_that_is_hard_to_follow_replays_exactly(pair: Pair, name:
         "select format('%I.%I', schemaname, tablename) from pg_tables where schemaname = 'public'"
     )
     await pair.assert_equal(tuple(row[0] for row in tables))
+    await pair.close()
+
+
+async def test_a_table_renamed_into_another_lane_stops_it(pair: Pair) -> None:
+    """Its changes stand in two lanes then, and the older could be applied last."""
+    await pair.prepare("create table t (id int primary key, v int)")
+    target = await asyncpg.connect(pair.target_uri)
+    await target.execute("update _live_migration.tables set lane = 1")
+    await target.close()
+    await pair.source.execute("alter table t rename to u; insert into u values (1, 1)")
+    with pytest.raises(LaneStopped, match=r"public\.t was renamed to public\.u"):
+        await pair.replay(binary=True, most_changes=100, segments_per_batch=100)
+    await pair.close()
+
+
+@pytest.mark.parametrize(("tables", "batch"), [(1000, 1_000_000), (200, 4)], ids=["at once", "one after the other"])
+async def test_staging_tables_stay_few_however_many_tables_change(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, tables: int, batch: int
+) -> None:
+    """Each costs locks at every COMMIT of its session, and rows of the catalog."""
+    found = 0
+
+    async def begin(applier: Applier) -> None:
+        nonlocal found
+        stages = await applier._connection.fetchval(
+            "select count(*) from pg_class where relpersistence = 't' and relkind = 'r'"
+        )
+        found = max(found, stages)
+        await usual(applier)
+
+    usual = Applier.begin
+    monkeypatch.setattr(Applier, "begin", begin)
+    each = "do $$ begin for i in 1..%s loop execute format('%s', i); commit; end loop; end $$"
+    await pair.prepare(each % (tables, "create table t%s (id int primary key, n numeric unique, v text)"))
+    for change in (
+        "insert into t%1$s values (1, 1), (2, 2), (3, 3); update t%1$s set n = 7 where id = 2; delete from t%1$s where id = 1",
+        "update t%1$s set n = n + 1; delete from t%1$s where id = 3",
+    ):
+        await pair.source.execute(each % (tables, change))
+    await pair.replay(binary=True, most_changes=batch, segments_per_batch=batch)
+    await pair.assert_equal(tuple(f"t{i}" for i in range(1, tables + 1)))
+    assert found <= 100
+    await pair.close()
+
+
+async def test_a_renamed_column_is_not_mistaken_for_a_new_one(pair: Pair) -> None:
+    """To add it on the target would leave all rows of before without their value."""
+    await pair.prepare("create table t (id int primary key, v int)")
+    await pair.source.execute("insert into t values (1, 1)")
+    await pair.source.execute("alter table t rename column v to w; update t set w = 2")
+    with pytest.raises(LaneStopped) as stopped:
+        await pair.replay(binary=True, most_changes=100, segments_per_batch=100)
+    assert "(v?): RENAME COLUMN" in stopped.value.hint
+    assert "defaults" in stopped.value.hint
     await pair.close()

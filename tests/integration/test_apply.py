@@ -11,7 +11,7 @@ import pytest
 
 from live_migration.consumer.service import run_consumer
 from tests.support.lanes import Replay, grow, replay
-from tests.support.segments import delete, insert, logical_message, update
+from tests.support.segments import INT4, TEXT, delete, insert, logical_message, relation, update
 
 pytestmark = pytest.mark.integration
 
@@ -58,6 +58,29 @@ async def test_gap_stops_the_lane(target_database: str, kafka_bootstrap: str, un
         assert checkpoint["hint"]
         assert await it.rows(0) == expected  # what stands before the gap, and nothing after it
         await it.until(lambda: _has_rows(it, 1, 3))
+
+
+@pytest.mark.parametrize("alter", ["rename column v to w", "drop column v"])
+async def test_what_stands_before_a_change_of_shape_is_applied_although_the_lane_stops_there(
+    target_database: str, kafka_bootstrap: str, unique_name: str, alter: str
+) -> None:
+    """Else nothing could mend the target: altered, it no longer takes the old shape, unaltered never the new one."""
+    async with replay(target_database, kafka_bootstrap, unique_name, lane_count=2) as it:
+        lane = it.lanes[0]
+        await it.target.execute("alter table t0 alter v set not null")
+        lane.transaction([insert("t0", "1", "one")])
+        lane.cut()
+        is_renamed = alter.startswith("rename")
+        lane.describe("t0", relation("t0", [("id", INT4, True)] + [("w", TEXT, False)] * is_renamed))
+        lane.transaction([insert("t0", *["2", "two"][: 1 + is_renamed])])
+        lane.cut()
+        await it.send()
+        async with it.consumer():
+            await it.until(lambda: _has_rows(it, 0, 1))
+            await it.target.execute(f"alter table t0 {alter}")
+            await it.until_applied()
+        rows = [tuple(row) for row in await it.target.fetch("select * from t0 order by id")]
+        assert rows == ([(1, "one"), (2, "two")] if is_renamed else [(1,), (2,)])
 
 
 async def _has_rows(it: Replay, lane: int, count: int) -> bool:

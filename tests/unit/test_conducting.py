@@ -14,8 +14,8 @@ from live_migration.common.errors import ConnectionLost, Fenced, LiveMigrationEr
 from live_migration.common.lanes import lane_of
 from live_migration.common.relation import QualifiedName, ReplicaIdentity
 from live_migration.coordinator import planning
+from live_migration.coordinator.beside import beside, most_telling
 from live_migration.coordinator.client_programs import password_file, split_password
-from live_migration.coordinator.conductor import beside, most_telling
 from live_migration.coordinator.drift import compare
 from live_migration.coordinator.handover import ForeignKey
 from live_migration.coordinator.observer import Reporter

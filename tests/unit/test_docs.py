@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from live_migration.common.settings import Settings
+from live_migration.coordinator.commands import commands
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 ROW = re.compile(r"^\| `(\w+)` \| (.+?) \| (.+?) \| (.+?) \| (.*?) \| (.+) \|$", re.MULTILINE)
@@ -31,6 +32,13 @@ def test_option_environment_and_default_are_those_of_the_code(name: str) -> None
     assert environment == (f"`{name.upper()}` or `{prefixed}`" if has_short_name else f"`{prefixed}`")
     assert default == ("none" if field.default is None else f"`{field.default}`")
     assert meaning
+
+
+def test_every_option_is_one_of_some_command() -> None:
+    known = {word for command in commands.commands.values() for each in command.params for word in each.opts}
+    known |= {word for command in commands.commands.values() for each in command.params for word in each.secondary_opts}
+    documented = {word for option, *_ in ROWS.values() for word in option.strip("`").split("/")}
+    assert documented - known == set()
 
 
 @pytest.mark.parametrize("page", sorted(path.name for path in DOCS.glob("*.md")))

@@ -204,14 +204,21 @@ def test_a_truncate_is_split_by_lane_at_one_ordinal() -> None:
     assert sorted(named) == list(OIDS)
 
 
-def test_a_relation_that_changes_is_described_anew_before_its_next_row() -> None:
+def test_a_relation_that_changes_is_described_anew_in_a_segment_of_its_own() -> None:
+    """The target may have to be altered between the two shapes: what stands before must be applicable without the rest."""
     router = make_router()
     oid = OIDS[0]
     changed = put_relation(oid).replace(b"id\0", b"ident\0")
-    feed(router, [put_begin(50), put_relation(oid), put_insert(oid, b"1"), put_insert(oid, b"2")])
+    feed(router, [put_begin(50), put_relation(oid), put_insert(oid, b"1"), put_relation(oid), put_insert(oid, b"2")])
     feed(router, [changed, put_insert(oid, b"3"), put_commit(50)])
-    (value,) = values_by_lane(router.take())[lane(oid)]
-    assert value.index(put_insert(oid, b"2")) < value.index(changed) < value.index(put_insert(oid, b"3"))
+    before, after = values_by_lane(router.take())[lane(oid)]
+    assert before.count(put_relation(oid)) == 1
+    assert before.index(put_insert(oid, b"1")) < before.index(put_insert(oid, b"2"))
+    assert changed not in before
+    assert put_relation(oid) not in after
+    assert after.index(changed) < after.index(put_insert(oid, b"3"))
+    numbers = [each.position.ordinal for each in decode_lane(lane(oid), [before, after])]
+    assert numbers == [1, 2, 3, COMMIT_ORDINAL]
 
 
 def test_the_key_names_the_table_where_there_is_one() -> None:

@@ -1,0 +1,149 @@
+"""Rules of the copy: what a table's snapshot and horizon say, and whose done mark counts."""
+
+from __future__ import annotations
+
+import asyncio
+
+import asyncpg
+import pytest
+
+from live_migration.common.errors import Fenced
+from live_migration.common.postgres import session
+from live_migration.common.relation import QualifiedName
+from live_migration.common.visibility import CopySnapshot
+from live_migration.consumer.claim_endings import CopyOrigin, finish_part, finish_table
+from live_migration.consumer.claims import PartClaim, TableClaim
+from live_migration.consumer.copy_stream import CopyCount, CopyPlan
+from live_migration.consumer.parts import BlockRange
+from live_migration.consumer.table_snapshot import lock_table
+from tests.support.copying import consumers, contents, fetch_value, plan, run_sql, settings_for, until_ready
+
+pytestmark = pytest.mark.integration
+
+NAME = QualifiedName("public", "t")
+
+
+async def test_the_snapshot_is_taken_under_the_lock_and_the_horizon_after_the_snapshot(source_database: str) -> None:
+    """Whoever held the table before us has committed: his rows are in the copy, and the rule must say so."""
+    writer, watcher = await asyncpg.connect(source_database), await asyncpg.connect(source_database)
+    await writer.execute("create table public.t (id int primary key)")
+    oid = await writer.fetchval("select 'public.t'::regclass::oid")
+    await writer.execute("begin; lock table public.t in access exclusive mode; insert into public.t values (1)")
+    xid = int(await writer.fetchval("select pg_current_xact_id()::text"))
+    async with session(source_database, "source") as connection:
+        locking = asyncio.ensure_future(lock_table(connection, TableClaim(oid, NAME, 1, False), 30))
+        async with asyncio.timeout(20):
+            while not await watcher.fetchval("select count(*) from pg_locks where not granted and relation = $1", oid):
+                assert not locking.done()
+                await asyncio.sleep(0.02)
+        commit_lsn = int(
+            await writer.fetchval("select pg_current_wal_insert_lsn() - '0/0'::pg_lsn")
+        )  # or a little above it
+        await writer.execute("commit")
+        later = int(await watcher.fetchval("select pg_current_wal_insert_lsn() - '0/0'::pg_lsn"))
+        locked = await locking
+        seen = await connection.fetchval("select count(*) from public.t")
+        snapshot = CopySnapshot.parse(locked.snapshot, int(locked.horizon))
+        assert seen == 1
+        assert snapshot.horizon >= later
+        assert snapshot.includes(commit_lsn, xid & 0xFFFFFFFF)
+        assert not snapshot.includes(snapshot.horizon, xid & 0xFFFFFFFF)
+        await connection.execute("rollback")
+    await writer.close()
+    await watcher.close()
+
+
+async def test_a_transaction_that_ran_while_the_snapshot_was_taken_is_not_in_the_copy(source_database: str) -> None:
+    writer = await asyncpg.connect(source_database)
+    await writer.execute("create table public.t (id int primary key)")
+    oid = await writer.fetchval("select 'public.t'::regclass::oid")
+    await writer.execute("begin; insert into public.t values (1)")
+    xid = int(await writer.fetchval("select pg_current_xact_id()::text"))
+    async with session(source_database, "source") as other, session(source_database, "source") as connection:
+        await other.execute("insert into public.t values (2)")  # a later xid, committed before
+        done = int(await other.fetchval("select xmin::text from public.t where id = 2"))
+        locked = await lock_table(connection, TableClaim(oid, NAME, 1, False), 5)
+        await writer.execute("commit")
+        assert await connection.fetch("select id from public.t") == [(2,)]
+        snapshot = CopySnapshot.parse(locked.snapshot, int(locked.horizon))
+        below = snapshot.horizon - 1
+        assert done > xid
+        assert snapshot.includes(below, done & 0xFFFFFFFF)
+        assert not snapshot.includes(below, xid & 0xFFFFFFFF)
+        await connection.execute("rollback")
+    await writer.close()
+
+
+async def plan_one(source: str, target: str) -> int:
+    for uri in (source, target):
+        await run_sql(uri, "create table public.t (id int not null)")
+    await plan(source, target)
+    oid: int = await fetch_value(target, "select oid from _live_migration.tables")
+    return oid
+
+
+@pytest.mark.parametrize("wrong", ["attempt", "owner", "state"])
+async def test_a_parts_done_mark_counts_only_for_its_own_attempt(
+    source_database: str, target_database: str, wrong: str
+) -> None:
+    """The table began anew, and the same consumer is at the same part again: what is left of the earlier attempt must not count."""
+    oid = await plan_one(source_database, target_database)
+    async with session(target_database, "target") as target:
+        await target.execute("update _live_migration.tables set state = 'copying', attempt = 2, owner = 'holder'")
+        await target.execute(
+            """insert into _live_migration.parts (oid, part, attempt, first_block, end_block, size_bytes, state, owner)
+               values ($1, 0, 2, 0, null, 8192, 'copying', 'me')""",
+            oid,
+        )
+        stands = await target.fetchrow("select * from _live_migration.parts")
+
+        def claim(attempt: int) -> PartClaim:
+            return PartClaim(
+                oid, NAME, attempt, 0, BlockRange(0, None, 8192), "snapshot", CopyPlan(NAME, ("id",), True)
+            )
+
+        if wrong == "state":
+            await target.execute("update _live_migration.tables set state = 'planned'")
+        with pytest.raises(Fenced):
+            await finish_part(
+                target, claim(1 if wrong == "attempt" else 2), "you" if wrong == "owner" else "me", CopyCount(5, 50)
+            )
+        assert await target.fetchrow("select * from _live_migration.parts") == stands
+        if wrong != "state":
+            await finish_part(target, claim(2), "me", CopyCount(5, 50))
+            assert tuple(await target.fetchrow("select state, row_count from _live_migration.parts")) == ("done", 5)
+
+
+@pytest.mark.parametrize(("attempt", "owner"), [(1, "me"), (2, "you")])
+async def test_a_tables_done_mark_counts_only_for_its_own_attempt(
+    source_database: str, target_database: str, attempt: int, owner: str
+) -> None:
+    oid = await plan_one(source_database, target_database)
+    async with session(target_database, "target") as target:
+        await target.execute("update _live_migration.tables set state = 'copying', attempt = 2, owner = 'me'")
+        with pytest.raises(Fenced):
+            await finish_table(
+                target,
+                TableClaim(oid, NAME, attempt, False),
+                owner,
+                CopyOrigin("1:1:", 1, "[]", True),
+                CopyCount(5, 50),
+            )
+        assert await target.fetchval("select state from _live_migration.tables") == "copying"
+
+
+async def test_no_trigger_of_the_target_acts_on_what_is_copied(source_database: str, target_database: str) -> None:
+    for uri in (source_database, target_database):
+        await run_sql(uri, "create table public.t (id int not null, v int)")
+    await run_sql(source_database, "insert into public.t select i, i from generate_series(1, 20000) i")
+    await run_sql(
+        target_database,
+        """create function public.act() returns trigger language plpgsql as $$begin new.v := -1; return new; end$$;
+           create trigger act before insert on public.t for each row execute function public.act()""",
+    )
+    await plan(source_database, target_database)
+    for part_size in (1 << 30, 64 * 1024):
+        async with consumers(settings_for(source_database, target_database, part_size=part_size), 2):
+            await until_ready(target_database)
+        assert await contents(target_database) == await contents(source_database)
+        await run_sql(target_database, "update _live_migration.tables set state = 'planned'")

@@ -1,0 +1,109 @@
+"""Rules of the producer: one writer of the log, and a slot that never leads it."""
+
+from __future__ import annotations
+
+import signal
+from collections import deque
+from os import kill
+
+import asyncpg
+import pytest
+from pydantic import SecretStr
+
+from live_migration.common.control import LogPosition
+from live_migration.common.errors import LiveMigrationError
+from live_migration.common.local_kafka import LocalKafka
+from live_migration.common.settings import KIB, Settings
+from live_migration.producer.batcher import Record
+from live_migration.producer.publisher import Publisher
+from tests.fixtures.change_log import (
+    prepare,
+    read_position,
+    read_records,
+    run_sql,
+    running_producer,
+    source_lsn,
+    wait_for,
+    wait_until_published,
+)
+
+pytestmark = pytest.mark.integration
+
+
+def make_settings(source: str, kafka: str, name: str) -> Settings:
+    return Settings(
+        source=SecretStr(source), kafka=kafka, name=name, partitions=1, segment_bytes=16 * KIB, status_interval=1.0,
+        heartbeat_interval=1.0,
+    )  # fmt: skip
+
+
+def put_position(lsn: int) -> LogPosition:
+    return LogPosition(confirm_lsn=lsn, lanes=((lsn, 1),), system_identifier="1", timeline=1, sent_at=0.0)
+
+
+def put_records(value: bytes) -> deque[Record]:
+    return deque([Record(0, None, len(value), iter([value]))])
+
+
+async def test_the_broker_refuses_whoever_wrote_before_the_newest_producer(
+    source_database: str, kafka_bootstrap: str, unique_name: str
+) -> None:
+    """A producer that slept through its succession has not read of it: Kafka itself must stop its next transaction."""
+    settings = make_settings(source_database, kafka_bootstrap, unique_name)
+    await run_sql(settings, "create table public.t (id int primary key)")
+    await prepare(settings, ["public.t"])
+    async with Publisher.open(settings) as first:
+        await first.publish(put_records(b"first"), put_position(100), None)
+        async with Publisher.open(settings) as second:
+            assert second.position == put_position(100)
+            await second.publish(put_records(b"second"), put_position(200), None)
+            with pytest.raises(LiveMigrationError):
+                await first.publish(put_records(b"first again"), put_position(150), None)
+            assert first.position == put_position(100)
+            await second.publish(put_records(b"third"), put_position(300), None)
+    assert await read_records(settings) == {0: [b"first", b"second", b"third"]}
+    assert await read_position(settings) == put_position(300)
+
+
+async def test_the_slot_stays_where_the_log_is_while_the_broker_hangs(source_database: str, unique_name: str) -> None:
+    """What was received and is not committed in Kafka is never confirmed to the source, however often it asks."""
+    async with LocalKafka() as kafka:
+        settings = make_settings(source_database, kafka.bootstrap, unique_name)
+        await run_sql(settings, "create table public.t (id int primary key)")
+        await prepare(settings, ["public.t"])
+        source = await asyncpg.connect(source_database)
+        async with running_producer(settings):
+            await source.execute("insert into public.t values (1)")
+            await wait_until_published(settings, await source_lsn(settings))
+            kill(kafka.pid, signal.SIGSTOP)
+            try:
+                # one change after another: a transaction that was under way may be one that holds the first
+                before = await source.fetchval("select pg_current_wal_insert_lsn() - '0/0'::pg_lsn")
+                await source.execute("insert into public.t values (2)")
+                lsn = await source.fetchval("select pg_current_wal_lsn() - '0/0'::pg_lsn")
+                now = await source.fetchval("select clock_timestamp()")
+
+                async def has_replied() -> bool:
+                    """Whether the producer has received the change, and has sent status for a while since."""
+                    return bool(
+                        await source.fetchval(
+                            """select r.sent_lsn - '0/0'::pg_lsn >= $2 and r.write_lsn - '0/0'::pg_lsn >= $2
+                                      and r.reply_time > $3::timestamptz + interval '3 seconds'
+                               from pg_replication_slots s join pg_stat_replication r on r.pid = s.active_pid
+                               where s.slot_name = $1""",
+                            settings.slot,
+                            lsn,
+                            now,
+                        )
+                    )
+
+                await wait_for(has_replied)
+                confirmed = await source.fetchval(
+                    "select confirmed_flush_lsn - '0/0'::pg_lsn from pg_replication_slots where slot_name = $1",
+                    settings.slot,
+                )
+                assert confirmed <= before
+            finally:
+                kill(kafka.pid, signal.SIGCONT)
+            await wait_until_published(settings, int(lsn))
+        await source.close()
