@@ -16,7 +16,7 @@ check: venv
 	.venv/bin/lint-imports
 
 test: venv
-	.venv/bin/pytest
+	.venv/bin/pytest -n 2 --dist loadfile
 
 demo: venv
 	.venv/bin/live-migration demo

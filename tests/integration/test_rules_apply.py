@@ -172,7 +172,7 @@ async def test_only_keys_whose_equality_is_that_of_their_bytes_are_folded(pair: 
         await pair.source.execute(f"insert into {name} values (1, 1{', 1' if name == 'by_both' else ''})")
     messages = await read_messages(pair.source, pair.slot, pair.slot, binary=False)
     async with postgres.session(pair.target_uri, "target") as connection:
-        tables = TargetTables(connection)
+        tables = TargetTables(connection, 0)
         relations = [pgoutput.decode_relation(m) for m in messages if m[0] == pgoutput.RELATION]
         found = {str(r.name.name): (await tables.resolve(r)).is_foldable for r in relations}
     assert found == {
