@@ -46,7 +46,7 @@ _CHECK_CLIENT = "set client_connection_check_interval = '5s'"
 """A server that is at work, or waits, for a client that is gone leaves off; not every platform can tell."""
 
 CONNECTION_ERRORS = (
-    OSError,
+    ConnectionError,
     TimeoutError,
     asyncpg.PostgresConnectionError,
     asyncpg.ConnectionDoesNotExistError,
@@ -57,7 +57,7 @@ CONNECTION_ERRORS = (
     asyncpg.exceptions.ConnectionFailureError,
     asyncpg.exceptions._base.InternalClientError,
 )
-"""What a connection that broke, or a server that is (re)starting, looks like."""
+"""What a connection that broke, or a server that is (re)starting, looks like. A full disk of ours, an OSError too, does not."""
 
 
 async def connect(
@@ -78,7 +78,7 @@ async def connect(
             statement_cache_size=0,
             server_settings={**SESSION_SETTINGS, "application_name": application},
         )
-    except CONNECTION_ERRORS as error:
+    except (OSError, *CONNECTION_ERRORS) as error:  # of the net: no route, no such host
         raise ConnectionLost(
             f"cannot reach the {side} at {describe(uri)}: {_reason(error)}",
             hint=f"Check the {side}'s address, and that it runs.",

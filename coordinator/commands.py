@@ -60,6 +60,8 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # of `tail | head`
         sys.stderr.close()
         return 0
+    except OSError as error:
+        return _fail(_local(error))
 
 
 def _fail(error: LiveMigrationError) -> int:
@@ -68,14 +70,23 @@ def _fail(error: LiveMigrationError) -> int:
 
 
 def _our_error(group: BaseExceptionGroup[BaseException]) -> LiveMigrationError | None:
-    """Give the first error of ours in a group in which there are no others."""
-    mine, others = group.split(LiveMigrationError)
+    """Give the first error of ours, or of this machine, in a group in which there are no others."""
+    mine, others = group.split((LiveMigrationError, OSError))
     if mine is None or others is not None:
         return None
     first: BaseException = mine
     while isinstance(first, BaseExceptionGroup):
         first = first.exceptions[0]
+    if isinstance(first, OSError):
+        return _local(first)
     return first if isinstance(first, LiveMigrationError) else None
+
+
+def _local(error: OSError) -> LiveMigrationError:
+    """Put what this machine refuses (a full disk, a folder that may not be written) into our words."""
+    return LiveMigrationError(
+        f"this machine: {error}", hint="See to the folder (--dir) or the disk, then run the command again."
+    )
 
 
 def _load(options: dict[str, Any], default_log_level: str = "warning") -> Settings:

@@ -83,7 +83,9 @@ def test_the_log_reaches_to_its_furthest_lane() -> None:
         start_lsn=40,
     )
     assert published_lsn(config, None) == 40
-    assert published_lsn(config, position((10, 1), (90, 3))) == 91  # a failover right before the commit record at 90 undid it
+    assert (
+        published_lsn(config, position((10, 1), (90, 3))) == 91
+    )  # a failover right before the commit record at 90 undid it
     assert published_lsn(config, position((10, 1), (20, 3))) == 50
 
 
