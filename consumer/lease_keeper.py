@@ -183,15 +183,21 @@ class LeaseKeeper:
                 [claim.part for claim in parts],
                 [claim.oid for claim in claims if isinstance(claim, IndexClaim)],
             )
+        # All of them before the first claim is freed: one that is stopped may hold locks on the claims of another.
+        for row in rows:
+            await self._end_backends(row)
         for row in rows:
             await self._free(row)
 
-    async def _free(self, row: asyncpg.Record) -> None:
-        """End the backends of a claim first: nothing that was sent before may be done later."""
+    async def _end_backends(self, row: asyncpg.Record) -> None:
+        """End the backends of a claim: nothing that was sent before may be done later."""
         if row["source_pid"] is not None:
             await self._end_on_source(row)
-        async with self._control.use(f"freeing {row['name']}") as connection:
+        async with self._control.use(f"ending the sessions of {row['name']}") as connection:
             await terminate_backend(connection, row["backend_pid"], row["backend_start"])
+
+    async def _free(self, row: asyncpg.Record) -> None:
+        async with self._control.use(f"freeing {row['name']}") as connection:
             arguments = [row["oid"], row["owner"], row["backend_pid"], row["backend_start"], self._owner]
             if row["kind"] == "part":
                 arguments.append(row["part"])

@@ -92,8 +92,14 @@ class SessionPair:
             self._sessions.popitem()[1].terminate()
 
 
+_SHARED_LOCK_TIMEOUT = "2s"
+
+
 class SharedSession:
-    """One session for several tasks, one at a time, for short statements only."""
+    """One session for several tasks, one at a time, for short statements only, which never wait long for a lock.
+
+    A consumer that was stopped in a transaction keeps its locks; whoever is to end it must not hang on one of them.
+    """
 
     def __init__(self, uri: str, side: Side) -> None:
         self._uri = uri
@@ -107,6 +113,8 @@ class SharedSession:
         async with self._lock:
             if self._session is None or self._session.connection.is_closed():
                 self._session = await open_session(self._uri, self._side)
+                with server_errors(self._side, doing):
+                    await self._session.connection.execute(f"set lock_timeout = '{_SHARED_LOCK_TIMEOUT}'")
             try:
                 with server_errors(self._side, doing):
                     yield self._session.connection

@@ -200,3 +200,33 @@ async def test_a_target_that_crashes_and_comes_back(source_database: str) -> Non
             await server.restart(immediate=True)
             await until_ready(target_database)
         await assert_equal(source_database, target_database)
+
+
+async def test_locks_of_a_stopped_consumer_do_not_hold_up_its_successor(
+    source_database: str, target_database: str
+) -> None:
+    """Stopped between a part's done mark and its COMMIT, a consumer keeps the lock on the table's row."""
+    await make(source_database, target_database)
+    holder, copier = await asyncpg.connect(target_database), await asyncpg.connect(target_database)
+    began = "(select backend_start from pg_stat_activity where pid = $1)"
+    await holder.execute(
+        f"""update _live_migration.tables set state = 'copying', attempt = 1, snapshot_id = 'gone', owner = 'first',
+                backend_pid = $1, backend_start = {began}, lease_until = clock_timestamp() - interval '1 second'
+            where table_name = 'big'""",
+        holder.get_server_pid(),
+    )
+    await holder.execute(
+        f"""insert into _live_migration.parts (oid, part, attempt, first_block, size_bytes, state, owner, backend_pid, backend_start,
+                lease_until)
+            select oid, 0, 1, 0, 0, 'copying', 'first', $1, {began}, clock_timestamp() + interval '3 seconds'
+            from _live_migration.tables where table_name = 'big'""",
+        copier.get_server_pid(),
+    )
+    await copier.execute("begin; select from _live_migration.tables where table_name = 'big' for share")
+    try:
+        async with consumers(settings_for(source_database, target_database), 1):
+            await until_ready(target_database)
+        await assert_equal(source_database, target_database)
+    finally:
+        holder.terminate()
+        copier.terminate()
