@@ -13,7 +13,7 @@ from live_migration.common.errors import FormatError
 from live_migration.common.relation import Relation
 from live_migration.common.segment import BASE, FRAME, Position
 from live_migration.consumer.row_encoding import BIG_BYTES, Message
-from live_migration.consumer.target_tables import TargetTable
+from live_migration.consumer.target_tables import RelationRefused, TargetTable
 
 _TAKES_ROWS = frozenset((pgoutput.INSERT, pgoutput.UPDATE, pgoutput.DELETE))
 
@@ -87,17 +87,26 @@ class Batch:
 
 
 class _Known:
-    """A relation of the stream: its message, its table, and whether the present transaction's changes are in the table's copy."""
+    """A relation of the stream: its message, its table or why there is none, and whether the present transaction's changes
+    are in the table's copy."""
 
-    __slots__ = ("message", "run", "serial", "skips", "step", "table")
+    __slots__ = ("_table", "message", "run", "serial", "skips", "snapshot", "step")
 
-    def __init__(self, message: bytes, table: TargetTable) -> None:
+    def __init__(self, message: bytes, table: TargetTable | RelationRefused) -> None:
         self.message = message
-        self.table = table
+        self._table = table
+        self.snapshot = table.snapshot
         self.serial = -1
         self.skips = False
         self.run: TableRun | None = None
         self.step: object = None
+
+    @property
+    def table(self) -> TargetTable:
+        """The target's table. Raises RelationRefused where it cannot take the rows, which only counts for those not in the copy."""
+        if isinstance(self._table, RelationRefused):
+            raise self._table
+        return self._table
 
 
 class LaneDecoder:
@@ -172,22 +181,23 @@ class LaneDecoder:
     def _enter(self, known: _Known) -> None:
         """Note that a relation's next changes are of the present transaction."""
         known.serial = self._serial
-        snapshot = known.table.snapshot
+        snapshot = known.snapshot
         known.skips = snapshot is not None and snapshot.includes(self._begin.commit_lsn, self._begin.xid)
         if known.run is not None:
             known.run.marks.append((len(known.run.messages), self._begin.commit_lsn, self._base))
 
     def _open_run(self, known: _Known, batch: Batch) -> TableRun:
         """Give the run of the batch's last step that a relation's changes go into."""
+        table = known.table
         runs = batch.runs()
-        table_runs = runs.setdefault(known.table.source_oid, [])
-        if not table_runs or table_runs[-1].table is not known.table:
-            table_runs.append(TableRun(known.table))
+        table_runs = runs.setdefault(table.source_oid, [])
+        if not table_runs or table_runs[-1].table is not table:
+            table_runs.append(TableRun(table))
             batch.run_count += 1
         run = table_runs[-1]
         run.marks.append((len(run.messages), self._begin.commit_lsn, self._base))
         known.run, known.step = run, runs
-        if known.table.is_deferrable:
+        if table.is_deferrable:
             batch.must_end_at_commit = True
         return run
 
@@ -217,7 +227,10 @@ class LaneDecoder:
         oid = pgoutput.relation_oid(message)
         known = self._known.get(oid)
         if known is None or known.message != message:
-            table = await self._tables.resolve(pgoutput.decode_relation(message))
+            try:
+                table: TargetTable | RelationRefused = await self._tables.resolve(pgoutput.decode_relation(message))
+            except RelationRefused as refusal:
+                table = refusal
             self._known[oid] = _Known(message, table)
 
     def _truncate(self, message: bytes, relative: int, batch: Batch) -> None:

@@ -119,6 +119,14 @@ _FOLDABLE = """
 """
 
 
+class RelationRefused(LaneStopped):
+    """The target cannot take a relation's rows. Changes that the table's copy holds already (`snapshot`) do not matter."""
+
+    def __init__(self, refusal: LaneStopped, snapshot: CopySnapshot | None) -> None:
+        super().__init__(refusal.message, hint=refusal.hint)
+        self.snapshot = snapshot
+
+
 class TargetTables:
     """Looks the tables of one lane up."""
 
@@ -130,7 +138,8 @@ class TargetTables:
         """Give the target's table for a source relation.
 
         Raises:
-            LaneStopped: the relation is not part of the migration, or the target cannot take its columns.
+            LaneStopped: the relation is not part of the migration.
+            RelationRefused: the target cannot take its rows.
         """
         row = await self._connection.fetchrow(_TABLE, relation.oid)
         if row is None:
@@ -138,6 +147,13 @@ class TargetTables:
                 f"relation {relation.name} (oid {relation.oid}) is in the stream but not part of the migration",
                 hint="It was made after the migration was planned. Drop it from our publication, or `clean` and start again.",
             )
+        snapshot = CopySnapshot.parse(row["snapshot"], int(row["horizon"])) if row["snapshot"] else None
+        try:
+            return await self._describe(relation, row, snapshot)
+        except LaneStopped as refusal:
+            raise RelationRefused(refusal, snapshot) from refusal
+
+    async def _describe(self, relation: Relation, row: asyncpg.Record, snapshot: CopySnapshot | None) -> TargetTable:
         name = QualifiedName(row["schema_name"], row["table_name"])
         if row["lane"] != self._lane:
             raise LaneStopped(
@@ -164,7 +180,7 @@ class TargetTables:
             any(set(index["columns"]) != set(key_names) or not index["is_identity"] for index in indexes),
             any(index["is_deferrable"] for index in indexes),
             row["kind"] == "r",
-            CopySnapshot.parse(row["snapshot"], int(row["horizon"])) if row["snapshot"] else None,
+            snapshot,
         )
 
     async def _match_columns(self, relation: Relation, name: QualifiedName, oid: int) -> tuple[ColumnInfo, ...]:

@@ -41,6 +41,7 @@ async def _keep_disturbing(uri: str, stop: asyncio.Event) -> int:
                     if connection.is_in_transaction():
                         await connection.execute("rollback")
             rounds += 1
+            await asyncio.sleep(0.5)  # without a gap nobody else ever gets the tables, and no copy ends
     finally:
         await connection.close()
     return rounds
