@@ -104,12 +104,6 @@ async def read_columns(connection: asyncpg.Connection, oids: Iterable[int]) -> d
     return {oid: tuple(found) for oid, found in columns.items()}
 
 
-async def find_relation(connection: asyncpg.Connection, name: QualifiedName) -> int | None:
-    """Give the oid of a relation by its name, or None."""
-    oid: int | None = await connection.fetchval("select to_regclass($1)::oid", name.sql)
-    return oid
-
-
 async def list_tables(connection: asyncpg.Connection) -> list[TableInfo]:
     """Give a database's own tables: ordinary ones and leaf partitions, without extensions' and temporary ones."""
     rows = await connection.fetch(_TABLES)

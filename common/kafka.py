@@ -58,6 +58,18 @@ def client_options(settings: Settings) -> dict[str, Any]:
     return options
 
 
+def log_consumer(settings: Settings, *, group_id: str | None = None, **options: Any) -> AIOKafkaConsumer:
+    """Give a client that reads our topics as they must be read: what is committed only, and never on from a guessed offset."""
+    return AIOKafkaConsumer(
+        **client_options(settings),
+        group_id=group_id,
+        isolation_level="read_committed",
+        enable_auto_commit=False,
+        auto_offset_reset="none",
+        **options,
+    )
+
+
 def translate(error: kafka_errors.KafkaError, doing: str) -> LiveMigrationError:
     """Turn a client's error into ours: retriable ones and lost connections into ConnectionLost."""
     reason = f"Kafka: {doing}: {error or type(error).__name__}"
@@ -183,30 +195,8 @@ async def _await_leaders(client: AIOKafkaAdminClient, settings: Settings) -> Non
 
 async def read_control(settings: Settings) -> dict[bytes, bytes]:
     """Give the newest committed value of each key of the control topic, read from its start to its end."""
-    consumer = AIOKafkaConsumer(
-        **client_options(settings),
-        isolation_level="read_committed",
-        enable_auto_commit=False,
-        auto_offset_reset="none",
-        group_id=None,
-    )
-    partition = TopicPartition(settings.control_topic, 0)
-    try:
-        await consumer.start()
-        consumer.assign([partition])
-        first = (await consumer.beginning_offsets([partition]))[partition]
-        end = (await consumer.end_offsets([partition]))[partition]
-        consumer.seek(partition, first)
-        newest: dict[bytes, bytes] = {}
-        while await consumer.position(partition) < end:
-            for record in (await consumer.getmany(partition, timeout_ms=500)).get(partition, []):
-                if record.offset < end and record.key is not None:
-                    newest[record.key] = record.value
-        return newest
-    except kafka_errors.KafkaError as error:
-        raise translate(error, f"reading {settings.control_topic}") from error
-    finally:
-        await consumer.stop()
+    async with ControlReader(settings) as reader:
+        return await reader.read()
 
 
 class ControlReader:
@@ -215,13 +205,7 @@ class ControlReader:
     def __init__(self, settings: Settings) -> None:
         self._topic = settings.control_topic
         self._partition = TopicPartition(settings.control_topic, 0)
-        self._consumer = AIOKafkaConsumer(
-            **client_options(settings),
-            isolation_level="read_committed",
-            enable_auto_commit=False,
-            auto_offset_reset="none",
-            group_id=None,
-        )
+        self._consumer = log_consumer(settings)
         self._newest: dict[bytes, bytes] = {}
 
     async def __aenter__(self) -> Self:

@@ -11,7 +11,7 @@ from aiokafka import errors as kafka_errors
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 
 from live_migration.common.errors import LiveMigrationError, Retry
-from live_migration.common.kafka import client_options, translate
+from live_migration.common.kafka import log_consumer, translate
 from live_migration.common.settings import Settings
 from live_migration.common.telemetry import get_logger
 
@@ -115,12 +115,9 @@ class GroupMember:
             await self._lanes.stop_all()
 
     def _client(self) -> AIOKafkaConsumer:
-        return AIOKafkaConsumer(
-            **client_options(self._settings),
+        return log_consumer(
+            self._settings,
             group_id=self._settings.name,
-            enable_auto_commit=False,
-            auto_offset_reset="none",
-            isolation_level="read_committed",
             partition_assignment_strategy=(StickyPartitionAssignor,),
             session_timeout_ms=int(SESSION_SECONDS * 1000),
             heartbeat_interval_ms=3000,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import asyncpg
@@ -18,7 +19,7 @@ from live_migration.consumer.claims import Claimant, PartClaim, TableClaim
 from live_migration.consumer.copy_errors import AttemptOver, CopyDeferred, CopyEnded, TableStopped
 from live_migration.consumer.interrupts import Bell
 from live_migration.consumer.lease_keeper import Lease, LeaseKeeper
-from live_migration.consumer.sessions import CopySession, SharedSession
+from live_migration.consumer.sessions import Backoff, CopySession, SessionPair, SharedSession
 from live_migration.consumer.source_watch import SourceWatch
 
 IDLE_SECONDS = 0.5
@@ -42,6 +43,30 @@ class CopyContext:
 
     def claimant(self, target: CopySession, source: CopySession | None) -> Claimant:
         return Claimant(self.owner, target.backend, source.backend if source else None, self.settings.lease)
+
+    async def work(self, pair: SessionPair, work_once: Callable[[], Awaitable[bool]]) -> None:
+        """Call `work_once`, which tells whether there was anything to do, until the phase is over; servers that are away are
+        waited for.
+
+        Raises:
+            LiveMigrationError: what no retry mends.
+        """
+        backoff = Backoff()
+        try:
+            while not self.ended.is_set():
+                try:
+                    is_busy = await work_once()
+                except LiveMigrationError as error:
+                    if error.retry is Retry.STOP:
+                        raise
+                    pair.discard()
+                    await backoff.pause(error, self.ended)
+                else:
+                    backoff.reset()
+                    if not is_busy:
+                        await self.bell.wait(IDLE_SECONDS)
+        finally:
+            pair.discard()
 
     async def set_back(
         self, lease: Lease[TableClaim] | Lease[PartClaim], error: LiveMigrationError, target: CopySession | None = None

@@ -7,10 +7,10 @@ from live_migration.common.relation import quote_literal
 from live_migration.common.telemetry import get_logger
 from live_migration.consumer.claim_endings import finish_index, give_index_back
 from live_migration.consumer.claims import IndexClaim, claim_index
-from live_migration.consumer.copy_context import IDLE_SECONDS, CopyContext
+from live_migration.consumer.copy_context import CopyContext
 from live_migration.consumer.copy_errors import CopyEnded, TableStopped, server_errors
 from live_migration.consumer.lease_keeper import Lease
-from live_migration.consumer.sessions import Backoff, CopySession, SessionPair
+from live_migration.consumer.sessions import CopySession, SessionPair
 
 ERROR_RETRY_SECONDS = 10.0
 """How often an index that could not be made is tried again: somebody may have mended the rows."""
@@ -31,22 +31,7 @@ class IndexBuilder:
         Raises:
             LiveMigrationError: what no retry mends.
         """
-        backoff = Backoff()
-        try:
-            while not self._context.ended.is_set():
-                try:
-                    is_busy = await self._work_once()
-                except LiveMigrationError as error:
-                    if error.retry is Retry.STOP:
-                        raise
-                    self._pair.discard()
-                    await backoff.pause(error, self._context.ended)
-                else:
-                    backoff.reset()
-                    if not is_busy:
-                        await self._context.bell.wait(IDLE_SECONDS)
-        finally:
-            self._pair.discard()
+        await self._context.work(self._pair, self._work_once)
 
     async def _work_once(self) -> bool:
         target = await self._pair.open("target")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka import ConsumerRecord, TopicPartition
 from aiokafka import errors as kafka_errors
 
 from live_migration.common.errors import FormatError, LogGap
-from live_migration.common.kafka import client_options, translate
+from live_migration.common.kafka import log_consumer, translate
 from live_migration.common.segment import FRAGMENT, HEADER, Position, SegmentHeader, decode_header
 from live_migration.common.settings import Settings
 from live_migration.consumer.memory_budget import MemoryBudget
@@ -119,15 +119,7 @@ class LogReader:
         self._chain = SegmentChain(settings.changes_topic, lane, topic_id, start)
         self._budget = budget
         self._held_for_fragments = 0
-        self._client = AIOKafkaConsumer(
-            **client_options(settings),
-            group_id=None,
-            isolation_level="read_committed",
-            enable_auto_commit=False,
-            auto_offset_reset="none",
-            max_partition_fetch_bytes=FETCH_BYTES,
-            fetch_max_bytes=FETCH_BYTES,
-        )
+        self._client = log_consumer(settings, max_partition_fetch_bytes=FETCH_BYTES, fetch_max_bytes=FETCH_BYTES)
 
     async def open(self) -> None:
         """Connect. Raises ConnectionLost when no broker answers."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from live_migration.common.errors import LiveMigrationError, Retry
+from live_migration.common.errors import LiveMigrationError
 from live_migration.common.telemetry import get_logger
 from live_migration.consumer.claim_endings import finish_part, finish_table, share_snapshot
 from live_migration.consumer.claims import PartClaim, TableClaim, claim_part, claim_table
-from live_migration.consumer.copy_context import IDLE_SECONDS, CopyContext
+from live_migration.consumer.copy_context import CopyContext
 from live_migration.consumer.copy_errors import server_errors
 from live_migration.consumer.copy_stream import stream_copy
 from live_migration.consumer.lease_keeper import Lease
-from live_migration.consumer.sessions import Backoff, CopySession, SessionPair
+from live_migration.consumer.sessions import CopySession, SessionPair
 from live_migration.consumer.snapshot_holder import hold_snapshot
 from live_migration.consumer.table_snapshot import check_target, end_earlier_parts, import_snapshot, lock_table
 
@@ -33,22 +33,7 @@ class CopyWorker:
         Raises:
             LiveMigrationError: what no retry mends.
         """
-        backoff = Backoff()
-        try:
-            while not self._context.ended.is_set():
-                try:
-                    is_busy = await self._work_once()
-                except LiveMigrationError as error:
-                    if error.retry is Retry.STOP:
-                        raise
-                    self._pair.discard()
-                    await backoff.pause(error, self._context.ended)
-                else:
-                    backoff.reset()
-                    if not is_busy:
-                        await self._context.bell.wait(IDLE_SECONDS)
-        finally:
-            self._pair.discard()
+        await self._context.work(self._pair, self._work_once)
 
     async def _work_once(self) -> bool:
         """Copy what comes next, and tell whether there was anything."""

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from uuid import uuid4
 
 import asyncpg
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import TopicPartition
 from aiokafka import errors as kafka_errors
 
 from live_migration.common import pgoutput
 from live_migration.common.control import MESSAGE_PREFIX, WalMessage
 from live_migration.common.errors import KafkaError, LaneStopped
-from live_migration.common.kafka import client_options, translate
+from live_migration.common.kafka import log_consumer, translate
 from live_migration.common.lsn import Lsn
 from live_migration.common.postgres import asking
 from live_migration.common.segment import FRAGMENT, HEADER, decode_header, iterate_frames
@@ -110,14 +110,7 @@ async def changes_between(
     `since`: next offset of each lane, read before the barrier was written. A change too big for one record shows as
     `a large row`. Reading ends at the first changes found in a lane.
     """
-    consumer = AIOKafkaConsumer(
-        **client_options(settings),
-        isolation_level="read_committed",
-        enable_auto_commit=False,
-        auto_offset_reset="none",
-        group_id=None,
-        max_partition_fetch_bytes=4 << 20,
-    )
+    consumer = log_consumer(settings, max_partition_fetch_bytes=4 << 20)
     found: set[str] = set()
     unfinished = {TopicPartition(settings.changes_topic, lane): offset for lane, offset in since.items()}
     deadline = time.monotonic() + timeout

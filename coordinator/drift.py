@@ -34,14 +34,6 @@ _PARENTS = """
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
-    """A table as planned. `oid` is the source's."""
-
-    oid: int
-    name: QualifiedName
-
-
-@dataclass(frozen=True, slots=True)
 class Drift:
     """How the source's tables differ from the plan; each a list of what people read."""
 

@@ -50,8 +50,3 @@ async def finish(target: asyncpg.Connection, epoch: int, name: str) -> None:
            on conflict (name) do update set is_done = true, at = clock_timestamp()""",
         name,
     )
-
-
-async def forget(target: asyncpg.Connection, name: str) -> None:
-    """Forget a step, so that it is done anew."""
-    await target.execute("delete from _live_migration.steps where name = $1", name)

@@ -208,13 +208,7 @@ async def tail(
             )
         (description,) = await client.describe_topics([settings.changes_topic])
     partitions = [TopicPartition(settings.changes_topic, each["partition"]) for each in description["partitions"]]
-    consumer = AIOKafkaConsumer(
-        **kafka.client_options(settings),
-        isolation_level="read_committed",
-        enable_auto_commit=False,
-        auto_offset_reset="none",
-        group_id=None,
-    )
+    consumer = kafka.log_consumer(settings)
     try:
         await consumer.start()
         consumer.assign(partitions)

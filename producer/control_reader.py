@@ -7,13 +7,13 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 import orjson
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import TopicPartition
 from aiokafka import errors as kafka_errors
 from pydantic import ValidationError
 
 from live_migration.common.control import CONFIG, HELLO, POSITION, LogPosition, ProducerConfig
 from live_migration.common.errors import ConnectionLost, KafkaError
-from live_migration.common.kafka import client_options
+from live_migration.common.kafka import log_consumer
 from live_migration.common.settings import Settings
 
 _START_SECONDS = 60.0
@@ -54,13 +54,7 @@ class ControlReader:
     def __init__(self, settings: Settings) -> None:
         self._topic = settings.control_topic
         self._partition = TopicPartition(self._topic, 0)
-        self._consumer = AIOKafkaConsumer(
-            **client_options(settings),
-            isolation_level="read_committed",
-            enable_auto_commit=False,
-            auto_offset_reset="none",
-            group_id=None,
-        )
+        self._consumer = log_consumer(settings)
         self._newest: dict[bytes, bytes] = {}
         self.hello_tokens: list[str] = []
         """Tokens of the producers that started, in their order; compaction may have taken away all but the newest."""
