@@ -1,21 +1,21 @@
-"""The broker: client options, our two topics as they must be, the control topic's newest values, errors turned into ours."""
+"""The broker: our two topics as they must be, the control topic's newest values, errors turned into ours."""
 
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import TopicPartition
 from aiokafka import errors as kafka_errors
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin import NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.protocol.admin import DeleteGroupsRequest
 
 from live_migration.common.errors import ConnectionLost, KafkaError, LiveMigrationError
+from live_migration.common.kafka_clients import AdminClient, client_options, log_consumer
 from live_migration.common.settings import Settings
 
 CHANGES_CONFIG = {
@@ -39,37 +39,6 @@ CONTROL_CONFIG = {
 would first be compacted at 1 GiB or after a week, and to read it would take minutes."""
 
 
-def client_options(settings: Settings) -> dict[str, Any]:
-    """Give the connection options that every aiokafka client takes."""
-    options: dict[str, Any] = {
-        "bootstrap_servers": settings.kafka_servers(),
-        "security_protocol": settings.kafka_security_protocol,
-        "request_timeout_ms": 30_000,
-        "retry_backoff_ms": 100,
-    }
-    if "SSL" in settings.kafka_security_protocol:
-        options["ssl_context"] = ssl.create_default_context(
-            cafile=str(settings.kafka_ca_file) if settings.kafka_ca_file else None
-        )
-    if "SASL" in settings.kafka_security_protocol:
-        options["sasl_mechanism"] = settings.kafka_sasl_mechanism
-        options["sasl_plain_username"] = settings.kafka_username
-        options["sasl_plain_password"] = settings.kafka_password.get_secret_value() if settings.kafka_password else None
-    return options
-
-
-def log_consumer(settings: Settings, *, group_id: str | None = None, **options: Any) -> AIOKafkaConsumer:
-    """Give a client that reads our topics as they must be read: what is committed only, and never on from a guessed offset."""
-    return AIOKafkaConsumer(
-        **client_options(settings),
-        group_id=group_id,
-        isolation_level="read_committed",
-        enable_auto_commit=False,
-        auto_offset_reset="none",
-        **options,
-    )
-
-
 def translate(error: kafka_errors.KafkaError, doing: str) -> LiveMigrationError:
     """Turn a client's error into ours: retriable ones and lost connections into ConnectionLost."""
     reason = f"Kafka: {doing}: {error or type(error).__name__}"
@@ -81,9 +50,9 @@ def translate(error: kafka_errors.KafkaError, doing: str) -> LiveMigrationError:
 
 
 @asynccontextmanager
-async def admin(settings: Settings) -> AsyncIterator[AIOKafkaAdminClient]:
+async def admin(settings: Settings) -> AsyncIterator[AdminClient]:
     """Give an admin client. Raises ConnectionLost when no broker answers."""
-    client = AIOKafkaAdminClient(**client_options(settings))
+    client = AdminClient(**client_options(settings))
     try:
         await client.start()
     except kafka_errors.KafkaError as error:
@@ -98,7 +67,7 @@ async def admin(settings: Settings) -> AsyncIterator[AIOKafkaAdminClient]:
         await client.close()
 
 
-async def topic_exists(client: AIOKafkaAdminClient, topic: str) -> bool:
+async def topic_exists(client: AdminClient, topic: str) -> bool:
     """Tell whether a topic exists, without creating it."""
     return topic in await client.list_topics()
 
@@ -176,13 +145,13 @@ async def check_topics(settings: Settings, lane_count: int) -> None:
                 )
 
 
-async def _topic_config(client: AIOKafkaAdminClient, topic: str) -> dict[str, str]:
+async def _topic_config(client: AdminClient, topic: str) -> dict[str, str]:
     (response,) = await client.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
     (resource,) = response.resources
     return {entry[0]: entry[1] for entry in resource[-1]}
 
 
-async def _await_leaders(client: AIOKafkaAdminClient, settings: Settings) -> None:
+async def _await_leaders(client: AdminClient, settings: Settings) -> None:
     """Wait until each partition of both topics has a leader, so that a client's first request finds them."""
     async with asyncio.timeout(30):
         while True:

@@ -10,6 +10,7 @@ from live_migration.common.kafka import check_topics
 from live_migration.common.postgres import asking, session
 from live_migration.common.settings import Settings
 from live_migration.common.state import Migration, Phase
+from live_migration.common.tasks import TaskGroup
 from live_migration.common.telemetry import get_logger
 from live_migration.consumer.assignment import GroupMember, LaneTasks
 from live_migration.consumer.copy_errors import leading_error
@@ -43,7 +44,7 @@ async def run_apply_phase(settings: Settings, worker: str, stop: asyncio.Event) 
 
 async def _run(settings: Settings, worker: str, stop: asyncio.Event, migration: Migration) -> None:
     budget = MemoryBudget(settings.memory)
-    async with asyncio.TaskGroup() as group:
+    async with TaskGroup() as group:
 
         async def run_lane(lane: int) -> None:
             await PartitionTask(settings, worker, migration, lane, budget, member.note_progress).run()

@@ -11,8 +11,10 @@ from aiokafka import errors as kafka_errors
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 
 from live_migration.common.errors import LiveMigrationError, Retry
-from live_migration.common.kafka import log_consumer, translate
+from live_migration.common.kafka import translate
+from live_migration.common.kafka_clients import log_consumer
 from live_migration.common.settings import Settings
+from live_migration.common.tasks import TaskGroup
 from live_migration.common.telemetry import get_logger
 
 COMMIT_SECONDS = 5.0
@@ -26,7 +28,7 @@ log = get_logger(__name__)
 class LaneTasks:
     """Runs a task for each assigned lane; as the group's listener, it starts and ends them."""
 
-    def __init__(self, group: asyncio.TaskGroup, run_lane: Callable[[int], Coroutine[None, None, None]]) -> None:
+    def __init__(self, group: TaskGroup, run_lane: Callable[[int], Coroutine[None, None, None]]) -> None:
         self._group = group
         self._run_lane = run_lane
         self._tasks: dict[int, asyncio.Task[None]] = {}

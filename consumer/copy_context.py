@@ -13,6 +13,7 @@ from live_migration.common.errors import Fenced, LiveMigrationError, Retry
 from live_migration.common.postgres import terminate_backend
 from live_migration.common.settings import Settings
 from live_migration.common.state import record_event
+from live_migration.common.tasks import TaskGroup
 from live_migration.common.telemetry import get_logger
 from live_migration.consumer.claim_endings import give_part_back, give_table_back, show_error
 from live_migration.consumer.claims import Claimant, PartClaim, TableClaim
@@ -37,7 +38,7 @@ class CopyContext:
     control: SharedSession
     keeper: LeaseKeeper
     watch: SourceWatch
-    workers: asyncio.TaskGroup
+    workers: TaskGroup
     ended: asyncio.Event
     bell: Bell
 

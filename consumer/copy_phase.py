@@ -10,10 +10,11 @@ from live_migration.common import state
 from live_migration.common.errors import LiveMigrationError, Retry
 from live_migration.common.settings import Settings
 from live_migration.common.state import Migration, Phase
+from live_migration.common.tasks import TaskGroup
 from live_migration.consumer.copy_context import CopyContext
 from live_migration.consumer.copy_errors import CopyEnded, leading_error
 from live_migration.consumer.index_builder import IndexBuilder
-from live_migration.consumer.interrupts import Bell, all_done
+from live_migration.consumer.interrupts import Bell
 from live_migration.consumer.lease_keeper import LeaseKeeper
 from live_migration.consumer.part_copier import CopyWorker
 from live_migration.consumer.phase_watch import wait_for_migration
@@ -53,17 +54,18 @@ async def _run(
     keeper = LeaseKeeper(worker, settings.lease, control, beside)
     watch = SourceWatch(beside, migration.id, settings.lock_timeout)
     ended, bell = asyncio.Event(), Bell()
-    async with asyncio.TaskGroup() as background:
+    async with TaskGroup() as background:
         tasks = [
             background.create_task(keeper.run(ended)),
             background.create_task(watch.run(ended)),
             background.create_task(_end_with_phase(settings, stop, ended, keeper, bell)),
         ]
-        async with asyncio.TaskGroup() as workers:
+        async with TaskGroup() as workers:
             context = CopyContext(settings, worker, control, keeper, watch, workers, ended, bell)
-            copying = [workers.create_task(CopyWorker(context).run()) for _ in range(settings.table_jobs)]
-            building = [workers.create_task(IndexBuilder(context).run()) for _ in range(settings.index_jobs)]
-            await all_done(*copying, *building)
+            for _ in range(settings.table_jobs):
+                workers.create_task(CopyWorker(context).run())
+            for _ in range(settings.index_jobs):
+                workers.create_task(IndexBuilder(context).run())
         for task in tasks:
             task.cancel()
 

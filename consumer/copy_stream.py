@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import asyncpg
 
 from live_migration.common.relation import QualifiedName, quote_identifier
+from live_migration.common.tasks import TaskGroup
 from live_migration.consumer.copy_errors import TableStopped, leading_error, server_errors
-from live_migration.consumer.interrupts import all_done
 from live_migration.consumer.parts import BlockRange
 
 PIPE_BYTES = 4 << 20
@@ -115,10 +115,9 @@ async def stream_copy(
         on_bytes(pipe.total_bytes)
 
     try:
-        async with asyncio.TaskGroup() as group:
+        async with TaskGroup() as group:
             reading = group.create_task(_copy_out(source, plan, blocks, write, pipe))
             writing = group.create_task(_copy_in(target, plan, freeze, pipe))
-            await all_done(reading, writing)
     except BaseExceptionGroup as errors:
         raise leading_error(errors) from None
     sent, taken = reading.result(), writing.result()

@@ -7,6 +7,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from live_migration.common.errors import ConnectionLost, LiveMigrationError
+from live_migration.common.tasks import TaskGroup
 from live_migration.consumer.copy_errors import leading_error
 
 T = TypeVar("T")
@@ -29,10 +30,8 @@ class Interrupt:
         Raises:
             the reason given to `trigger`; else what `work` raises.
         """
-        task = asyncio.current_task()
-        cancels_before = task.cancelling() if task else 0
         try:
-            async with asyncio.TaskGroup() as group:
+            async with TaskGroup() as group:
                 working = group.create_task(work)
                 either: list[asyncio.Future[Any]] = [working, self._reason]
                 await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -40,8 +39,6 @@ class Interrupt:
                     working.cancel()
                     await asyncio.wait({working})
         except BaseExceptionGroup as errors:
-            if task and task.cancelling() > cancels_before:
-                raise asyncio.CancelledError from errors
             if not self._reason.done():
                 raise leading_error(errors) from None
         if working.cancelled() or working.exception():
@@ -49,15 +46,6 @@ class Interrupt:
                 raise ConnectionLost("the work was cancelled from within")  # by a driver: nobody else does
             raise self._reason.result()
         return working.result()
-
-
-async def all_done(*tasks: asyncio.Task[Any]) -> None:
-    """Wait for tasks of a group inside its body.
-
-    Before Python 3.13 a group whose task fails once the body is left cancels its parent and never takes that back:
-    `cancelling()` stays raised, and a task that relies on it, as the above does, would end without a word.
-    """
-    await asyncio.wait(tasks)
 
 
 class Bell:

@@ -16,6 +16,7 @@ from live_migration.common.errors import LiveMigrationError
 from live_migration.common.postgres import asking
 from live_migration.common.segment import START, Position
 from live_migration.common.settings import Settings
+from live_migration.common.tasks import TaskGroup
 from live_migration.consumer.applier import Applier
 from live_migration.consumer.checkpoint import Advance, Checkpoint, advance
 from live_migration.consumer.decoder import Batch, LaneDecoder
@@ -86,7 +87,7 @@ class LanePipeline:
         """
         failure: LiveMigrationError | None = None
         try:
-            async with asyncio.TaskGroup() as group:
+            async with TaskGroup() as group:
                 helpers = [group.create_task(self._read()), group.create_task(self._decode())]
                 try:
                     await self._apply()

@@ -8,7 +8,8 @@ from aiokafka import ConsumerRecord, TopicPartition
 from aiokafka import errors as kafka_errors
 
 from live_migration.common.errors import FormatError, LogGap
-from live_migration.common.kafka import log_consumer, translate
+from live_migration.common.kafka import translate
+from live_migration.common.kafka_clients import log_consumer
 from live_migration.common.segment import FRAGMENT, HEADER, Position, SegmentHeader, decode_header
 from live_migration.common.settings import Settings
 from live_migration.consumer.memory_budget import MemoryBudget

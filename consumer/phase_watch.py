@@ -12,6 +12,7 @@ from live_migration.common.errors import LiveMigrationError, Retry
 from live_migration.common.postgres import asking, session
 from live_migration.common.settings import Settings
 from live_migration.common.state import Migration
+from live_migration.common.tasks import TaskGroup
 from live_migration.consumer.sessions import Backoff
 
 POLL_SECONDS = 1.0
@@ -66,7 +67,7 @@ async def _read(connection: asyncpg.Connection) -> Migration | None:
 
 async def _first_of(first: asyncio.Event, second: asyncio.Event) -> None:
     """Return when either event is set, or when it is time to look again."""
-    async with asyncio.TaskGroup() as group:
+    async with TaskGroup() as group:
         waiting = [group.create_task(event.wait()) for event in (first, second)]
         await asyncio.wait(waiting, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         for task in waiting:

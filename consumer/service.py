@@ -9,6 +9,7 @@ from live_migration.common.errors import LiveMigrationError, Retry
 from live_migration.common.postgres import asking, session
 from live_migration.common.settings import Settings
 from live_migration.common.state import Migration, Phase
+from live_migration.common.tasks import TaskGroup
 from live_migration.common.telemetry import get_logger
 from live_migration.consumer.apply_phase import run_apply_phase
 from live_migration.consumer.copy_errors import leading_error
@@ -32,7 +33,7 @@ async def run_consumer(settings: Settings, stop: asyncio.Event) -> None:
     settings.kafka_servers()  # missing ones are told now, and not after the copy
     settings.source_uri()
     try:
-        async with asyncio.TaskGroup() as group:
+        async with TaskGroup() as group:
             heartbeat = group.create_task(_tell_alive(settings, worker))
             await _follow_phases(settings, worker, stop)
             heartbeat.cancel()

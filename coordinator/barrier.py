@@ -15,7 +15,8 @@ from aiokafka import errors as kafka_errors
 from live_migration.common import pgoutput
 from live_migration.common.control import MESSAGE_PREFIX, WalMessage
 from live_migration.common.errors import KafkaError, LaneStopped
-from live_migration.common.kafka import log_consumer, translate
+from live_migration.common.kafka import translate
+from live_migration.common.kafka_clients import log_consumer
 from live_migration.common.lsn import Lsn
 from live_migration.common.postgres import asking
 from live_migration.common.segment import FRAGMENT, HEADER, decode_header, iterate_frames

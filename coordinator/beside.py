@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Coroutine, Sequence
 
 import asyncpg
@@ -11,12 +10,13 @@ from aiokafka import errors as kafka_errors
 from live_migration.common import kafka
 from live_migration.common.errors import ConnectionLost, Fenced, LiveMigrationError, Retry
 from live_migration.common.postgres import CONNECTION_ERRORS, server_error
+from live_migration.common.tasks import TaskGroup
 
 
 async def beside(work: Coroutine[None, None, None], watchers: Sequence[Coroutine[None, None, None]]) -> None:
     """Run work with watchers beside it, which never return by themselves; all end when one fails or the work is done."""
     try:
-        async with asyncio.TaskGroup() as group:
+        async with TaskGroup() as group:
             tasks = [group.create_task(watcher) for watcher in watchers]
             await work
             for task in tasks:

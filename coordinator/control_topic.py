@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import asyncpg
-from aiokafka import AIOKafkaProducer
 from aiokafka import errors as kafka_errors
 
 from live_migration.common.control import CONFIG, ProducerConfig
 from live_migration.common.errors import LiveMigrationError
-from live_migration.common.kafka import client_options, translate
+from live_migration.common.kafka import translate
+from live_migration.common.kafka_clients import LogProducer, client_options
 from live_migration.common.postgres import asking
 from live_migration.common.settings import Settings
 from live_migration.common.state import Migration
@@ -38,7 +38,7 @@ def producer_config(settings: Settings, migration: Migration) -> ProducerConfig:
 async def write_config(settings: Settings, config: ProducerConfig) -> None:
     """Put the configuration into the control topic; it is there when this returns."""
     try:
-        producer = AIOKafkaProducer(**client_options(settings), acks="all", enable_idempotence=True)
+        producer = LogProducer(**client_options(settings), acks="all", enable_idempotence=True)
         await producer.start()
         try:
             await producer.send_and_wait(

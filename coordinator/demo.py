@@ -18,6 +18,7 @@ from live_migration.common.progress import format_bytes, format_count, format_du
 from live_migration.common.settings import Settings, load_settings
 from live_migration.common.state import Phase
 from live_migration.common.supervisor import ChildGuard, log_tail
+from live_migration.common.tasks import TaskGroup
 from live_migration.coordinator.conductor import conduct
 from live_migration.coordinator.display import Display
 from live_migration.coordinator.report import print_result
@@ -101,7 +102,7 @@ async def _start_servers(stack: AsyncExitStack) -> Settings:
     broker = LocalKafka()
     for server in (source, target, broker):
         stack.push_async_callback(server.stop)
-    async with asyncio.TaskGroup() as group:
+    async with TaskGroup() as group:
         for server in (source, target, broker):
             group.create_task(server.start())
     _say(f"source {source.uri()}, target {target.uri()}, Kafka {broker.bootstrap}")
@@ -121,7 +122,7 @@ async def _start_servers(stack: AsyncExitStack) -> Settings:
 
 async def _migrate(settings: Settings, writer: Writer, seconds: float, outcome: _Outcome) -> None:
     ask_cutover = asyncio.Event()
-    async with _DemoDisplay() as display, asyncio.TaskGroup() as group:
+    async with _DemoDisplay() as display, TaskGroup() as group:
         showing = group.create_task(display.follow(settings))
         conducting = group.create_task(
             conduct(settings, stop=asyncio.Event(), ask_cutover=ask_cutover, observer=display)

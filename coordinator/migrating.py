@@ -17,6 +17,7 @@ from live_migration.common.errors import LiveMigrationError
 from live_migration.common.local_kafka import LocalKafka
 from live_migration.common.settings import Settings, load_settings
 from live_migration.common.state import Migration, Phase
+from live_migration.common.tasks import TaskGroup
 from live_migration.coordinator.clean import clean
 from live_migration.coordinator.conductor import conduct
 from live_migration.coordinator.display import Display, stop_hint
@@ -47,7 +48,7 @@ async def _conduct_with_display(
     settings: Settings, display: Display, stop: asyncio.Event, ask_cutover: asyncio.Event
 ) -> None:
     try:
-        async with asyncio.TaskGroup() as group:
+        async with TaskGroup() as group:
             showing = group.create_task(display.follow(settings))
             await conduct(settings, stop=stop, ask_cutover=ask_cutover, observer=display)
             showing.cancel()

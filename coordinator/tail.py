@@ -16,6 +16,7 @@ from aiokafka import errors as kafka_errors
 
 from live_migration.common import kafka, pgoutput, segment
 from live_migration.common.errors import FormatError, KafkaError
+from live_migration.common.kafka_clients import log_consumer
 from live_migration.common.relation import Relation, ReplicaIdentity
 from live_migration.common.segment import Position
 from live_migration.common.settings import Settings
@@ -208,7 +209,7 @@ async def tail(
             )
         (description,) = await client.describe_topics([settings.changes_topic])
     partitions = [TopicPartition(settings.changes_topic, each["partition"]) for each in description["partitions"]]
-    consumer = kafka.log_consumer(settings)
+    consumer = log_consumer(settings)
     try:
         await consumer.start()
         consumer.assign(partitions)

@@ -17,6 +17,7 @@ from live_migration.common.errors import LiveMigrationError
 from live_migration.common.postgres import Side
 from live_migration.common.relation import QualifiedName, quote_identifier
 from live_migration.common.settings import Settings
+from live_migration.common.tasks import TaskGroup
 
 BYTEA_OID = 17
 JOBS = 4
@@ -203,7 +204,7 @@ async def _compare_tables(
             for each in waiting:
                 tell(await _compare_table(pair, each, is_utf8, settings.lock_timeout))
 
-    async with asyncio.TaskGroup() as group:
+    async with TaskGroup() as group:
         for _ in range(jobs):
             group.create_task(work())
 

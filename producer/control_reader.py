@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from live_migration.common.control import CONFIG, HELLO, POSITION, LogPosition, ProducerConfig
 from live_migration.common.errors import ConnectionLost, KafkaError
-from live_migration.common.kafka import log_consumer
+from live_migration.common.kafka_clients import log_consumer
 from live_migration.common.settings import Settings
 
 _START_SECONDS = 60.0

@@ -11,12 +11,12 @@ from contextlib import asynccontextmanager, suppress
 from uuid import uuid4
 
 import orjson
-from aiokafka import AIOKafkaProducer
 from aiokafka import errors as kafka_errors
 
 from live_migration.common.control import HELLO, POSITION, STATUS, LogPosition, ProducerConfig, ProducerStatus
 from live_migration.common.errors import KafkaError
-from live_migration.common.kafka import admin, client_options, topic_exists
+from live_migration.common.kafka import admin, topic_exists
+from live_migration.common.kafka_clients import LogProducer, client_options
 from live_migration.common.settings import MIB, Settings
 from live_migration.common.telemetry import get_logger
 from live_migration.producer.batcher import Record
@@ -39,7 +39,7 @@ class Publisher:
     `position` is how far the log reaches: read from the control topic, then what our last committed transaction said.
     """
 
-    def __init__(self, settings: Settings, producer: AIOKafkaProducer, control: ControlReader, token: str) -> None:
+    def __init__(self, settings: Settings, producer: LogProducer, control: ControlReader, token: str) -> None:
         self._settings = settings
         self._producer = producer
         self._control = control
@@ -63,7 +63,7 @@ class Publisher:
             BrokerLost: no broker answers, or it fails half way.
             KafkaError: it refuses us.
         """
-        producer = AIOKafkaProducer(
+        producer = LogProducer(
             **client_options(settings),
             transactional_id=f"{settings.name}.producer",
             transaction_timeout_ms=_TRANSACTION_SECONDS * 1000,
@@ -144,7 +144,7 @@ async def topics_exist(settings: Settings) -> bool:
         return await topic_exists(client, settings.control_topic) and await topic_exists(client, settings.changes_topic)
 
 
-async def _start(producer: AIOKafkaProducer, settings: Settings) -> None:
+async def _start(producer: LogProducer, settings: Settings) -> None:
     try:
         async with asyncio.timeout(_START_SECONDS):
             await producer.start()
@@ -157,7 +157,7 @@ async def _start(producer: AIOKafkaProducer, settings: Settings) -> None:
         raise translate_broker_error(error, f"starting the producer at {settings.kafka_servers()}") from error
 
 
-async def _greet(producer: AIOKafkaProducer, settings: Settings, token: str) -> None:
+async def _greet(producer: LogProducer, settings: Settings, token: str) -> None:
     hello = orjson.dumps({"token": token, "host": socket.gethostname(), "pid": os.getpid()})
     try:
         async with asyncio.timeout(_START_SECONDS):
@@ -169,7 +169,7 @@ async def _greet(producer: AIOKafkaProducer, settings: Settings, token: str) -> 
 
 
 async def _transact(
-    producer: AIOKafkaProducer, settings: Settings, records: deque[Record], values: list[tuple[bytes, bytes]]
+    producer: LogProducer, settings: Settings, records: deque[Record], values: list[tuple[bytes, bytes]]
 ) -> None:
     """Send all and commit. Raises ProducerFenced as it is, all else translated."""
     sent: list[asyncio.Future[object]] = []
@@ -198,7 +198,7 @@ async def _transact(
                 future.exception()  # else asyncio complains that nobody asked
 
 
-async def _close(producer: AIOKafkaProducer) -> None:
+async def _close(producer: LogProducer) -> None:
     """Close the client; what it still holds is given up, for `stop` would wait without end for a broker that is away."""
     producer._message_accumulator.fail_all(kafka_errors.ProducerClosed())
     with suppress(kafka_errors.KafkaError, TimeoutError):

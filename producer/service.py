@@ -12,6 +12,7 @@ from live_migration.common.control import ProducerConfig
 from live_migration.common.errors import ConnectionLost, LiveMigrationError, Retry
 from live_migration.common.kafka import check_topics
 from live_migration.common.settings import Settings
+from live_migration.common.tasks import TaskGroup
 from live_migration.common.telemetry import get_logger
 from live_migration.producer.control_reader import BrokerLost, translate_broker_error
 from live_migration.producer.publisher import Publisher, topics_exist
@@ -37,7 +38,7 @@ async def run_producer(settings: Settings, stop: asyncio.Event) -> None:
     Raises:
         LiveMigrationError: what retrying does not mend.
     """
-    async with asyncio.TaskGroup() as tasks:
+    async with TaskGroup() as tasks:
         work = tasks.create_task(_outcome(settings, stop))
         limit = tasks.create_task(_limit_drain(stop, work))
         await asyncio.wait([work])

@@ -16,6 +16,7 @@ from live_migration.common.lsn import Lsn
 from live_migration.common.relation import quote_identifier
 from live_migration.common.segment import START, Position
 from live_migration.common.settings import KIB, Settings
+from live_migration.common.tasks import TaskGroup
 from live_migration.common.telemetry import get_logger
 from live_migration.producer.ack_tracker import AckTracker
 from live_migration.producer.probe import SourceProbe
@@ -90,7 +91,7 @@ class Session:
         options = stream_options(self._config, [quote_identifier(name) for name in self._config.publications])
         await self._stream.start(self._config.slot, self._start_lsn, options)
         log.info("streaming", slot=self._config.slot, lsn=str(Lsn(self._start_lsn)), lanes=self._config.lane_count)
-        async with asyncio.TaskGroup() as tasks:
+        async with TaskGroup() as tasks:
             reading = tasks.create_task(self._until_broken(self._read()))
             publishing = tasks.create_task(self._publish())
             helpers = [
