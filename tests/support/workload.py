@@ -13,6 +13,8 @@ from typing import Self
 
 import asyncpg
 
+from live_migration.common.postgres import CONNECTION_ERRORS
+
 TABLES = (
     "app.by_key",
     "app.by_time",
@@ -64,13 +66,20 @@ _RETRIED = (
 
 
 class Workload:
-    """Writers over `TABLES`. Use as a context manager; leaving it stops the writers at a transaction's end."""
+    """Writers over `TABLES`. Use as a context manager; leaving it stops the writers at a transaction's end.
 
-    def __init__(self, uri: str, seed: int, *, connections: int = 8, pause: float = 0.01) -> None:
+    With `reconnects`, writers outlive crashes of the server; every third one then commits asynchronously, so that a
+    crash undoes what others have seen.
+    """
+
+    def __init__(
+        self, uri: str, seed: int, *, connections: int = 8, pause: float = 0.01, reconnects: bool = False
+    ) -> None:
         self.uri = uri
         self.seed = seed
         self.commits = 0
-        self.failures: list[BaseException] = []
+        self.lost_connections = 0
+        self._reconnects = reconnects
         self._connections = connections
         self._pause = pause
         self._stop = asyncio.Event()
@@ -113,8 +122,20 @@ class Workload:
 
     async def _writer(self, number: int) -> None:
         rng = random.Random(f"{self.seed}/{number}")
+        while not self._stop.is_set():
+            try:
+                await self._write(number, rng)
+            except (OSError, asyncpg.InterfaceError, *CONNECTION_ERRORS):
+                if not self._reconnects:
+                    raise
+                self.lost_connections += 1
+                await asyncio.sleep(0.2)
+
+    async def _write(self, number: int, rng: random.Random) -> None:
         connection = await asyncpg.connect(self.uri)
         try:
+            if self._reconnects and number % 3 == 0:
+                await connection.execute("set synchronous_commit = off")
             while not self._stop.is_set():
                 transaction = connection.transaction()
                 await transaction.start()
@@ -130,7 +151,10 @@ class Workload:
                     self.commits += 1
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._stop.wait(), rng.random() * 2 * self._pause)
-        finally:
+        except BaseException:
+            connection.terminate()
+            raise
+        else:
             await connection.close()
 
     async def _transaction(self, connection: asyncpg.Connection, rng: random.Random) -> None:

@@ -1,0 +1,121 @@
+"""The servers of a chaos run, each behind a proxy of its own, and fresh databases on them for each round."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Literal, Self
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+
+from live_migration.common.local_kafka import LocalKafka
+from live_migration.common.local_postgres import LocalPostgres
+from tests.chaos.proxy import Proxy
+from tests.fixtures.fix_postgres import drop_slots
+
+Side = Literal["source", "target"]
+Endpoint = Literal["source", "target", "broker"]
+
+SERVER = {
+    "wal_level": "logical",
+    "max_replication_slots": "20",
+    "max_wal_senders": "20",
+    "max_connections": "80",
+    "max_prepared_transactions": "10",
+    "fsync": "off",  # servers crash here, the machine does not: what was written stays
+    "wal_sender_timeout": "10s",
+}
+
+
+class World:
+    """Source, target and broker, kept over rounds; `async with` starts and stops them.
+
+    The harness goes to the servers directly; the processes under test only through `proxies`.
+    """
+
+    def __init__(self) -> None:
+        self.servers: dict[Side, LocalPostgres] = {
+            "source": LocalPostgres(settings=SERVER),
+            "target": LocalPostgres(settings=SERVER),
+        }
+        self._broker: LocalKafka | None = None
+        self.proxies: dict[Endpoint, Proxy] = {
+            "source": Proxy(lambda: self.servers["source"].port),
+            "target": Proxy(lambda: self.servers["target"].port),
+            "broker": Proxy(lambda: int(self.broker.bootstrap.rpartition(":")[2])),
+        }
+        self._stack = AsyncExitStack()
+        self.busy: dict[Endpoint, asyncio.Lock] = {each: asyncio.Lock() for each in self.proxies}
+        """Held by a fault that stops the server: two of them do not meet at one."""
+
+    @property
+    def broker(self) -> LocalKafka:
+        assert self._broker is not None
+        return self._broker
+
+    async def __aenter__(self) -> Self:
+        try:
+            for proxy in self.proxies.values():
+                await self._stack.enter_async_context(proxy)
+            # The broker sends its clients, the one that asks whether it is ready too, to the proxy.
+            advertised = f"PLAINTEXT://127.0.0.1:{self.proxies['broker'].port}"
+            self._broker = LocalKafka(settings={"advertised.listeners": advertised})
+            for server in (*self.servers.values(), self._broker):
+                await self._stack.enter_async_context(server)
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    def uri(self, side: Side, database: str) -> str:
+        """Give the direct way to a database, for the harness."""
+        return self.servers[side].uri(database)
+
+    def proxied_uri(self, side: Side, database: str) -> str:
+        """Give the way through the proxy, for the processes under test."""
+        parts = urlsplit(self.uri(side, database))
+        host = f"{parts.username}@127.0.0.1:{self.proxies[side].port}"
+        return urlunsplit(parts._replace(netloc=host))
+
+    @property
+    def bootstrap(self) -> str:
+        return f"127.0.0.1:{self.proxies['broker'].port}"
+
+    async def create_databases(self, name: str) -> None:
+        for side in self.servers:
+            await self._run(side, f"create database {name} template template0")
+
+    async def drop_databases(self, name: str) -> None:
+        """Drop what a round left, its slots and sessions included."""
+        for server in self.servers.values():
+            connection = await asyncpg.connect(server.uri())
+            try:
+                await drop_slots(connection, name)
+                await connection.execute(f"drop database if exists {name} with (force)")
+            finally:
+                await connection.close()
+
+    async def _run(self, side: Side, statement: str) -> None:
+        connection = await asyncpg.connect(self.servers[side].uri())
+        try:
+            await connection.execute(statement)
+        finally:
+            await connection.close()
+
+    async def heal(self) -> None:
+        """Put everything right that a fault may have left: proxies forward, servers run."""
+        for proxy in self.proxies.values():
+            proxy.heal()
+
+    def logs(self) -> dict[str, Path]:
+        """Give the servers' logs by name."""
+        return {
+            "source.log": self.servers["source"].log_path,
+            "target.log": self.servers["target"].log_path,
+            "broker.log": self.broker.folder / "broker.log",
+        }
