@@ -263,6 +263,7 @@ class LoseCommitAnswer(_Net):
 
     name = "lose answer to commit"
     weight = 4
+    endpoints = ("target", "broker")
 
     async def inject(self, scene: Scene) -> str:
         proxy = scene.world.proxies[self.endpoint]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tests.chaos.faults import FAULTS, Fault
 
 PHASES = ("start", "prepare", "schema", "copy", "replay", "cutover")
-_SPREAD_SECONDS = {"start": 2.0, "prepare": 0.5, "schema": 0.5, "copy": 1.5, "replay": 2.5, "cutover": 1.2}
+_SPREAD_SECONDS = {"start": 2.0, "prepare": 0.5, "schema": 0.5, "copy": 1.5, "replay": 2.5, "cutover": 0.7}
 """A fault comes within so many seconds after its phase began, or after the fault before it in the phase."""
 
 

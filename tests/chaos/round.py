@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -56,6 +57,7 @@ class Outcome:
     plan: dict[str, Any] = field(default_factory=dict)
     phases: dict[str, float] = field(default_factory=dict)
     folder: str = ""
+    revision: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -69,7 +71,7 @@ class Round:
         self.plan = plan
         self.folder = folder
         self.name = f"chaos_{plan.seed}"
-        self.outcome = Outcome(plan.seed, plan=_summary(plan), folder=str(folder))
+        self.outcome = Outcome(plan.seed, plan=_summary(plan), folder=str(folder), revision=_revision())
         self._began = time.monotonic()
         self._phase = "start"
         self._watching: asyncio.Task[None] | None = None
@@ -178,6 +180,7 @@ class Round:
     async def _inject_at_cutover(self, scene: Scene) -> None:
         for step in self.plan.steps:
             if step.phase == "cutover":
+                await self._until_phase("cutover")
                 await self._inject(scene, step)
 
     async def _inject(self, scene: Scene, step: Step) -> None:
@@ -267,6 +270,14 @@ class Round:
         for uri in (self.source, self.target):
             if left := await checks.traces(uri, self.name):
                 raise RoundFailed(f"clean left {left}")
+
+
+def _revision() -> str:
+    """Give the commit that runs, so that a seed can be repeated: another set of faults makes another plan of it."""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    ).stdout.strip()
 
 
 def _summary(plan: Plan) -> dict[str, Any]:
