@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.chaos.disks import enter_namespace
 from tests.chaos.plan import make_plan
 from tests.chaos.round import Outcome, Round
 from tests.chaos.world import World
@@ -86,6 +87,7 @@ async def _main(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    enter_namespace()
     try:
         sys.exit(asyncio.run(_main(_arguments())))
     except (asyncio.CancelledError, KeyboardInterrupt):

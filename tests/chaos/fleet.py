@@ -17,6 +17,7 @@ from typing import Literal, Self
 import psutil
 
 from live_migration.common.supervisor import ChildGuard, StopOrder, log_tail
+from tests.chaos.clock import Clock, find_library
 from tests.e2e.processes import COMMAND
 
 Kind = Literal["migrate", "producer", "consumer"]
@@ -38,7 +39,6 @@ class Managed:
     is_done: bool = False
     is_dismissed: bool = False
     killed: set[int] = field(default_factory=set)
-    preload: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_running(self) -> bool:
@@ -48,13 +48,16 @@ class Managed:
 class Fleet:
     """`migrate`, and producer and consumers as its children or as commands of their own; `async with` runs them."""
 
-    def __init__(self, environment: dict[str, str], folder: Path, *, own_workers: bool, consumers: int) -> None:
+    def __init__(
+        self, environment: dict[str, str], folder: Path, *, own_workers: bool, consumers: int, has_clocks: bool = False
+    ) -> None:
         """Describe the processes.
 
         Args:
             environment: SOURCE, TARGET, KAFKA and settings.
             folder: for their logs and for `--dir`.
             own_workers: `migrate` starts its workers; else each is a command that we start.
+            has_clocks: give each process a clock that can be set wrong, where libfaketime is installed.
         """
         self.environment = {**os.environ, **environment}
         self.own_workers = own_workers
@@ -66,6 +69,9 @@ class Fleet:
         self._managed: list[Managed] = []
         self._keeper: asyncio.Task[None] | None = None
         self._number = consumers
+        self._library = find_library() if has_clocks else None
+        self.no_clocks = "" if self._library else "libfaketime is not installed" if has_clocks else "not in this round"
+        self._clocks: dict[str, Clock] = {}
 
     async def __aenter__(self) -> Self:
         (self._folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -89,8 +95,10 @@ class Fleet:
         if self._guard:
             await self._guard.close()
 
-    def _add(self, kind: Kind, name: str, preload: dict[str, str] | None = None) -> Managed:
-        managed = Managed(kind, name, self._folder / "logs" / f"{name}.log", preload=preload or {})
+    def _add(self, kind: Kind, name: str) -> Managed:
+        managed = Managed(kind, name, self._folder / "logs" / f"{name}.log")
+        if self._library:
+            self._clocks[name] = Clock(self._library, self._folder / f"{name}.clock")
         self._managed.append(managed)
         self._start(managed)
         return managed
@@ -98,13 +106,14 @@ class Fleet:
     def _start(self, managed: Managed) -> None:
         assert self._guard is not None
         options = {"migrate": [] if self.own_workers else ["--no-workers"]}.get(managed.kind, [])
+        clock = self._clocks.get(managed.name)
         managed.started = time.monotonic()
         managed.process = self._guard.spawn(
-            [*COMMAND, managed.kind, *options],
+            [*(clock.command() if clock else ()), *COMMAND, managed.kind, *options],
             stop=_STOP,
             log=managed.log,
             cwd=self._folder,
-            environment={**self.environment, **managed.preload},
+            environment=self.environment,
         )
 
     async def _keep(self) -> None:
@@ -124,7 +133,7 @@ class Fleet:
             managed.process = None
             managed.ended = time.monotonic()
             managed.quick_deaths = managed.quick_deaths + 1 if managed.ended - managed.started < 10 else 0
-            if code == 0:
+            if code == 0 and process.pid not in managed.killed:
                 managed.is_done = True
                 return
             if process.pid not in managed.killed:
@@ -166,18 +175,31 @@ class Fleet:
         with suppress(psutil.NoSuchProcess):
             process.send_signal(number)
 
-    def join(self, preload: dict[str, str] | None = None) -> str:
+    def clocks(self) -> dict[str, Clock]:
+        """Give the clocks of the running processes by the processes' names; one of `migrate` is its workers', too."""
+        running = [each.name for each in self._managed if each.is_running]
+        return {name: clock for name, clock in self._clocks.items() if name in running}
+
+    def join(self) -> str:
         """Let another consumer join, a command of its own; gives its name."""
         self._number += 1
-        return self._add("consumer", f"joined-{self._number}", preload).name
+        return self._add("consumer", f"joined-{self._number}").name
 
-    async def dismiss(self, name: str) -> int | None:
-        """Let a consumer that joined leave by SIGTERM; gives its exit code, None when it had to be killed."""
+    def discharge(self, name: str) -> None:
+        """Let one that joined leave by kill -9."""
+        managed = next(each for each in self._managed if each.name == name)
+        managed.is_dismissed = True
+        if managed.process is not None:
+            managed.process.kill()
+
+    async def dismiss(self, name: str) -> str:
+        """Let one that joined leave by SIGTERM; says how it ended."""
         managed = next(each for each in self._managed if each.name == name)
         managed.is_dismissed = True
         process = managed.process
         if process is None:
-            return 0
+            return "had ended"
+        began = time.monotonic()
         process.send_signal(signal.SIGTERM)
         try:
             async with asyncio.timeout(_DRAIN_SECONDS):
@@ -185,8 +207,13 @@ class Fleet:
                     await asyncio.sleep(0.1)
         except TimeoutError:
             process.kill()
-            return None
-        return process.returncode
+            self.exits.append(f"{name} did not leave within {_DRAIN_SECONDS:g} s after SIGTERM")
+            return "had to be killed"
+        if process.returncode not in (0, -signal.SIGTERM, -signal.SIGKILL):
+            self.exits.append(
+                f"{name} left with code {process.returncode}: {log_tail(managed.log, line_count=3)[-300:]}"
+            )
+        return f"left with code {process.returncode} in {time.monotonic() - began:.1f} s"
 
     @asynccontextmanager
     async def extra(self, kind: Kind) -> AsyncIterator[Managed]:
@@ -197,10 +224,6 @@ class Fleet:
             yield managed
         finally:
             await self.dismiss(managed.name)
-
-    def joined(self) -> list[str]:
-        """Give the names of those that joined and have not left."""
-        return [each.name for each in self._managed if each.name.startswith("joined-") and not each.is_dismissed]
 
     async def run(self, *arguments: str, timeout: float, environment: dict[str, str] | None = None) -> tuple[int, str]:
         """Run a command to its end; give exit code and what it printed."""

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tests.chaos.faults import FAULTS, Fault
+from tests.chaos.fleet_faults import FLEET_FAULTS, ClockJump
+from tests.chaos.server_faults import SERVER_FAULTS
 
+ALL_FAULTS = (*FAULTS, *SERVER_FAULTS, *FLEET_FAULTS)
 PHASES = ("start", "prepare", "schema", "copy", "replay", "cutover")
 _SPREAD_SECONDS = {"start": 2.0, "prepare": 0.5, "schema": 0.5, "copy": 1.5, "replay": 2.5, "cutover": 0.7}
 """A fault comes within so many seconds after its phase began, or after the fault before it in the phase."""
@@ -38,16 +41,20 @@ class Plan:
     """Seconds by which each piece of data to and from source and target is late before replay, so that the early phases last."""
     options: dict[str, str]
     verifies: bool
+    has_clocks: bool
+    """Whether the processes' clocks can jump."""
     steps: tuple[Step, ...]
 
 
-def make_plan(seed: int, faults: Sequence[type[Fault]] = FAULTS) -> Plan:
+def make_plan(seed: int, faults: Sequence[type[Fault]] = ALL_FAULTS) -> Plan:
     """Decide about a round: at least seven faults, one for each phase at the least."""
     rng = random.Random(seed)
+    has_clocks = rng.random() < 0.25
+    possible = [fault for fault in faults if has_clocks or fault is not ClockJump]
     phases = [*PHASES, "replay", *rng.choices(PHASES, weights=(1, 1, 1, 3, 4, 2), k=rng.randrange(0, 4))]
     steps = []
     for phase in sorted(phases, key=PHASES.index):
-        kind = rng.choices(faults, weights=[fault.weight for fault in faults])[0]
+        kind = rng.choices(possible, weights=[fault.weight for fault in possible])[0]
         fault = kind(random.Random(rng.getrandbits(64)))
         steps.append(Step(phase, rng.random() * _SPREAD_SECONDS[phase], fault, rng.random() < 0.4))
     return Plan(
@@ -67,5 +74,6 @@ def make_plan(seed: int, faults: Sequence[type[Fault]] = FAULTS) -> Plan:
             "LIVE_MIGRATION_FLUSH_INTERVAL": str(rng.choice((0.02, 0.2))),
         },
         verifies=rng.random() < 0.3,
+        has_clocks=has_clocks,
         steps=tuple(steps),
     )

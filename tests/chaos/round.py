@@ -103,7 +103,13 @@ class Round:
         plan = self.plan
         workload = Workload(self.source, plan.seed, connections=plan.writers, pause=plan.pause, reconnects=True)
         await workload.create(rows=plan.rows)
-        fleet = Fleet(self._environment(), self.folder, own_workers=plan.own_workers, consumers=plan.consumers)
+        fleet = Fleet(
+            self._environment(),
+            self.folder,
+            own_workers=plan.own_workers,
+            consumers=plan.consumers,
+            has_clocks=plan.has_clocks,
+        )
         self._set_latency(plan.latency)
         self._watching = asyncio.create_task(self._watch())
         try:
@@ -289,4 +295,5 @@ def _summary(plan: Plan) -> dict[str, Any]:
         "latency": plan.latency,
         "options": plan.options,
         "verify": plan.verifies,
+        "clocks": plan.has_clocks,
     }

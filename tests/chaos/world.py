@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import tempfile
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Literal, Self
@@ -11,12 +14,16 @@ from urllib.parse import urlsplit, urlunsplit
 import asyncpg
 
 from live_migration.common.local_kafka import LocalKafka
-from live_migration.common.local_postgres import LocalPostgres
+from live_migration.common.local_postgres import LocalPostgres, server_account
+from tests.chaos.disks import mount, unmount, why_no_disks
 from tests.chaos.proxy import Proxy
 from tests.fixtures.fix_postgres import drop_slots
 
 Side = Literal["source", "target"]
 Endpoint = Literal["source", "target", "broker"]
+Disk = Literal["target", "broker"]
+
+DISKS: tuple[Disk, ...] = ("target", "broker")
 
 SERVER = {
     "wal_level": "logical",
@@ -46,6 +53,9 @@ class World:
             "target": Proxy(lambda: self.servers["target"].port),
             "broker": Proxy(lambda: int(self.broker.bootstrap.rpartition(":")[2])),
         }
+        self.disks: dict[Disk, Path] = {}
+        """Small ones, for the target's tables and the broker's log; none where nothing may be mounted."""
+        self.no_disks = why_no_disks()
         self._stack = AsyncExitStack()
         self.busy: dict[Endpoint, asyncio.Lock] = {each: asyncio.Lock() for each in self.proxies}
         """Held by a fault that stops the server: two of them do not meet at one."""
@@ -61,9 +71,16 @@ class World:
                 await self._stack.enter_async_context(proxy)
             # The broker sends its clients, the one that asks whether it is ready too, to the proxy.
             advertised = f"PLAINTEXT://127.0.0.1:{self.proxies['broker'].port}"
-            self._broker = LocalKafka(settings={"advertised.listeners": advertised})
+            settings = {"advertised.listeners": advertised}
+            if not self.no_disks:
+                self._mount_disks()
+            if "broker" in self.disks:
+                settings["log.dirs"] = str(self.disks["broker"] / "log")
+            self._broker = LocalKafka(settings=settings)
             for server in (*self.servers.values(), self._broker):
                 await self._stack.enter_async_context(server)
+            if "target" in self.disks:
+                await self._run("target", f"create tablespace small location '{self.disks['target'] / 'tables'}'")
         except BaseException:
             await self._stack.aclose()
             raise
@@ -86,9 +103,27 @@ class World:
     def bootstrap(self) -> str:
         return f"127.0.0.1:{self.proxies['broker'].port}"
 
+    def _mount_disks(self) -> None:
+        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="live-migration-disks-")))
+        folder.chmod(0o755)
+        account = server_account()
+        for disk in DISKS:
+            try:
+                mount(folder / disk)
+            except subprocess.CalledProcessError as error:
+                self.no_disks = f"mount: {error.stderr.decode().strip()}"
+                return
+            self._stack.callback(unmount, folder / disk)
+            self.disks[disk] = folder / disk
+            content = folder / disk / {"target": "tables", "broker": "log"}[disk]
+            content.mkdir()
+            if disk == "target" and account is not None:
+                os.chown(content, account.pw_uid, account.pw_gid)
+
     async def create_databases(self, name: str) -> None:
         for side in self.servers:
-            await self._run(side, f"create database {name} template template0")
+            where = "tablespace small" if side in self.disks else ""
+            await self._run(side, f"create database {name} template template0 {where}")
 
     async def drop_databases(self, name: str) -> None:
         """Drop what a round left, its slots and sessions included."""
