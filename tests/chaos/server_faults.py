@@ -175,12 +175,7 @@ class _Full(Fault):
                 await asyncio.sleep(seconds)
             finally:
                 filler.unlink()
-                what = await self._mend(scene)
-        return f"{spare} bytes free for {seconds:.1f} s{what}"
-
-    async def _mend(self, scene: Scene) -> str:
-        """Start again what the full disk has ended."""
-        return ""
+        return f"{spare} bytes free for {seconds:.1f} s"
 
 
 class TargetDiskFull(_Full):
@@ -189,17 +184,10 @@ class TargetDiskFull(_Full):
 
 
 class BrokerDiskFull(_Full):
-    """The broker ends itself when it cannot write; somebody makes room and starts it again."""
+    """The broker ends itself when it cannot write; the world starts it again."""
 
     name = "broker's disk full"
     disk = "broker"
-
-    async def _mend(self, scene: Scene) -> str:
-        if scene.world.broker.is_running:
-            return ""
-        await scene.world.broker.kill()
-        await scene.world.broker.start()
-        return ", the broker had ended"
 
 
 SERVER_FAULTS: tuple[type[Fault], ...] = (

@@ -56,6 +56,7 @@ class World:
         self.disks: dict[Disk, Path] = {}
         """Small ones, for the target's tables and the broker's log; none where nothing may be mounted."""
         self.no_disks = why_no_disks()
+        self.broker_ends = 0
         self._stack = AsyncExitStack()
         self.busy: dict[Endpoint, asyncio.Lock] = {each: asyncio.Lock() for each in self.proxies}
         """Held by a fault that stops the server: two of them do not meet at one."""
@@ -79,6 +80,8 @@ class World:
             self._broker = LocalKafka(settings=settings)
             for server in (*self.servers.values(), self._broker):
                 await self._stack.enter_async_context(server)
+            keeper = asyncio.create_task(self._keep_broker())
+            self._stack.callback(keeper.cancel)
             if "target" in self.disks:
                 await self._run("target", f"create tablespace small location '{self.disks['target'] / 'tables'}'")
         except BaseException:
@@ -88,6 +91,17 @@ class World:
 
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
+
+    async def _keep_broker(self) -> None:
+        """Start the broker again when it has ended itself, as one does whose disk was full."""
+        while True:
+            await asyncio.sleep(0.5)
+            if self.broker.is_running or self.busy["broker"].locked():
+                continue
+            async with self.busy["broker"]:
+                self.broker_ends += 1
+                await self.broker.kill()
+                await self.broker.start()
 
     def uri(self, side: Side, database: str) -> str:
         """Give the direct way to a database, for the harness."""
