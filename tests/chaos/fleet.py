@@ -109,7 +109,7 @@ class Fleet:
         clock = self._clocks.get(managed.name)
         managed.started = time.monotonic()
         managed.process = self._guard.spawn(
-            [*(clock.command() if clock else ()), *COMMAND, managed.kind, *options],
+            [*(clock.command(managed.kind) if clock else (*COMMAND, managed.kind)), *options],
             stop=_STOP,
             log=managed.log,
             cwd=self._folder,
@@ -176,7 +176,7 @@ class Fleet:
             process.send_signal(number)
 
     def clocks(self) -> dict[str, Clock]:
-        """Give the clocks of the running processes by the processes' names; one of `migrate` is its workers', too."""
+        """Give the clocks of the running processes by the processes' names."""
         running = [each.name for each in self._managed if each.is_running]
         return {name: clock for name, clock in self._clocks.items() if name in running}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Literal, Self
@@ -11,13 +12,14 @@ Direction = Literal["up", "down"]
 """`up`: from our processes to the server; `down`: what the server answers."""
 Matcher = Callable[[bytes], bool]
 
+_COMMIT = re.compile(rb"Q....commit;?\0", re.IGNORECASE | re.DOTALL)  # a query of this word alone, as drivers send it
 _CHUNK = 65_536
 _SLOW_CHUNK = 2_048
 
 
 def is_commit(chunk: bytes) -> bool:
     """Tell whether a PostgreSQL client sends COMMIT in this chunk."""
-    return b"commit" in chunk[:200].lower() or b"commit" in chunk[-40:].lower()
+    return _COMMIT.search(chunk) is not None
 
 
 def is_end_of_transaction(chunk: bytes) -> bool:

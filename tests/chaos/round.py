@@ -19,7 +19,7 @@ from tests.chaos.plan import PHASES, Plan, Step
 from tests.chaos.world import World
 from tests.support.workload import Workload
 
-_STUCK_SECONDS = 150.0
+_STUCK_SECONDS = 240.0
 _ORDER = (*PHASES, "done")
 
 
@@ -101,7 +101,9 @@ class Round:
 
     async def _migrate(self) -> None:
         plan = self.plan
-        workload = Workload(self.source, plan.seed, connections=plan.writers, pause=plan.pause, reconnects=True)
+        workload = Workload(
+            self.source, plan.seed, connections=plan.writers, pause=plan.pause, reconnects=True, wild=True
+        )
         await workload.create(rows=plan.rows)
         fleet = Fleet(
             self._environment(),

@@ -69,17 +69,25 @@ class Workload:
     """Writers over `TABLES`. Use as a context manager; leaving it stops the writers at a transaction's end.
 
     With `reconnects`, writers outlive crashes of the server; every third one then commits asynchronously, so that a
-    crash undoes what others have seen.
+    crash undoes what others have seen. With `wild`, there are transactions of thousands of rows, and some that stay open for seconds.
     """
 
     def __init__(
-        self, uri: str, seed: int, *, connections: int = 8, pause: float = 0.01, reconnects: bool = False
+        self,
+        uri: str,
+        seed: int,
+        *,
+        connections: int = 8,
+        pause: float = 0.01,
+        reconnects: bool = False,
+        wild: bool = False,
     ) -> None:
         self.uri = uri
         self.seed = seed
         self.commits = 0
         self.lost_connections = 0
         self._reconnects = reconnects
+        self._wild = wild
         self._connections = connections
         self._pause = pause
         self._stop = asyncio.Event()
@@ -158,6 +166,10 @@ class Workload:
             await connection.close()
 
     async def _transaction(self, connection: asyncpg.Connection, rng: random.Random) -> None:
+        if self._wild and rng.random() < 0.006:
+            await _large_statement(connection, rng)
+        if self._wild and rng.random() < 0.01:
+            await connection.execute("select pg_sleep($1)", rng.random() * 3)
         for _ in range(rng.choice((1, 1, 2, 4, 12))):
             if rng.random() < 0.2:
                 savepoint = connection.transaction()
@@ -260,6 +272,26 @@ async def _statement(c: asyncpg.Connection, rng: random.Random) -> None:
                 "insert into app.scratch values ($1, $2) on conflict (id) do update set n = excluded.n", number, fresh
             )
             await c.execute("select nextval('app.loose')")
+
+
+async def _large_statement(c: asyncpg.Connection, rng: random.Random) -> None:
+    """Change thousands of rows of one table."""
+    count, first = rng.choice((500, 3000)), rng.randrange(20_000_000, 2_000_000_000)
+    match rng.randrange(5):
+        case 0:
+            await c.execute(
+                "insert into app.by_key select $1::bigint + i, i, repeat('large ', i % 40) from generate_series(1, $2::int) i",
+                first,
+                count,
+            )
+        case 1:
+            await c.execute("update app.by_key set n = n + 1 where id % 3 = $1", count % 3)
+        case 2:
+            await c.execute("insert into app.insert_only select now(), 'large' from generate_series(1, $1::int)", count)
+        case 3:
+            await c.execute("delete from app.by_key where id > 20000000 and id % 2 = 0")
+        case 4:
+            await c.execute("update app.child set doc = doc || $1::jsonb where id % 4 = 1", f'{{"n": {first}}}')
 
 
 async def read_rows(uri: str, tables: tuple[str, ...] = TABLES) -> dict[str, Counter[str]]:
