@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 _RUN = """
-import os
+import os, selectors, subprocess
+subprocess._PopenSelector = selectors.EpollSelector  # the library's own poll() fails now and then with EINVAL
 for name in ("LD_PRELOAD", "FAKETIME_SHARED"):
     os.environ.pop(name, None)
 from live_migration.coordinator.cli import main
