@@ -8,7 +8,8 @@ Rows hit must equal rows staged, each time: a plain insert never upserts, an upd
 from __future__ import annotations
 
 import struct
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import NoReturn
 from zlib import crc32
 
@@ -21,6 +22,7 @@ from live_migration.common.relation import QualifiedName
 from live_migration.consumer import statements
 from live_migration.consumer.decoder import Batch, TableRun, TruncateStep, all_runs
 from live_migration.consumer.folding import NotFoldable, decode_change, fold, fold_whole_rows
+from live_migration.consumer.layouts import Span
 from live_migration.consumer.row_encoding import (
     UNCHANGED,
     CopyRow,
@@ -29,7 +31,7 @@ from live_migration.consumer.row_encoding import (
     binary_row,
     copy_chunks,
     insert_as_binary_row,
-    insert_as_text_row,
+    insert_text_blocks,
     is_binary,
     text_row,
 )
@@ -71,7 +73,7 @@ class Applier:
                 await self._truncate(step)
             else:
                 for run in all_runs(step):
-                    if run.messages:
+                    if run.count:
                         await self._apply_run(run)
 
     async def _truncate(self, step: TruncateStep) -> None:
@@ -101,19 +103,17 @@ class Applier:
     # runs of inserts
 
     async def _insert(self, run: TableRun) -> None:
-        table, messages = run.table, run.messages
+        table = run.table
         if not table.columns:
-            await self._connection.execute(
-                f"insert into {table.name.sql} select from generate_series(1, {len(messages)})"
-            )
-            return
-        binary = _is_binary(messages)
-        if table.kept is None:
-            encode = insert_as_binary_row if binary else insert_as_text_row
-            await self._copy(table.name, _names(table), map(encode, messages), len(messages), binary=binary)
+            await self._connection.execute(f"insert into {table.name.sql} select from generate_series(1, {run.count})")
+        elif table.kept is None:
+            rows, binary = _insert_rows(run)
+            await self._copy(table.name, _names(table), rows, run.count, binary=binary)
         else:
-            rows = (decode_change(message).new or [] for message in messages)
-            await self._copy_rows(table, [[_whole(row[i]) for i in table.kept] for row in rows], binary=binary)
+            messages = run.messages()
+            changed = (decode_change(message).new or [] for message in messages)
+            kept = [[_whole(row[i]) for i in table.kept] for row in changed]
+            await self._copy_rows(table, kept, binary=_is_binary(messages))
 
     async def _copy_rows(self, table: TargetTable, rows: Sequence[Sequence[bytes | None]], *, binary: bool) -> None:
         if rows:
@@ -170,8 +170,9 @@ class Applier:
 
     async def _apply_folded(self, run: TableRun) -> None:
         table = run.table
-        net = fold(run.messages, [column.index for column in table.key])
-        binary = _is_binary(run.messages)
+        messages = run.messages()
+        net = fold(messages, [column.index for column in table.key])
+        binary = _is_binary(messages)
         if net.deletes:
             stage = await self._stage(table, "d", statements.key_stage_columns(table))
             await self._copy(
@@ -209,8 +210,9 @@ class Applier:
 
     async def _apply_whole_rows(self, run: TableRun) -> None:
         table = run.table
-        deletes, inserts = fold_whole_rows(run.messages)
-        binary = _is_binary(run.messages)
+        messages = run.messages()
+        deletes, inserts = fold_whole_rows(messages)
+        binary = _is_binary(messages)
         written = table.written
         if deletes:
             columns = [("seq", "int"), ("n", "int"), *statements.value_stage_columns(table, written)]
@@ -234,11 +236,12 @@ class Applier:
                 f"{table.name}: an UPDATE or DELETE at {run.position(0)} has no replica identity to find its row by",
                 hint="Give the table a replica identity on the source before its changes are published.",
             )
-        binary = _is_binary(run.messages)
+        messages = run.messages()
+        binary = _is_binary(messages)
         columns = statements.source_order_columns(table)
         stage = await self._stage(table, "s", columns)
         encode = binary_row if binary else text_row
-        staged = [_staged_change(table, number, each, binary=binary) for number, each in enumerate(run.messages)]
+        staged = [_staged_change(table, number, each, binary=binary) for number, each in enumerate(messages)]
         await self._copy(stage, None, map(encode, staged), len(staged), binary=binary)
         try:
             await self._connection.execute(statements.apply_in_source_order(table, stage.sql))
@@ -267,19 +270,36 @@ class Applier:
     def _expect_rows(self, run: TableRun, verb: str, status: str, expected: int) -> None:
         hit = _row_count(status)
         if hit != expected:
-            first, last = run.position(0), run.position(len(run.messages) - 1)
+            first, last = run.position(0), run.position(run.count - 1)
             raise LaneStopped(
                 f"{run.table.name}: {verb} hits {hit} rows where the source changed {expected}, between {first} and {last}",
                 hint="The target's rows are not the source's: somebody wrote to the target, or the copy was not whole.",
             )
 
     def _refuse(self, run: TableRun, error: asyncpg.PostgresError) -> NoReturn:
-        first, last = run.position(0), run.position(len(run.messages) - 1)
+        first, last = run.position(0), run.position(run.count - 1)
         where = f"at {first}" if first == last else f"between {first} and {last}"
         raise LaneStopped(
             f"{run.table.name}: the target refuses a change {where}: {_said(error)}",
             hint=error.hint or "Mend the target (or the row that stands in the way); the lane then goes on by itself.",
         ) from error
+
+
+def _insert_rows(run: TableRun) -> tuple[Iterator[CopyRow], bool]:
+    """Give a run of inserts as rows of COPY, spans as blocks of rows, and whether they are binary."""
+    lists = [piece for piece in run.pieces() if not isinstance(piece, Span)]
+    binary = len(lists) < sum(1 for _ in run.pieces()) or _is_binary(chain.from_iterable(lists))
+
+    def rows() -> Iterator[CopyRow]:
+        for piece in run.pieces():
+            if isinstance(piece, Span):
+                yield piece.rows()
+            elif binary:
+                yield from map(insert_as_binary_row, piece)
+            else:
+                yield from insert_text_blocks(piece)
+
+    return rows(), binary
 
 
 def _staged_change(table: TargetTable, number: int, message: Message, *, binary: bool) -> list[bytes | None]:
