@@ -1,6 +1,6 @@
 export PYTHONSAFEPATH = 1
 
-.PHONY: venv check test demo
+.PHONY: venv check test demo chaos
 
 venv: .venv/stamp
 
@@ -20,3 +20,8 @@ test: venv
 
 demo: venv
 	.venv/bin/live-migration demo
+
+ROUNDS ?= 5
+SEED ?= 1
+chaos: venv  # see docs/reliability.md; PYTHONSAFEPATH keeps tests/ from being found
+	PYTHONSAFEPATH= .venv/bin/python -u -m tests.chaos --rounds $(ROUNDS) --seed $(SEED) $(if $(MINUTES),--minutes $(MINUTES)) $(CHAOS)

@@ -22,6 +22,7 @@ CHANGES_CONFIG = {
     "cleanup.policy": "delete",
     "retention.ms": "-1",
     "retention.bytes": "-1",
+    "message.timestamp.type": "LogAppendTime",  # else a producer whose clock is an hour ahead is refused
     "unclean.leader.election.enable": "false",
     "max.message.bytes": str(2 * 1024 * 1024),
 }
@@ -29,6 +30,7 @@ CHANGES_CONFIG = {
 
 CONTROL_CONFIG = {
     "cleanup.policy": "compact",
+    "message.timestamp.type": "LogAppendTime",
     "unclean.leader.election.enable": "false",
     "segment.bytes": str(4 * 1024 * 1024),
     "segment.ms": "600000",

@@ -45,6 +45,8 @@ _NOT_EVERYWHERE = """
 _CHECK_CLIENT = "set client_connection_check_interval = '5s'"
 """A server that is at work, or waits, for a client that is gone leaves off; not every platform can tell."""
 
+_READ_ONLY = "25006"
+
 CONNECTION_ERRORS = (
     ConnectionError,
     TimeoutError,
@@ -144,7 +146,9 @@ def describe(uri: str) -> str:
 
 def server_error(error: asyncpg.PostgresError, side: Side, doing: str) -> LiveMigrationError:
     """Turn a server's error into ours, with its SQLSTATE, detail and hint."""
-    kind = SourceError if side == "source" else TargetError
+    kind: type[LiveMigrationError] = SourceError if side == "source" else TargetError
+    if side == "target" and error.sqlstate == _READ_ONLY:
+        kind = ConnectionLost  # it fails over, or is about to: whoever works there comes back to it
     detail = f" ({error.detail})" if getattr(error, "detail", None) else ""
     return kind(
         f"{side}: {doing}: {error.args[0]}{detail} [SQLSTATE {error.sqlstate}]",
@@ -161,6 +165,8 @@ def _next_step(side: Side, sqlstate: str | None) -> str:
             return f"Check the database's name in {uri}."
         case "42501":
             return f"Give the role in {uri} this right; `live-migration validate` names all that it needs."
+        case "25006":
+            return f"The server is in recovery or read-only: let {uri} name the primary, or wait until it takes writes."
         case "55P03":
             return "Somebody holds the lock for long: see pg_locks, then try again."
         case _:
