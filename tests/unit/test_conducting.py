@@ -20,7 +20,6 @@ from live_migration.coordinator.drift import compare
 from live_migration.coordinator.handover import ForeignKey
 from live_migration.coordinator.observer import Reporter
 from live_migration.coordinator.phases import FOLLOWERS, Phase, is_transition_allowed
-from live_migration.coordinator.slot_watch import size_warning
 from live_migration.producer.slot import OpenTransaction, describe_transactions
 
 FULL, DEFAULT, NOTHING = ReplicaIdentity.FULL, ReplicaIdentity.DEFAULT, ReplicaIdentity.NOTHING
@@ -128,13 +127,6 @@ def test_open_transactions_are_named_by_pid_or_gid() -> None:
     assert text == (
         'prepared transaction "gid\'1" (user bob, database shop, 70 s old, prepared); pid 42 (psql, idle in transaction)'
     )
-
-
-def test_the_slot_warning_changes_at_each_doubling() -> None:
-    gib = 1 << 30
-    assert size_warning("slot s", 7 * gib) == ""
-    assert size_warning("slot s", 9 * gib) == size_warning("slot s", 15 * gib)
-    assert "16.0 GiB" in size_warning("slot s", 17 * gib)
 
 
 class Told:
