@@ -90,11 +90,9 @@ class KafkaError(LiveMigrationError):
 
 
 class LogGap(KafkaError):
-    """The change log lacks changes between two segments."""
+    """The change log lacks changes: between two segments, at its end, or all of them."""
 
-    default_hint = (
-        "The topic was changed by somebody else or the broker lost data. Run `live-migration clean` and start again."
-    )
+    default_hint = f"The topic was changed by somebody else or the broker lost data. {RECOPY}"
 
 
 class FormatError(LiveMigrationError):

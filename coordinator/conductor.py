@@ -14,12 +14,14 @@ from live_migration.common.errors import LaneStopped, Retry
 from live_migration.common.postgres import asking, connect, session
 from live_migration.common.settings import Settings
 from live_migration.common.state import Phase
+from live_migration.coordinator import steps
 from live_migration.coordinator.beside import beside, translated
 from live_migration.coordinator.cutover import SourceBusy, cut_over
 from live_migration.coordinator.drift import watch_drift
 from live_migration.coordinator.handover import finish_after_handover
 from live_migration.coordinator.held import say_what_is_held
 from live_migration.coordinator.identity_watch import watch_identities
+from live_migration.coordinator.losses import find_loss
 from live_migration.coordinator.observer import Observer, Reporter
 from live_migration.coordinator.opening import open_migration
 from live_migration.coordinator.prepare import prepare
@@ -70,7 +72,13 @@ async def _until(stop: asyncio.Event, work: Coroutine[None, None, None]) -> None
 
 
 class _Conductor:
-    def __init__(self, settings: Settings, reporter: Reporter, pool: WorkerPool, ask_cutover: asyncio.Event) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        reporter: Reporter,
+        pool: WorkerPool,
+        ask_cutover: asyncio.Event,
+    ) -> None:
         self._settings = settings
         self._reporter = reporter
         self._pool = pool
@@ -137,6 +145,7 @@ class _Conductor:
             await prepare(run)
             self._show(run)
         elif run.phase is not Phase.DONE:
+            await self._require_whole(run)
             # An earlier coordinator may have died before it told the producer what it had prepared or published.
             await run.publications_changed(run.target)
         if run.phase is not Phase.DONE:
@@ -144,6 +153,13 @@ class _Conductor:
             await beside(self._lead_to_done(run), [self._pool.watch(), watch_identities(run), watch_slot(run)])
         await self._pool.stop()
         await finish_after_handover(run)
+
+    async def _require_whole(self, run: Run) -> None:
+        """Raise what is lost of slot or log, before anybody works with what is left; nothing is after the last barrier."""
+        with asking("target", "reading the migration's state"):
+            is_needed = not await steps.is_done(run.target, steps.BARRIER)
+        if is_needed and (loss := await find_loss(run)) is not None:
+            raise loss
 
     async def _lead_to_done(self, run: Run) -> None:
         if run.phase is Phase.SCHEMA:

@@ -11,7 +11,7 @@ from uuid import UUID
 from psycopg import OperationalError
 
 from live_migration.common.control import LogPosition, ProducerConfig
-from live_migration.common.errors import ConnectionLost, KafkaError, LiveMigrationError
+from live_migration.common.errors import ConnectionLost, LiveMigrationError, LogGap
 from live_migration.common.lsn import Lsn
 from live_migration.common.relation import quote_identifier
 from live_migration.common.segment import START, Position
@@ -212,14 +212,11 @@ def _warn_of_kafka() -> None:
 
 
 def lane_positions(position: LogPosition | None, lane_count: int) -> list[Position]:
-    """Give the last position of each lane. Raises KafkaError when the log has another number of lanes."""
+    """Give the last position of each lane. Raises LogGap when the log has another number of lanes."""
     if position is None:
         return [START] * lane_count
     if len(position.lanes) != lane_count:
-        raise KafkaError(
-            f"the change log has {len(position.lanes)} lanes, the migration's configuration says {lane_count}",
-            hint="Run `live-migration clean` and start the migration again.",
-        )
+        raise LogGap(f"the change log has {len(position.lanes)} lanes, the migration's configuration says {lane_count}")
     return [Position(*lane) for lane in position.lanes]
 
 
