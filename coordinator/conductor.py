@@ -25,6 +25,7 @@ from live_migration.coordinator.losses import find_loss
 from live_migration.coordinator.observer import Observer, Reporter
 from live_migration.coordinator.opening import open_migration
 from live_migration.coordinator.prepare import prepare
+from live_migration.coordinator.recopy import begin_recopy
 from live_migration.coordinator.run import APPLICATION, Run
 from live_migration.coordinator.schema import restore_schema
 from live_migration.coordinator.slot_watch import watch_slot
@@ -39,21 +40,24 @@ _STEADY_SECONDS = 60.0
 _HEARTBEAT_SECONDS = 5.0
 
 
-async def conduct(settings: Settings, *, stop: asyncio.Event, ask_cutover: asyncio.Event, observer: Observer) -> None:
+async def conduct(
+    settings: Settings, *, stop: asyncio.Event, ask_cutover: asyncio.Event, observer: Observer, recopy: bool = False
+) -> None:
     """Run a migration from wherever it is to its end, or until `stop` is set; then the next call goes on.
 
+    With `recopy` every table is copied again first, which is refused unless slot or change log are lost.
     Lost connections are made anew for ever once the migration has begun.
 
     Raises:
         LiveMigrationError: something stands in the way; the message says what is to be done.
     """
     reporter = Reporter(observer)
-    opened = await open_migration(settings, reporter)
+    opened = await open_migration(settings, reporter, must_exist=recopy)
     if opened is None:
         return
     try:
         async with WorkerPool(opened, reporter) as pool:
-            await _until(stop, _Conductor(opened, reporter, pool, ask_cutover).run())
+            await _until(stop, _Conductor(opened, reporter, pool, ask_cutover, recopy=recopy).run())
     finally:
         await say_what_is_held(opened, reporter)
 
@@ -78,11 +82,14 @@ class _Conductor:
         reporter: Reporter,
         pool: WorkerPool,
         ask_cutover: asyncio.Event,
+        *,
+        recopy: bool,
     ) -> None:
         self._settings = settings
         self._reporter = reporter
         self._pool = pool
         self._ask_cutover = ask_cutover
+        self._recopy = recopy
         self._owner = state.worker_id("coordinator")
         self._shown: Phase | None = None
 
@@ -140,6 +147,9 @@ class _Conductor:
                 await state.release_coordinator_lease(keeper, epoch)
 
     async def _lead(self, run: Run) -> None:
+        if self._recopy:
+            await begin_recopy(run)
+            self._recopy = False
         self._show(run)
         if run.phase is Phase.PREPARE:
             await prepare(run)

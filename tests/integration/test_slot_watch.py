@@ -10,7 +10,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from live_migration.common.errors import SlotLost
+from live_migration.common.errors import LiveMigrationError, SlotLost
 from live_migration.common.local_postgres import LocalPostgres
 from live_migration.common.settings import load_settings
 from live_migration.coordinator import slot_watch
@@ -116,3 +116,11 @@ async def test_a_slot_is_not_needed_any_more_after_the_last_barrier(
         await execute(source_database, f"select pg_drop_replication_slot('{unique_name}')")
         await conducted.until(task, lambda: bool(conducted.warned("nothing is lost")))
         assert not task.done()
+    with pytest.raises(LiveMigrationError, match="passed the last barrier"):
+        await conduct(
+            conducted.settings,
+            stop=asyncio.Event(),
+            ask_cutover=asyncio.Event(),
+            observer=conducted.observer,
+            recopy=True,
+        )
