@@ -14,7 +14,7 @@ from aiokafka.admin import NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.protocol.admin import DeleteGroupsRequest
 
-from live_migration.common.errors import ConnectionLost, KafkaError, LiveMigrationError
+from live_migration.common.errors import RECOPY, ConnectionLost, KafkaError, LiveMigrationError, LogGap
 from live_migration.common.kafka_clients import AdminClient, client_options, log_consumer
 from live_migration.common.settings import Settings
 
@@ -124,19 +124,24 @@ async def delete_group(settings: Settings, group: str) -> bool:
 
 
 async def check_topics(settings: Settings, lane_count: int) -> None:
-    """Raise KafkaError unless both topics are there with the settings and partition count that we gave them."""
+    """Raise KafkaError unless both topics are there with the settings and partition count that we gave them.
+
+    Raises:
+        LogGap: a topic is gone, or has another number of partitions.
+        KafkaError: a setting would lose changes.
+    """
     async with admin(settings) as client:
         for topic in (settings.changes_topic, settings.control_topic):
             if not await topic_exists(client, topic):
-                raise KafkaError(
-                    f"topic {topic} does not exist any more",
-                    hint="Somebody deleted it, or KAFKA names another broker. The changes in it are lost: `clean` and start again.",
+                raise LogGap(
+                    f"topic {topic} does not exist any more: somebody deleted it, or KAFKA names another broker",
+                    hint=f"Check KAFKA. {RECOPY}",
                 )
         (description,) = await client.describe_topics([settings.changes_topic])
         if len(description["partitions"]) != lane_count:
-            raise KafkaError(
+            raise LogGap(
                 f"topic {settings.changes_topic} has {len(description['partitions'])} partitions, the migration has {lane_count} lanes",
-                hint="Partitions must never be added to this topic. Run `live-migration clean` and start again.",
+                hint=f"Partitions must never be added to this topic. {RECOPY}",
             )
         found = await _topic_config(client, settings.changes_topic)
         for key, value in CHANGES_CONFIG.items():

@@ -123,13 +123,26 @@ class LogReader:
         self._client = log_consumer(settings, max_partition_fetch_bytes=FETCH_BYTES, fetch_max_bytes=FETCH_BYTES)
 
     async def open(self) -> None:
-        """Connect. Raises ConnectionLost when no broker answers."""
+        """Connect. Raises ConnectionLost when no broker answers, LogGap when the log ends before the lane's checkpoint."""
         try:
             await self._client.start()
         except kafka_errors.KafkaError as error:
             raise translate(error, f"connecting to read {self._partition.topic}") from error
         self._client.assign([self._partition])
         self._client.seek(self._partition, self._start_offset)
+        await self._check_end()
+
+    async def _check_end(self) -> None:
+        """Raise LogGap when the partition ends before where the lane goes on: what comes there next is another log's."""
+        try:
+            end = (await self._client.end_offsets([self._partition]))[self._partition]
+        except kafka_errors.KafkaError as error:
+            raise translate(error, f"looking at the end of {self._partition.topic}") from error
+        if end < self._start_offset:
+            raise LogGap(
+                f"{self._partition.topic}-{self._partition.partition} ends at offset {end}, but the lane is applied up to "
+                f"offset {self._start_offset}: the topic was made again, or the broker has lost the log's tail"
+            )
 
     async def close(self) -> None:
         """Close the connection and give back what fragments hold."""

@@ -136,7 +136,7 @@ class PartitionTask:
 
     async def _acquire(self, connection: asyncpg.Connection) -> Checkpoint:
         try:
-            return await checkpoints.acquire(connection, self._lane, self._worker)
+            return await checkpoints.acquire(connection, self._lane, self._worker, self._migration.topic_id)
         except TimeoutError as error:
             raise ConnectionLost(f"lane {self._lane}: its last owner's session on the target does not end") from error
 

@@ -135,12 +135,17 @@ def validate_command(**options: Any) -> int:
 
 @commands.command("migrate")
 @settings_options("source", "target", *KAFKA, "name", *CONDUCTOR, *PRODUCER, *CONSUMER, *LOG)
-def migrate_command(**options: Any) -> int:
+@click.option(
+    "--recopy",
+    is_flag=True,
+    help="Make a lost slot or change log anew and copy every table again; refused when nothing is lost.",
+)
+def migrate_command(recopy: bool, **options: Any) -> int:
     """Run the whole migration, or go on with it."""
     settings = _load(options)
     settings.source_uri()
     settings.target_uri()
-    return _run(migrating.migrate(settings))
+    return _run(migrating.migrate(settings, recopy=recopy))
 
 
 @commands.command("status")

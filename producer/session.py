@@ -9,7 +9,7 @@ from collections.abc import Coroutine
 from uuid import UUID
 
 from live_migration.common.control import LogPosition, ProducerConfig
-from live_migration.common.errors import KafkaError, LiveMigrationError
+from live_migration.common.errors import LiveMigrationError, LogGap
 from live_migration.common.lsn import Lsn
 from live_migration.common.relation import quote_identifier
 from live_migration.common.segment import START, Position
@@ -200,14 +200,11 @@ def _warn_of_kafka() -> None:
 
 
 def lane_positions(position: LogPosition | None, lane_count: int) -> list[Position]:
-    """Give the last position of each lane. Raises KafkaError when the log has another number of lanes."""
+    """Give the last position of each lane. Raises LogGap when the log has another number of lanes."""
     if position is None:
         return [START] * lane_count
     if len(position.lanes) != lane_count:
-        raise KafkaError(
-            f"the change log has {len(position.lanes)} lanes, the migration's configuration says {lane_count}",
-            hint="Run `live-migration clean` and start the migration again.",
-        )
+        raise LogGap(f"the change log has {len(position.lanes)} lanes, the migration's configuration says {lane_count}")
     return [Position(*lane) for lane in position.lanes]
 
 
