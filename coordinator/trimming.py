@@ -22,7 +22,7 @@ from aiokafka import errors as kafka_errors
 from aiokafka.admin import RecordsToDelete
 
 from live_migration.common import kafka
-from live_migration.common.errors import Fenced, LiveMigrationError
+from live_migration.common.errors import ConnectionLost, Fenced
 from live_migration.common.postgres import asking
 from live_migration.common.settings import MIB
 from live_migration.common.telemetry import get_logger
@@ -84,7 +84,7 @@ class TrimPlan:
 async def watch_trimming(run: Run) -> None:
     """Delete what is applied while the migration is in phase `replay`; returns only with `--keep-changes`.
 
-    A broker that does not let us is named, once, and asked again.
+    A broker that refuses is named, once, and asked again; one that is away is just asked again.
     """
     async with run.target_session("trimming") as target:
         if await _keeps_changes(run, target):
@@ -154,13 +154,16 @@ async def _delete(run: Run, offsets: Mapping[int, int], deadline: float) -> bool
             if time.monotonic() > deadline:
                 return False
             await client.delete_records(records)
-    except (kafka_errors.KafkaError, LiveMigrationError, TimeoutError) as error:
-        reason = f"{type(error).__name__}: {error.message if isinstance(error, LiveMigrationError) else error}"
-        run.reporter.warn_on_change(
-            "trimming",
-            f"applied segments cannot be deleted from topic {topic} and stay on the broker's disk ({reason.rstrip(': ')}); "
-            "our user needs the right to delete records there, or run with --keep-changes",
-        )
+    except (kafka_errors.KafkaError, ConnectionLost, TimeoutError) as error:
+        lost = kafka.translate(error, "deleting records") if isinstance(error, kafka_errors.KafkaError) else error
+        if isinstance(lost, ConnectionLost | TimeoutError):
+            log.info("applied segments not deleted, trying again", reason=str(lost) or "Kafka does not answer")
+        else:
+            run.reporter.warn_on_change(
+                "trimming",
+                f"applied segments of topic {topic} cannot be deleted and stay on the broker's disk: {type(error).__name__}: "
+                f"{error}; give our user the right to delete records there, or go on with --keep-changes",
+            )
         return False
     run.reporter.warn_on_change("trimming", "")
     log.info("applied segments deleted", topic=topic, below=dict(sorted(offsets.items())))

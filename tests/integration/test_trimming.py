@@ -166,7 +166,7 @@ async def test_a_broker_that_refuses_is_named_once_and_the_migration_goes_on(
             await wait_for(is_told)
             await asyncio.sleep(0.5)  # several looks more
             assert len(told(run)) == 1
-            assert f"from topic {it.settings.changes_topic}" in told(run)[0]
+            assert f"of topic {it.settings.changes_topic}" in told(run)[0]
             assert "OffsetOutOfRange" in told(run)[0]
             grow(it.lanes[0], {}, range(5))
             grow(it.lanes[0], {}, range(5, 9))
