@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import pytest
 
@@ -28,7 +28,7 @@ class FakeReader:
     def __init__(self, settings: object) -> None:
         pass
 
-    async def __aenter__(self) -> FakeReader:
+    async def __aenter__(self) -> Self:
         FakeReader.opened += 1
         return self
 
