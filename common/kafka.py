@@ -28,6 +28,9 @@ CHANGES_CONFIG = {
 }
 """What the change topic must say, or buffered changes could vanish."""
 
+CHANGES_FILES = {"segment.bytes": str(64 * 1024 * 1024)}
+"""How the change topic is made beside that. The broker deletes whole files only, and by its own default each would be 1 GiB."""
+
 CONTROL_CONFIG = {
     "cleanup.policy": "compact",
     "message.timestamp.type": "LogAppendTime",
@@ -80,8 +83,9 @@ async def create_topics(settings: Settings) -> None:
         brokers = len((await client.describe_cluster())["brokers"])
         factor = settings.replication_factor or min(3, brokers)
         in_sync = {"min.insync.replicas": "2" if factor >= 3 else "1"}
+        changes = CHANGES_CONFIG | CHANGES_FILES
         topics = [
-            NewTopic(settings.changes_topic, settings.partitions, factor, topic_configs={**CHANGES_CONFIG, **in_sync}),
+            NewTopic(settings.changes_topic, settings.partitions, factor, topic_configs={**changes, **in_sync}),
             NewTopic(settings.control_topic, 1, factor, topic_configs={**CONTROL_CONFIG, **in_sync}),
         ]
         for topic in topics:

@@ -60,6 +60,8 @@ class Settings(BaseSettings):
     """Of the topics; 0: 3, or as many as there are brokers."""
     segment_bytes: int = Field(128 * KIB, ge=4 * KIB, le=900 * KIB)
     """A segment is cut when its body reaches this; longer messages go in fragments of this size."""
+    keep_changes: bool = False
+    """Keep applied segments in the change topic until `clean`: for a target that may be restored, or fail over."""
     flush_interval: float = Field(0.05, gt=0)
     """Longest time that a received change waits in the producer before it is sent to Kafka."""
     flush_bytes: int = Field(8 * MIB, ge=64 * KIB)

@@ -29,6 +29,7 @@ from live_migration.coordinator.recopy import begin_recopy
 from live_migration.coordinator.run import APPLICATION, Run
 from live_migration.coordinator.schema import restore_schema
 from live_migration.coordinator.slot_watch import watch_slot
+from live_migration.coordinator.trimming import watch_trimming
 from live_migration.coordinator.waiting import await_copy, await_cutover_request
 from live_migration.coordinator.workers import WorkerPool
 
@@ -175,7 +176,7 @@ class _Conductor:
         if run.phase is Phase.SCHEMA:
             await restore_schema(run)
             self._show(run)
-        await beside(self._follow(run), [watch_drift(run)])
+        await beside(self._follow(run), [watch_drift(run), watch_trimming(run)])
 
     async def _follow(self, run: Run) -> None:
         if run.phase is Phase.COPY:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import asyncio
 import base64
 import struct
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import orjson
-from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka import ConsumerRecord, TopicPartition
 from aiokafka import errors as kafka_errors
 
 from live_migration.common import kafka, pgoutput, segment
 from live_migration.common.errors import FormatError, KafkaError
-from live_migration.common.kafka_clients import log_consumer
+from live_migration.common.kafka_clients import LogConsumer, log_consumer
 from live_migration.common.relation import Relation, ReplicaIdentity
 from live_migration.common.segment import Position
 from live_migration.common.settings import Settings
+from live_migration.common.telemetry import get_logger
+
+log = get_logger(__name__)
 
 _EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 _LENGTH = struct.Struct(">I")
@@ -130,6 +133,10 @@ class LineDecoder:
         self._fragments.clear()
         yield from self._lines(body, offset)
 
+    def begin_anew(self) -> None:
+        """Forget a segment's fragments: what follows is from elsewhere."""
+        self._fragments.clear()
+
     def _lines(self, body: bytes, offset: int) -> Iterator[Line]:
         relations: dict[int, Relation] = {}
         begin: pgoutput.Begin | None = None
@@ -219,7 +226,7 @@ async def tail(
         decoders = {partition.partition: LineDecoder(partition.partition) for partition in partitions}
         given = 0
         while limit is None or given < limit:
-            for record in await _next_records(consumer):
+            for record in await _next_records(consumer, decoders):
                 for line in decoders[record.partition].decode(record.value, record.offset):
                     if table is not None and table not in str(line.get("table", "")).split(", "):
                         continue
@@ -233,6 +240,27 @@ async def tail(
         await asyncio.shield(consumer.stop())
 
 
-async def _next_records(consumer: AIOKafkaConsumer) -> list[ConsumerRecord]:
-    fetched = await consumer.getmany(timeout_ms=1000, max_records=100)
+async def _next_records(consumer: LogConsumer, decoders: Mapping[int, LineDecoder]) -> list[ConsumerRecord]:
+    try:
+        fetched = await consumer.getmany(timeout_ms=1000, max_records=100)
+    except kafka_errors.OffsetOutOfRangeError as error:
+        await _skip_deleted(consumer, list(error.args[0]), decoders)
+        return []
     return [record for records in fetched.values() for record in records]
+
+
+async def _skip_deleted(
+    consumer: LogConsumer, partitions: list[TopicPartition], decoders: Mapping[int, LineDecoder]
+) -> None:
+    """Go on where the log now begins: applied segments are deleted while the migration runs."""
+    first = await consumer.beginning_offsets(partitions)
+    for partition in partitions:
+        position = await consumer.position(partition)
+        if position >= first[partition]:
+            raise KafkaError(
+                f"{partition.topic}-{partition.partition} has no offset {position} any more",
+                hint="The broker has lost the end of its log, or the topic was made again.",
+            )
+        log.warning("deleted before it was shown", lane=partition.partition, offset=position, until=first[partition])
+        consumer.seek(partition, first[partition])
+        decoders[partition.partition].begin_anew()
