@@ -129,6 +129,11 @@ class Settings(BaseSettings):
         """Name of the compacted topic that producer and coordinator talk over."""
         return f"{self.name}.control"
 
+    @property
+    def dead_letter_topic(self) -> str:
+        """Name of the topic that keeps the changes which were skipped."""
+        return f"{self.name}.dead-letter"
+
     def source_uri(self) -> str:
         """Give the source's URI. Raises UsageError when there is none."""
         return _required(self.source, "source")

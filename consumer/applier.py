@@ -16,13 +16,14 @@ from zlib import crc32
 import asyncpg
 
 from live_migration.common import pgoutput
-from live_migration.common.errors import FormatError, LaneStopped
+from live_migration.common.errors import FormatError
 from live_migration.common.postgres import CONNECTION_ERRORS
 from live_migration.common.relation import QualifiedName
 from live_migration.consumer import statements
 from live_migration.consumer.decoder import Batch, TableRun, TruncateStep, all_runs
 from live_migration.consumer.folding import NotFoldable, decode_change, fold, fold_whole_rows
 from live_migration.consumer.layouts import Span
+from live_migration.consumer.refusal import BatchRefused, said
 from live_migration.consumer.row_encoding import (
     UNCHANGED,
     CopyRow,
@@ -66,7 +67,7 @@ class Applier:
         """Apply a batch inside the transaction that `begin` opened.
 
         Raises:
-            LaneStopped: the target refuses a change, or a change does not find exactly its row. Roll back.
+            BatchRefused: the target refuses a change, or a change does not find exactly its row. Roll back.
         """
         for step in batch.steps:
             if isinstance(step, TruncateStep):
@@ -83,8 +84,9 @@ class Applier:
         except CONNECTION_ERRORS:
             raise
         except asyncpg.PostgresError as error:
-            raise LaneStopped(
-                f"TRUNCATE of {', '.join(str(t.name) for t in step.tables)} at {step.position} fails on the target: {_said(error)}"
+            raise BatchRefused(
+                f"TRUNCATE of {', '.join(str(t.name) for t in step.tables)} at {step.position} fails on the target: {said(error)}",
+                reason=said(error),
             ) from error
 
     async def _apply_run(self, run: TableRun) -> None:
@@ -138,7 +140,9 @@ class Applier:
             format="binary" if binary else "text",
         )
         if (arrived := _row_count(status)) != expected:
-            raise LaneStopped(f"{table}: COPY took {arrived} of {expected} rows")
+            raise BatchRefused(
+                f"{table}: COPY took {arrived} of {expected} rows", reason=f"COPY took {arrived} of {expected} rows"
+            )
 
     # mixed runs
 
@@ -232,8 +236,9 @@ class Applier:
     async def _in_source_order(self, run: TableRun) -> None:
         table = run.table
         if not table.key and not table.is_full:
-            raise LaneStopped(
+            raise BatchRefused(
                 f"{table.name}: an UPDATE or DELETE at {run.position(0)} has no replica identity to find its row by",
+                reason="no replica identity to find its row by",
                 hint="Give the table a replica identity on the source before its changes are published.",
             )
         messages = run.messages()
@@ -249,8 +254,9 @@ class Applier:
             if error.sqlstate != statements.WRONG_ROW_COUNT:
                 raise
             number = int(error.detail or 0)
-            raise LaneStopped(
+            raise BatchRefused(
                 f"{table.name}: the change at {run.position(number)}: {error.args[0]}",
+                reason=str(error.args[0]),
                 hint="The target's rows are not the source's: somebody wrote to the target, or the copy was not whole.",
             ) from error
 
@@ -271,16 +277,19 @@ class Applier:
         hit = _row_count(status)
         if hit != expected:
             first, last = run.position(0), run.position(run.count - 1)
-            raise LaneStopped(
-                f"{run.table.name}: {verb} hits {hit} rows where the source changed {expected}, between {first} and {last}",
+            reason = f"{verb} hits {hit} rows where the source changed {expected}"
+            raise BatchRefused(
+                f"{run.table.name}: {reason}, between {first} and {last}",
+                reason=reason,
                 hint="The target's rows are not the source's: somebody wrote to the target, or the copy was not whole.",
             )
 
     def _refuse(self, run: TableRun, error: asyncpg.PostgresError) -> NoReturn:
         first, last = run.position(0), run.position(run.count - 1)
         where = f"at {first}" if first == last else f"between {first} and {last}"
-        raise LaneStopped(
-            f"{run.table.name}: the target refuses a change {where}: {_said(error)}",
+        raise BatchRefused(
+            f"{run.table.name}: the target refuses a change {where}: {said(error)}",
+            reason=said(error),
             hint=error.hint or "Mend the target (or the row that stands in the way); the lane then goes on by itself.",
         ) from error
 
@@ -347,8 +356,3 @@ async def _as_async(chunks: Iterable[Message]) -> AsyncIterator[Message]:
 
 def _row_count(status: str) -> int:
     return int(status.rpartition(" ")[2])
-
-
-def _said(error: asyncpg.PostgresError) -> str:
-    detail = f" ({error.detail})" if error.detail else ""
-    return f"{error.args[0]}{detail} [SQLSTATE {error.sqlstate}]"

@@ -42,12 +42,12 @@ _ADVANCE = """
     update _live_migration.checkpoints
     set next_offset = $4, commit_lsn = $5::text::pg_lsn, ordinal = $6, barrier = coalesce($7, barrier),
         change_count = change_count + $8, byte_count = byte_count + $9, commit_time = coalesce($10, commit_time),
-        updated_at = clock_timestamp(), error = null, hint = null
+        updated_at = clock_timestamp(), error = null, hint = null, refused = null
     where lane = $1 and epoch = $2 and next_offset = $3
 """
 
 _RECORD_ERROR = """
-    update _live_migration.checkpoints set error = $3, hint = $4, updated_at = clock_timestamp()
+    update _live_migration.checkpoints set error = $3, hint = $4, refused = $5::text::jsonb, updated_at = clock_timestamp()
     where lane = $1 and epoch = $2
 """
 
@@ -128,6 +128,11 @@ async def advance(connection: asyncpg.Connection, checkpoint: Checkpoint, by: Ad
     return Checkpoint(checkpoint.lane, checkpoint.epoch, by.next_offset, by.position)
 
 
-async def record_error(connection: asyncpg.Connection, lane: int, epoch: int, message: str, hint: str) -> None:
-    """Show why the lane stands still, unless a successor holds it; its next applied batch clears it."""
-    await connection.execute(_RECORD_ERROR, lane, epoch, message, hint)
+async def record_error(
+    connection: asyncpg.Connection, lane: int, epoch: int, message: str, hint: str, refused: str | None
+) -> None:
+    """Show why the lane stands still, unless a successor holds it; its next applied batch clears it.
+
+    `refused`: the change that could be skipped, as JSON (`ChangeRefused.as_json`).
+    """
+    await connection.execute(_RECORD_ERROR, lane, epoch, message, hint, refused)

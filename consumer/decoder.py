@@ -90,6 +90,13 @@ class TableRun:
             messages += piece.messages() if isinstance(piece, Span) else piece
         return messages
 
+    def ordinals(self) -> list[int]:
+        """Give each message's ordinal, less the base of the mark before it."""
+        ordinals: list[int] = []
+        for piece in self._pieces:
+            ordinals += map(piece.ordinal, range(piece.row_count)) if isinstance(piece, Span) else piece[1]
+        return ordinals
+
     def position(self, index: int) -> Position:
         """Give the position of the run's message number `index`."""
         commit_lsn, base = 0, 0

@@ -24,6 +24,7 @@ from live_migration.coordinator.findings import name_list
 from live_migration.coordinator.handover import hand_over
 from live_migration.coordinator.identity_watch import reconcile
 from live_migration.coordinator.run import APPLICATION, Run
+from live_migration.coordinator.skip import describe_skips, read_skips
 from live_migration.coordinator.steps import BARRIER
 from live_migration.producer.slot import OpenTransaction, describe_transactions, open_transactions
 
@@ -61,9 +62,10 @@ async def request_cutover(settings: Settings, *, patience: float = _START_SECOND
                     hint="Start `live-migration migrate` again, then ask for the cutover.",
                 )
             await add_request(target)
+            skipped = "".join(f"\n{line}" for line in describe_skips(await read_skips(target)))
     if migration.phase in (Phase.REPLAY, Phase.CUTOVER):
-        return "the coordinator was asked for the cutover"
-    return f"the coordinator was asked for the cutover; it begins after phase {migration.phase.value}"
+        return f"the coordinator was asked for the cutover{skipped}"
+    return f"the coordinator was asked for the cutover; it begins after phase {migration.phase.value}{skipped}"
 
 
 async def _await_coordinator(target: asyncpg.Connection, patience: float) -> bool:

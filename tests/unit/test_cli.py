@@ -56,7 +56,7 @@ def test_version(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_command_of_the_design_is_there() -> None:
     assert set(commands.commands) == {
-        "validate", "migrate", "status", "cutover", "verify", "clean", "producer", "consumer", "tail", "demo",
+        "validate", "migrate", "status", "cutover", "skip", "verify", "clean", "producer", "consumer", "tail", "demo",
     }  # fmt: skip
 
 
