@@ -1,6 +1,6 @@
 export PYTHONSAFEPATH = 1
 
-.PHONY: venv check test demo
+.PHONY: venv check test demo bench
 
 venv: .venv/stamp
 
@@ -20,3 +20,9 @@ test: venv
 
 demo: venv
 	.venv/bin/live-migration demo
+
+CASES =
+ROUNDS = 3
+SCALE = 1.0
+bench: venv
+	PYTHONSAFEPATH= .venv/bin/python -u -m benchmarks $(CASES) --rounds $(ROUNDS) --scale $(SCALE)

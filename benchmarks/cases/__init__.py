@@ -1,0 +1,33 @@
+"""One file a case; `CASES` names them in the order in which they run."""
+
+from __future__ import annotations
+
+from benchmarks.cases import (
+    backlog_binary,
+    backlog_text,
+    deletes,
+    full_without_key,
+    kafka_to_target,
+    slot_to_kafka,
+    small_transactions,
+    tpcb,
+    updates,
+    wide_text,
+)
+from benchmarks.cases.case import Case
+
+CASES: dict[str, Case] = {
+    each.CASE.name: each.CASE
+    for each in (
+        backlog_binary,
+        kafka_to_target,
+        slot_to_kafka,
+        backlog_text,
+        updates,
+        deletes,
+        small_transactions,
+        tpcb,
+        wide_text,
+        full_without_key,
+    )
+}
