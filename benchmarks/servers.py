@@ -26,6 +26,7 @@ POSTGRES_SETTINGS = {
     "maintenance_work_mem": "512MB",
     "max_worker_processes": "16",
     "max_connections": "100",
+    "max_locks_per_transaction": "512",  # pg_dump locks each table of many_tables
     "autovacuum": "off",  # VACUUM ANALYZE is run between the rounds, on both sides, outside of what is measured
     "wal_sender_timeout": "0",  # our walsender stands still while a backlog is loaded
 }

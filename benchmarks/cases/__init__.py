@@ -10,6 +10,9 @@ from benchmarks.cases import (
     kafka_to_target,
     slot_to_kafka,
     small_transactions,
+    snapshot_mixed,
+    snapshot_one_table,
+    snapshot_pgcopydb,
     tpcb,
     updates,
     wide_text,
@@ -19,6 +22,9 @@ from benchmarks.cases.case import Case
 CASES: dict[str, Case] = {
     each.CASE.name: each.CASE
     for each in (
+        snapshot_mixed,
+        snapshot_pgcopydb,
+        snapshot_one_table,
         backlog_binary,
         kafka_to_target,
         slot_to_kafka,

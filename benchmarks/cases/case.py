@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from benchmarks.results import CaseResult, Plan
 
 
+class Skipped(Exception):
+    """A case cannot run here; the message says what is missing."""
+
+
 @dataclass(frozen=True)
 class Case:
     """A named measurement. `aim`: the ratio that is to be reached, for cases with a peer."""

@@ -71,6 +71,14 @@ class Program:
         for _, process, _ in ending:
             await wait_for_exit(process, timeout_seconds=60)
 
+    async def run(self, command: str, *, timeout_seconds: float) -> None:
+        """Run a command of ours to its end; raises RuntimeError with the end of its log when it fails."""
+        self.start(command)
+        _, process, log = self._running.pop()
+        code = await wait_for_exit(process, timeout_seconds=timeout_seconds)
+        if code != 0:
+            raise RuntimeError(f"our {command} ended with code {code}:\n{log_tail(log)}")
+
     def check(self) -> None:
         """Raise RuntimeError with the end of its log when a process has ended."""
         for kind, process, log in self._running:
