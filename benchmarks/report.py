@@ -91,7 +91,7 @@ def to_table(cases: dict[str, Any]) -> str:
             )
             lines.append("| " + " | ".join(cells) + " |")
             if entry["figures"]:
-                told = ", ".join(f"{what} {value:,.3g}" for what, value in entry["figures"].items())
+                told = ", ".join(f"{what} {value:,.1f}" for what, value in entry["figures"].items())
                 lines.append(f"| | | | | | {told} | | |")
     return "\n".join(lines)
 

@@ -68,15 +68,16 @@ class Entry:
 
 @dataclass
 class CaseResult:
-    """A case's entries; the first is ours, ratios are the others' times by ours."""
+    """A case's entries; the first is ours, ratios are the others' times by its. `has_ratio`: whether there are any."""
 
     name: str
     about: str
     entries: list[Entry]
+    has_ratio: bool = True
 
     def ratio(self, entry: Entry) -> float | None:
-        """Give the peer's time by ours; None for entries of our own."""
-        if entry is self.entries[0] or entry.contestant.startswith("ours"):
+        """Give the time of a contestant by that of the first one."""
+        if entry is self.entries[0] or not self.has_ratio:
             return None
         return entry.median_seconds / self.entries[0].median_seconds
 

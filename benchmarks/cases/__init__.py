@@ -5,15 +5,19 @@ from __future__ import annotations
 from benchmarks.cases import (
     backlog_binary,
     backlog_text,
+    cost_per_row,
     deletes,
     full_without_key,
     kafka_to_target,
+    latency,
+    many_tables,
     slot_to_kafka,
     small_transactions,
     snapshot_mixed,
     snapshot_one_table,
     snapshot_pgcopydb,
     tpcb,
+    two_consumers,
     updates,
     wide_text,
 )
@@ -35,5 +39,9 @@ CASES: dict[str, Case] = {
         tpcb,
         wide_text,
         full_without_key,
+        latency,
+        cost_per_row,
+        many_tables,
+        two_consumers,
     )
 }

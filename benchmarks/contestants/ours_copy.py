@@ -16,6 +16,8 @@ _CLEAN_SECONDS = 300
 class OursCopy:
     """One coordinator, one producer, `consumers` consumers; counted from the start of phase copy to that of phase replay."""
 
+    copies_rows = True
+
     def __init__(self, *, consumers: int = 1, options: dict[str, str] | None = None) -> None:
         self._consumers = consumers
         self._options = options or {}

@@ -24,7 +24,7 @@ class DumpRestore:
 
     def __init__(self, *, jobs: int = 2, schema_only: bool = False) -> None:
         self._jobs = str(jobs)
-        self._schema_only = schema_only
+        self.copies_rows = not schema_only
         self.name = "pg_dump and pg_restore of the schema" if schema_only else f"pg_dump -j{jobs}, pg_restore -j{jobs}"
 
     def version(self, server: str) -> str:
@@ -33,7 +33,7 @@ class DumpRestore:
     async def copy(self, servers: Servers, rows: int) -> Round:
         with tempfile.TemporaryDirectory(prefix="live-migration-bench-") as folder:
             dump = Path(folder, "dump")
-            only = ["--schema-only"] if self._schema_only else []
+            only = ["--schema-only"] if not self.copies_rows else []
             commands = [
                 ["pg_dump", *only, "-Fd", "-j", self._jobs, "-Z0", "-f", str(dump), servers.source_uri],
                 ["pg_restore", "-j", self._jobs, "-d", servers.target_uri, str(dump)],
@@ -46,6 +46,8 @@ class DumpRestore:
 
 class PgCopyDb:
     """pgcopydb clone. It ends with VACUUM ANALYZE of each table, which its version 0.10 cannot leave out."""
+
+    copies_rows = True
 
     def __init__(self, *, table_jobs: int = 4) -> None:
         self._jobs = str(table_jobs)
