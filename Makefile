@@ -1,6 +1,6 @@
 export PYTHONSAFEPATH = 1
 
-.PHONY: venv check test demo chaos
+.PHONY: venv check test demo chaos bench
 
 venv: .venv/stamp
 
@@ -21,7 +21,8 @@ test: venv
 demo: venv
 	.venv/bin/live-migration demo
 
-ROUNDS ?= 5
-SEED ?= 1
 chaos: venv  # see docs/reliability.md; PYTHONSAFEPATH keeps tests/ from being found
-	PYTHONSAFEPATH= .venv/bin/python -u -m tests.chaos --rounds $(ROUNDS) --seed $(SEED) $(if $(MINUTES),--minutes $(MINUTES)) $(CHAOS)
+	PYTHONSAFEPATH= .venv/bin/python -u -m tests.chaos $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(CHAOS)
+
+bench: venv  # see docs/performance.md
+	PYTHONSAFEPATH= .venv/bin/python -u -m benchmarks $(CASES) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SCALE),--scale $(SCALE))

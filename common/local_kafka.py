@@ -63,6 +63,9 @@ _SETTINGS = {
     # A broker that was killed registers anew only when its old session is over.
     "broker.session.timeout.ms": "4000",
     "broker.heartbeat.interval.ms": "500",
+    # Applied changes leave the disk soon after they are deleted; by default after six minutes.
+    "log.retention.check.interval.ms": "5000",
+    "log.segment.delete.delay.ms": "1000",
     # By default 128 MiB, taken from the small heap at once.
     "log.cleaner.dedupe.buffer.size": str(16 * 1024 * 1024),
 }

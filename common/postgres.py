@@ -63,9 +63,9 @@ CONNECTION_ERRORS = (
 
 
 async def connect(
-    uri: str, side: Side, *, application: str = "live-migration", timeout: float = 20.0
+    uri: str, side: Side, *, application: str = "live-migration", timeout: float = 20.0, replication: bool = False
 ) -> asyncpg.Connection:
-    """Open a session with our settings and TCP keepalives.
+    """Open a session with our settings and TCP keepalives; with `replication`, one of a walsender.
 
     Raises:
         UsageError: the URI cannot be read.
@@ -78,7 +78,11 @@ async def connect(
             uri,
             timeout=timeout,
             statement_cache_size=0,
-            server_settings={**SESSION_SETTINGS, "application_name": application},
+            server_settings={
+                **SESSION_SETTINGS,
+                "application_name": application,
+                **({"replication": "database"} if replication else {}),
+            },
         )
     except (OSError, *CONNECTION_ERRORS) as error:  # of the net: no route, no such host
         raise ConnectionLost(

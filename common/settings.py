@@ -60,6 +60,8 @@ class Settings(BaseSettings):
     """Of the topics; 0: 3, or as many as there are brokers."""
     segment_bytes: int = Field(128 * KIB, ge=4 * KIB, le=900 * KIB)
     """A segment is cut when its body reaches this; longer messages go in fragments of this size."""
+    keep_changes: bool = False
+    """Keep applied segments in the change topic until `clean`: for a target that may be restored, or fail over."""
     flush_interval: float = Field(0.05, gt=0)
     """Longest time that a received change waits in the producer before it is sent to Kafka."""
     flush_bytes: int = Field(8 * MIB, ge=64 * KIB)
@@ -83,6 +85,8 @@ class Settings(BaseSettings):
     """How long a claim holds without a renewal; a dead worker's part is taken over after that."""
     slot_timeout: float = Field(600.0, gt=0)
     """How long slot creation waits for transactions that are open on the source."""
+    max_slot_lag: int = Field(0, ge=0)
+    """WAL that the slot may keep on the source before it is dropped, and the migration stops; 0: no bound."""
 
     batch_rows: int = Field(100_000, ge=1)
     batch_bytes: int = Field(16 * MIB, ge=64 * KIB)
@@ -124,6 +128,11 @@ class Settings(BaseSettings):
     def control_topic(self) -> str:
         """Name of the compacted topic that producer and coordinator talk over."""
         return f"{self.name}.control"
+
+    @property
+    def dead_letter_topic(self) -> str:
+        """Name of the topic that keeps the changes which were skipped."""
+        return f"{self.name}.dead-letter"
 
     def source_uri(self) -> str:
         """Give the source's URI. Raises UsageError when there is none."""

@@ -18,6 +18,13 @@ FETCH_BYTES = 1024 * 1024
 """What the client asks for at a time, and holds at most beside the budget; one record may be larger."""
 RECORDS_AT_ONCE = 16
 POLL_MS = 1000
+_DELETED_HINT = (
+    "Applied segments are deleted behind the checkpoints that are flushed on the target. If the target was restored or failed over, "
+    "go back to the newest state of it; else run `live-migration clean` and start again, with --keep-changes for such a target."
+)
+_LOST_HINT = (
+    "The broker has lost the end of its log, or the topic was made again. Run `live-migration clean` and start again."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +130,26 @@ class LogReader:
         self._client = log_consumer(settings, max_partition_fetch_bytes=FETCH_BYTES, fetch_max_bytes=FETCH_BYTES)
 
     async def open(self) -> None:
-        """Connect. Raises ConnectionLost when no broker answers."""
+        """Connect. Raises ConnectionLost when no broker answers, LogGap when the log ends before the lane's checkpoint."""
         try:
             await self._client.start()
         except kafka_errors.KafkaError as error:
             raise translate(error, f"connecting to read {self._partition.topic}") from error
         self._client.assign([self._partition])
         self._client.seek(self._partition, self._start_offset)
+        await self._check_end()
+
+    async def _check_end(self) -> None:
+        """Raise LogGap when the partition ends before where the lane goes on: what comes there next is another log's."""
+        try:
+            end = (await self._client.end_offsets([self._partition]))[self._partition]
+        except kafka_errors.KafkaError as error:
+            raise translate(error, f"looking at the end of {self._partition.topic}") from error
+        if end < self._start_offset:
+            raise LogGap(
+                f"{self._partition.topic}-{self._partition.partition} ends at offset {end}, but the lane is applied up to "
+                f"offset {self._start_offset}: the topic was made again, or the broker has lost the log's tail"
+            )
 
     async def close(self) -> None:
         """Close the connection and give back what fragments hold."""
@@ -146,13 +166,25 @@ class LogReader:
         try:
             records = await self._client.getmany(self._partition, timeout_ms=POLL_MS, max_records=RECORDS_AT_ONCE)
         except kafka_errors.OffsetOutOfRangeError as error:
-            offset = await self._client.position(self._partition)
-            place = f"{self._partition.topic}-{self._partition.partition}-{offset}"
-            raise LogGap(f"{place}: the broker does not have this offset, which the lane needs next") from error
+            raise await self._explain_missing() from error
         except kafka_errors.KafkaError as error:
             raise translate(error, f"reading {self._partition.topic}-{self._partition.partition}") from error
         found: list[ConsumerRecord[bytes, bytes]] = records.get(self._partition, [])
         return found
+
+    async def _explain_missing(self) -> LogGap:
+        """Give the error for an offset that the broker does not have."""
+        topic, lane = self._partition
+        try:
+            offset = await self._client.position(self._partition)
+            first = (await self._client.beginning_offsets([self._partition]))[self._partition]
+            end = (await self._client.end_offsets([self._partition]))[self._partition]
+        except kafka_errors.KafkaError as error:
+            raise translate(error, f"reading {topic}-{lane}") from error
+        needed = f"{topic}-{lane}-{offset}: the broker does not have this offset, which the lane needs next"
+        if offset < first:
+            return LogGap(f"{needed}: it begins at {first}, what was before is deleted", hint=_DELETED_HINT)
+        return LogGap(f"{needed}: it ends at {end}", hint=_LOST_HINT)
 
     async def take(self, record: ConsumerRecord[bytes, bytes]) -> Segment | None:
         """Give the segment that a record completes, once its bytes fit into the budget."""

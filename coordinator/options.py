@@ -26,6 +26,7 @@ _TYPES: dict[str, click.ParamType[Any] | type] = {
     "lock_timeout": float,
     "lease": float,
     "slot_timeout": float,
+    "max_slot_lag": int,
     "consumers": int,
     "partitions": int,
     "replication_factor": int,
@@ -58,6 +59,7 @@ _HELP = {
     "partitions": "Lanes of the change log, applied in parallel.  [default: 8]",
     "replication_factor": "Replicas of the topics; 0: 3, or as many as there are brokers.  [default: 0]",
     "segment_bytes": "Size of a segment of the change log.  [default: 131072]",
+    "keep_changes": "Keep applied changes in Kafka until `clean`.  [default: --no-keep-changes]",
     "flush_interval": "Seconds that a change waits in the producer at most.  [default: 0.05]",
     "flush_bytes": "Bytes of segments in one Kafka transaction.  [default: 8388608]",
     "status_interval": "Seconds between replies to the walsender.  [default: 5]",
@@ -69,6 +71,7 @@ _HELP = {
     "lock_timeout": "Seconds that a statement of ours waits for a lock on the source.  [default: 2]",
     "lease": "Seconds that a claim outlives its worker.  [default: 15]",
     "slot_timeout": "Seconds that the slot's creation waits for open transactions.  [default: 600]",
+    "max_slot_lag": "Bytes of WAL that the slot may keep on the source before it is dropped; 0: no bound.  [default: 0]",
     "batch_rows": "Changes that one target transaction applies at most.  [default: 100000]",
     "batch_bytes": "Bytes of changes that one target transaction applies at most.  [default: 16777216]",
     "memory": "Bytes of segments that one consumer holds.  [default: 100663296]",
@@ -107,8 +110,10 @@ CONDUCTOR = (
     "replica_identity_full",
     "partitions",
     "replication_factor",
+    "keep_changes",
     "part_size",
     "slot_timeout",
+    "max_slot_lag",
 )
 
 
@@ -131,8 +136,8 @@ def settings_options(*fields: str) -> Callable[[Command], Command]:
 def _option(field: str) -> Callable[[Command], Command]:
     flag = f"--{field.replace('_', '-')}"
     text = f"{_HELP[field]}  [env: {variable(field)}]"
-    if field == "workers":
-        return click.option("--workers/--no-workers", default=None, help=text)
+    if field in ("workers", "keep_changes"):
+        return click.option(f"{flag}/--no-{flag.removeprefix('--')}", default=None, help=text)
     if field in ("replica_identity_full", "log_json"):
         return click.option(flag, is_flag=True, default=None, help=text)
     return click.option(flag, type=_TYPES.get(field, str), default=None, help=text)

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import struct
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from uuid import UUID
 
 import orjson
-from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka import ConsumerRecord, TopicPartition
 from aiokafka import errors as kafka_errors
 
 from live_migration.common import kafka, pgoutput, segment
 from live_migration.common.errors import FormatError, KafkaError
-from live_migration.common.kafka_clients import log_consumer
+from live_migration.common.kafka_clients import LogConsumer, log_consumer
+from live_migration.common.readable import JsonValue, readable
 from live_migration.common.relation import Relation, ReplicaIdentity
 from live_migration.common.segment import Position
 from live_migration.common.settings import Settings
+from live_migration.common.telemetry import get_logger
+
+log = get_logger(__name__)
 
 _EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 _LENGTH = struct.Struct(">I")
 
-JsonValue = str | None | dict[str, str] | dict[str, bool]
 Line = dict[str, object]
 
 
@@ -58,46 +59,10 @@ def decode_tuple(message: bytes, at: int, relation: Relation) -> tuple[list[Json
             at += 4 + length
             if at > len(message):
                 raise FormatError(f"tuple of {relation.name} is cut short")
-            values.append(value.decode(errors="replace") if kind == b"t" else _readable(column.type_oid, value))
+            values.append(value.decode(errors="replace") if kind == b"t" else readable(column.type_oid, value))
         else:
             raise FormatError(f"tuple of {relation.name} has a value of kind {kind!r}")
     return values, at
-
-
-def _readable(type_oid: int, value: bytes) -> JsonValue:
-    """Give a binary value of a common type as its text, any other one as base64."""
-    try:
-        decode = _DECODERS.get(type_oid)
-        return decode(value) if decode else {"$binary": base64.b64encode(value).decode()}
-    except (struct.error, ValueError, OverflowError):
-        return {"$binary": base64.b64encode(value).decode()}
-
-
-def _integer(value: bytes) -> str:
-    return str(int.from_bytes(value, "big", signed=True))
-
-
-def _timestamp(value: bytes) -> str:
-    microseconds = int.from_bytes(value, "big", signed=True)
-    if microseconds in (2**63 - 1, -(2**63)):
-        return "infinity" if microseconds > 0 else "-infinity"
-    return str((_EPOCH + timedelta(microseconds=microseconds)).replace(tzinfo=None))
-
-
-_DECODERS: dict[int, Callable[[bytes], str]] = {
-    **dict.fromkeys((20, 21, 23), _integer),
-    **dict.fromkeys((19, 25, 114, 1042, 1043), bytes.decode),
-    16: lambda value: "t" if value == b"\1" else "f",
-    17: lambda value: f"\\x{value.hex()}",
-    26: lambda value: str(int.from_bytes(value, "big")),
-    700: lambda value: f"{struct.unpack('>f', value)[0]:.9g}",
-    701: lambda value: repr(struct.unpack(">d", value)[0]),
-    1114: _timestamp,
-    1184: lambda value: f"{_timestamp(value)}+00" if "infinity" not in _timestamp(value) else _timestamp(value),
-    2950: lambda value: str(UUID(bytes=value)),
-    3802: lambda value: value[1:].decode(),
-}
-"""By type oid: integers, text of all kinds and json, bool, bytea, oid, floats, timestamps, uuid, jsonb."""
 
 
 @dataclass(slots=True)
@@ -129,6 +94,10 @@ class LineDecoder:
             body = b"".join(self._fragments)
         self._fragments.clear()
         yield from self._lines(body, offset)
+
+    def begin_anew(self) -> None:
+        """Forget a segment's fragments: what follows is from elsewhere."""
+        self._fragments.clear()
 
     def _lines(self, body: bytes, offset: int) -> Iterator[Line]:
         relations: dict[int, Relation] = {}
@@ -219,7 +188,7 @@ async def tail(
         decoders = {partition.partition: LineDecoder(partition.partition) for partition in partitions}
         given = 0
         while limit is None or given < limit:
-            for record in await _next_records(consumer):
+            for record in await _next_records(consumer, decoders):
                 for line in decoders[record.partition].decode(record.value, record.offset):
                     if table is not None and table not in str(line.get("table", "")).split(", "):
                         continue
@@ -233,6 +202,27 @@ async def tail(
         await asyncio.shield(consumer.stop())
 
 
-async def _next_records(consumer: AIOKafkaConsumer) -> list[ConsumerRecord]:
-    fetched = await consumer.getmany(timeout_ms=1000, max_records=100)
+async def _next_records(consumer: LogConsumer, decoders: Mapping[int, LineDecoder]) -> list[ConsumerRecord]:
+    try:
+        fetched = await consumer.getmany(timeout_ms=1000, max_records=100)
+    except kafka_errors.OffsetOutOfRangeError as error:
+        await _skip_deleted(consumer, list(error.args[0]), decoders)
+        return []
     return [record for records in fetched.values() for record in records]
+
+
+async def _skip_deleted(
+    consumer: LogConsumer, partitions: list[TopicPartition], decoders: Mapping[int, LineDecoder]
+) -> None:
+    """Go on where the log now begins: applied segments are deleted while the migration runs."""
+    first = await consumer.beginning_offsets(partitions)
+    for partition in partitions:
+        position = await consumer.position(partition)
+        if position >= first[partition]:
+            raise KafkaError(
+                f"{partition.topic}-{partition.partition} has no offset {position} any more",
+                hint="The broker has lost the end of its log, or the topic was made again.",
+            )
+        log.warning("deleted before it was shown", lane=partition.partition, offset=position, until=first[partition])
+        consumer.seek(partition, first[partition])
+        decoders[partition.partition].begin_anew()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Self
 
 import asyncpg
 
 from live_migration.common.control import POSITION, LogPosition
-from live_migration.common.kafka import read_control
+from live_migration.common.errors import ConnectionLost
+from live_migration.common.kafka import ControlReader
 from live_migration.common.postgres import asking
 from live_migration.common.progress import Lag, LagMeter
 from live_migration.common.state import Phase
@@ -19,6 +23,7 @@ from live_migration.coordinator.schema import read_post_data
 
 _POLL_SECONDS = 0.25
 _LAG_SECONDS = 2.0
+_READ_SECONDS = 10.0
 
 _UNREADY = """
     select (select count(*) from _live_migration.tables where state <> 'ready') as tables,
@@ -54,7 +59,7 @@ async def await_copy(run: Run) -> None:
 async def await_cutover_request(run: Run, ask_cutover: asyncio.Event) -> None:
     """Wait until somebody asks for the cutover, or with `--cutover auto` until the target has caught up; then enter it."""
     troubles = _Troubles(run)
-    async with run.source_session("lag") as source:
+    async with run.source_session("lag") as source, LogEnd(run) as log_end:
         meter = LagMeter(run.migration.start_lsn or 0)
         measured, caught_up = 0.0, 0
         is_announced = False
@@ -68,7 +73,7 @@ async def await_cutover_request(run: Run, ask_cutover: asyncio.Event) -> None:
             if (is_auto := run.settings.cutover == "auto") or not is_announced:
                 if time.monotonic() - measured >= _LAG_SECONDS:
                     measured = time.monotonic()
-                    lag = await read_lag(run, source, meter)
+                    lag = await read_lag(run, source, log_end, meter)
                     caught_up = caught_up + 1 if lag is not None and lag.is_caught_up else 0
                 if caught_up >= 2 and is_auto:
                     with asking("target", "recording the request"):
@@ -84,12 +89,48 @@ async def await_cutover_request(run: Run, ask_cutover: asyncio.Event) -> None:
     await run.reload()
 
 
-async def read_lag(run: Run, source: asyncpg.Connection, meter: LagMeter) -> Lag | None:
-    """Measure the lag; None before the producer has sent anything."""
-    control = await read_control(run.settings)
-    if POSITION not in control:
+class LogEnd:
+    """How far the change log reaches: one reader of the control topic, kept open, and made anew after an error."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._stack = AsyncExitStack()
+        self._reader: ControlReader | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._close()
+
+    async def read(self) -> LogPosition | None:
+        """Give the newest position; None while the producer has sent nothing or the broker is away, which is said once."""
+        try:
+            async with asyncio.timeout(_READ_SECONDS):
+                if self._reader is None:
+                    self._reader = await self._stack.enter_async_context(ControlReader(self._run.settings))
+                control = await self._reader.read()
+        except (ConnectionLost, TimeoutError) as error:
+            await self._close()
+            reason = error.message if isinstance(error, ConnectionLost) else "Kafka does not answer"
+            self._run.reporter.warn_on_change("lag", f"how far the target is behind is not known: {reason}")
+            return None
+        self._run.reporter.warn_on_change("lag", "")
+        return LogPosition.model_validate_json(control[POSITION]) if POSITION in control else None
+
+    async def _close(self) -> None:
+        self._reader = None
+        stack, self._stack = self._stack, AsyncExitStack()
+        await stack.aclose()
+
+
+async def read_lag(run: Run, source: asyncpg.Connection, log_end: LogEnd, meter: LagMeter) -> Lag | None:
+    """Measure the lag; None while the log's end is not known."""
+    position = await log_end.read()
+    if position is None:
         return None
-    position = LogPosition.model_validate_json(control[POSITION])
     with asking("target", "reading checkpoints"):
         rows = await run.target.fetch("select lane, commit_lsn, ordinal from _live_migration.checkpoints")
     with asking("source", "reading the WAL's end"):

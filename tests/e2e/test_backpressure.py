@@ -1,0 +1,164 @@
+"""What is slow or away holds the others up and costs no memory: a broker that is gone, a target that crawls, a thousand tables."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Self
+
+import asyncpg
+import pytest
+
+from live_migration.common.local_kafka import LocalKafka
+from live_migration.common.local_postgres import LocalPostgres
+from tests.e2e.processes import Cli, Migrate
+from tests.fixtures.change_log import wait_for
+from tests.fixtures.fix_postgres import SETTINGS
+from tests.support.memory import MIB, watched_memory
+from tests.support.workload import TABLES, Workload, differences, read_rows
+
+pytestmark = [pytest.mark.e2e, pytest.mark.integration]
+
+AWAY_SECONDS = float(os.environ.get("LIVE_MIGRATION_TEST_AWAY_SECONDS", "12"))
+"""How long the broker is away; wal_sender_timeout is a quarter of it."""
+CLIENT_SECONDS = 20
+"""Kafka's client gives up after 30 s without an answer."""
+BULK = "public.bulk"
+ROW_BYTES = 1024
+
+
+class BulkWriter:
+    """Inserts about 1 MiB a transaction, as fast as `pause` lets it, and updates some of it."""
+
+    def __init__(self, uri: str, pause: float) -> None:
+        self._uri, self._pause = uri, pause
+        self.transactions = 0
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.ensure_future(self._write())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def stop(self) -> None:
+        if not self._task.done():
+            self._task.cancel()
+        await asyncio.wait([self._task])
+
+    async def _write(self) -> None:
+        connection = await asyncpg.connect(self._uri)
+        try:
+            while True:
+                async with connection.transaction():
+                    await connection.execute(
+                        f"insert into {BULK} (v, n) select repeat(md5(i::text), {ROW_BYTES // 32}), i from generate_series(1, 1024) i"
+                    )
+                    await connection.execute(f"update {BULK} set n = -n where id % 97 = 0 and id > $1", 0)
+                self.transactions += 1
+                await asyncio.sleep(self._pause)
+        finally:
+            await connection.close()
+
+
+async def create_bulk(source: str) -> None:
+    connection = await asyncpg.connect(source)
+    await connection.execute(f"create table {BULK} (id bigserial primary key, v text, n int)")
+    await connection.execute(f"alter table {BULK} alter v set storage external")
+    await connection.close()
+
+
+async def walsender(source: str, slot: str) -> int | None:
+    connection = await asyncpg.connect(source)
+    try:
+        pid: int | None = await connection.fetchval(
+            "select active_pid from pg_replication_slots where slot_name = $1", slot
+        )
+        return pid
+    finally:
+        await connection.close()
+
+
+async def applied(target: str, rows: int, *, seconds: float = 120) -> None:
+    """Wait until the bulk table has so many rows on the target."""
+    connection = await asyncpg.connect(target)
+
+    async def is_applied() -> bool:
+        return bool(await connection.fetchval(f"select count(*) >= $1 from {BULK}", rows))
+
+    await wait_for(is_applied, seconds=seconds)
+    await connection.close()
+
+
+@asynccontextmanager
+async def migrating(cli: Cli, *options: str) -> AsyncIterator[Migrate]:
+    migrate = await cli.migrate("--consumers", "2", *options)
+    try:
+        await migrate.until_phase("replay")
+        yield migrate
+    finally:
+        await migrate.close()
+
+
+async def finish(cli: Cli, migrate: Migrate, timeout: float = 300) -> None:
+    code, _, err = await cli.run("cutover")
+    assert code == 0, err
+    assert await migrate.wait(timeout=timeout) == 0, migrate.log()
+
+
+async def assert_equal(source: str, target: str) -> None:
+    tables = (*TABLES, BULK)
+    found = differences(await read_rows(source, tables), await read_rows(target, tables))
+    assert not found, found
+
+
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+async def test_a_broker_away_for_longer_than_the_walsenders_patience(
+    how: str, target_database: str, unique_name: str, tmp_path: Path
+) -> None:
+    """The source's walsender is answered all the while, and nothing piles up here: what Kafka does not take is not read."""
+    is_long = AWAY_SECONDS > 4 * 60  # with the defaults
+    patience = {} if is_long else {"wal_sender_timeout": f"{AWAY_SECONDS / 4}s"}
+    async with LocalPostgres(settings=SETTINGS | patience) as source, LocalKafka() as broker:
+        workload = Workload(source.uri(), seed=7, connections=2, pause=0.1)
+        await workload.create(rows=300)
+        await create_bulk(source.uri())
+        cli = Cli(source.uri(), target_database, broker.bootstrap, unique_name, tmp_path / "data")
+        if not is_long:
+            cli.environment["LIVE_MIGRATION_STATUS_INTERVAL"] = str(AWAY_SECONDS / 24)
+        async with workload, migrating(cli) as migrate, watched_memory(migrate) as peaks:
+            async with BulkWriter(source.uri(), pause=AWAY_SECONDS / 100) as bulk:
+                await applied(target_database, 3 * 1024)
+                before, written = await walsender(source.uri(), unique_name), bulk.transactions
+                assert before is not None
+                if how == "stopped":
+                    os.kill(broker.pid, signal.SIGSTOP)
+                else:
+                    await broker.kill()
+                seen, began = set(), time.monotonic()
+                while (passed := time.monotonic() - began) < AWAY_SECONDS:
+                    seen.add(await walsender(source.uri(), unique_name))
+                    if passed < CLIENT_SECONDS:
+                        assert seen == {before}
+                    await asyncio.sleep(AWAY_SECONDS / 100)
+                written = bulk.transactions - written
+                if how == "stopped":
+                    os.kill(broker.pid, signal.SIGCONT)
+                else:
+                    await broker.start()
+            await workload.stop()
+            began = time.monotonic()
+            await finish(cli, migrate)
+            print(f"{how}: {written} MiB written meanwhile; cut over {time.monotonic() - began:.0f} s after its return")
+        # Once Kafka's client has given up, the producer leaves in order, and comes back when the broker does.
+        assert seen <= {before, None}
+        assert written * MIB > 24 * MIB, "more than the producer holds"
+        assert "due to replication timeout" not in source.log_path.read_text()
+        assert peaks["producer"] < 160 * MIB
+        assert peaks["consumer"] < 200 * MIB
+        await assert_equal(source.uri(), target_database)
