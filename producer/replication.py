@@ -79,7 +79,7 @@ class ReplicationConnection:
         """
         rows: list[tuple[bytes | None, ...]] = []
         failure: LiveMigrationError | None = None
-        self._send_query(command)
+        self._send_query(command, command)
         while (message := await self._next_message(command)).kind != _READY:
             if message.kind == _DATA_ROW:
                 rows.append(data_row(message.body))
@@ -99,7 +99,7 @@ class ReplicationConnection:
         listed = ", ".join(f"{name} {_literal(value)}" for name, value in options.items())
         command = f"START_REPLICATION SLOT {quote_identifier(slot)} LOGICAL {Lsn(lsn)} ({listed})"
         doing = f"START_REPLICATION of slot {slot} at {Lsn(lsn)}"
-        self._send_query(command)
+        self._send_query(command, doing)
         while (message := await self._next_message(doing)).kind != _COPY_BOTH:
             if message.kind == _ERROR:
                 raise _server_error(message.body, doing, self._address, streaming=True)
@@ -141,7 +141,9 @@ class ReplicationConnection:
         message = _STATUS.pack(ord("r"), max(received_lsn, flushed_lsn), flushed_lsn, flushed_lsn, clock, 0)
         self._transport.write(frame(b"d", message))
 
-    def _send_query(self, command: str) -> None:
+    def _send_query(self, command: str, doing: str) -> None:
+        if self._input.is_lost:  # since the last command: uvloop's transport then fails in its own way
+            self._raise_lost(doing)
         self._transport.write(frame(b"Q", command.encode() + b"\0"))
 
     async def _next_message(self, doing: str) -> ServerMessage:

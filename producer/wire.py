@@ -81,12 +81,12 @@ class ReceiveBuffer(asyncio.BufferedProtocol):
         self._start, self._end = 0, held
 
     def _pause(self) -> None:
-        if not self._is_paused and not self._transport.is_closing():
+        if not self._is_paused and not self.is_lost:
             self._is_paused = True
             self._transport.pause_reading()
 
     def _resume(self) -> None:
-        if self._is_paused and not self._transport.is_closing():  # closed a turn before `connection_lost` says so
+        if self._is_paused and not self.is_lost:
             self._is_paused = False
             self._transport.resume_reading()
 
