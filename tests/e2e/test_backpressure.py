@@ -201,14 +201,13 @@ async def test_a_target_that_crawls(
     options = ("--memory", str(32 * MIB), "--batch-bytes", str(4 * MIB))
     async with migrating(cli, *options) as migrate, watched_memory(migrate) as peaks:
         await make_slow(target_database, tables)
-        for _ in range(3):
+        for _ in range(2):
             for table in tables:
                 await source.execute(
                     f"insert into {table} (v) select repeat(md5(i::text), 32) from generate_series(1, 5000) i"
                 )
-        lag = await lag_of(cli, 100 * MIB)
-        assert lag["state"] != "caught up"
-        assert "catching" in lag["line"] or "Live-replay" in lag["line"] or "not keeping up" in lag["line"], lag
+        lag = await lag_of(cli, 64 * MIB)
+        assert lag["state"] != "caught up", lag
         slot = await source.fetchrow(
             "select active, pg_current_wal_lsn() - confirmed_flush_lsn as behind from pg_replication_slots where slot_name = $1",
             unique_name,
@@ -216,7 +215,7 @@ async def test_a_target_that_crawls(
         assert slot["active"]
         assert slot["behind"] < 32 * MIB, "the backlog is Kafka's, not the source's"
         target = await asyncpg.connect(target_database)
-        await target.execute("truncate public.slowness")
+        await target.execute("delete from public.slowness")
         await target.close()
         await finish(cli, migrate)
     await source.close()
