@@ -1,6 +1,6 @@
 export PYTHONSAFEPATH = 1
 
-.PHONY: venv check test demo
+.PHONY: venv check test demo chaos bench
 
 venv: .venv/stamp
 
@@ -20,3 +20,9 @@ test: venv
 
 demo: venv
 	.venv/bin/live-migration demo
+
+chaos: venv  # see docs/reliability.md; PYTHONSAFEPATH keeps tests/ from being found
+	PYTHONSAFEPATH= .venv/bin/python -u -m tests.chaos $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(CHAOS)
+
+bench: venv  # see docs/performance.md
+	PYTHONSAFEPATH= .venv/bin/python -u -m benchmarks $(CASES) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SCALE),--scale $(SCALE))

@@ -3,7 +3,8 @@
     LiveMigrationError
     ├── UsageError             the command's words or settings are wrong (exit 2)
     ├── SourceError            the source refuses, or lacks something
-    │   └── SlotError          the slot is lost, foreign, or ahead of what Kafka holds
+    │   └── SlotError          the slot is foreign, or cannot be had
+    │       └── SlotLost       the slot does not hold what follows the change log any more
     ├── TargetError            the target refuses, or lacks something
     │   ├── LaneStopped        a change cannot be applied: its lane stops there, the others go on
     │   └── Fenced             somebody else took over what we held; leave without a trace
@@ -55,9 +56,21 @@ class SourceError(LiveMigrationError):
 
 
 class SlotError(SourceError):
-    """The replication slot is lost, not ours, or not where the change log says it is."""
+    """The replication slot cannot be had, or is not ours."""
 
     default_hint = "Run `live-migration clean` and start the migration again."
+
+
+RECOPY = (
+    "Run `live-migration migrate --recopy`: it makes slot and change log anew and copies every table again, "
+    "with the schema and all settings kept."
+)
+
+
+class SlotLost(SlotError):
+    """Changes after the end of the change log cannot be had any more: the tables must be copied again."""
+
+    default_hint = RECOPY
 
 
 class TargetError(LiveMigrationError):
@@ -77,11 +90,9 @@ class KafkaError(LiveMigrationError):
 
 
 class LogGap(KafkaError):
-    """The change log lacks changes between two segments."""
+    """The change log lacks changes: between two segments, at its end, or all of them."""
 
-    default_hint = (
-        "The topic was changed by somebody else or the broker lost data. Run `live-migration clean` and start again."
-    )
+    default_hint = f"The topic was changed by somebody else or the broker lost data. {RECOPY}"
 
 
 class FormatError(LiveMigrationError):

@@ -1,4 +1,4 @@
-"""The broker: our two topics as they must be, the control topic's newest values, errors turned into ours."""
+"""The broker: our topics as they must be, the control topic's newest values, errors turned into ours."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from aiokafka.admin import NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.protocol.admin import DeleteGroupsRequest
 
-from live_migration.common.errors import ConnectionLost, KafkaError, LiveMigrationError
+from live_migration.common.errors import RECOPY, ConnectionLost, KafkaError, LiveMigrationError, LogGap
 from live_migration.common.kafka_clients import AdminClient, client_options, log_consumer
 from live_migration.common.settings import Settings
 
@@ -22,16 +22,18 @@ CHANGES_CONFIG = {
     "cleanup.policy": "delete",
     "retention.ms": "-1",
     "retention.bytes": "-1",
+    "message.timestamp.type": "LogAppendTime",  # else a producer whose clock is an hour ahead is refused
     "unclean.leader.election.enable": "false",
     "max.message.bytes": str(2 * 1024 * 1024),
 }
-"""What the change topic must say, or buffered changes could vanish."""
+"""What the change topic must say, or buffered changes could vanish; the dead letter topic too, for its letters are all that is left of a row."""
 
 CHANGES_FILES = {"segment.bytes": str(64 * 1024 * 1024)}
 """How the change topic is made beside that. The broker deletes whole files only, and by its own default each would be 1 GiB."""
 
 CONTROL_CONFIG = {
     "cleanup.policy": "compact",
+    "message.timestamp.type": "LogAppendTime",
     "unclean.leader.election.enable": "false",
     "segment.bytes": str(4 * 1024 * 1024),
     "segment.ms": "600000",
@@ -76,7 +78,11 @@ async def topic_exists(client: AdminClient, topic: str) -> bool:
 
 
 async def create_topics(settings: Settings) -> None:
-    """Create the change topic and the control topic. Raises KafkaError when either exists."""
+    """Create the change, control and dead letter topics. A dead letter topic that an earlier migration left is kept.
+
+    Raises:
+        KafkaError: the change topic or the control topic exists.
+    """
     async with admin(settings) as client:
         brokers = len((await client.describe_cluster())["brokers"])
         factor = settings.replication_factor or min(3, brokers)
@@ -92,6 +98,11 @@ async def create_topics(settings: Settings) -> None:
                     f"topic {topic.name} exists already",
                     hint="It may hold another migration's changes. Choose another --name, or delete the topic if nobody needs it.",
                 )
+        if await topic_exists(client, settings.dead_letter_topic):
+            await _check_config(client, settings.dead_letter_topic)
+        else:
+            config = {**CHANGES_CONFIG, **in_sync}
+            topics.append(NewTopic(settings.dead_letter_topic, 1, factor, topic_configs=config))
         response = await client.create_topics(topics)
         for topic, code, *reason in response.topic_errors:  # the client raises none of them
             if code:
@@ -103,10 +114,11 @@ async def create_topics(settings: Settings) -> None:
         await _await_leaders(client, settings)
 
 
-async def delete_topics(settings: Settings) -> list[str]:
-    """Delete our two topics where they exist; give the names of those that did."""
+async def delete_topics(settings: Settings, *, with_letters: bool = False) -> list[str]:
+    """Delete the change and control topics where they exist, `with_letters` the dead letter topic too; give the names of those that did."""
+    ours = [settings.changes_topic, settings.control_topic, *[settings.dead_letter_topic] * with_letters]
     async with admin(settings) as client:
-        present = [t for t in (settings.changes_topic, settings.control_topic) if await topic_exists(client, t)]
+        present = [topic for topic in ours if await topic_exists(client, topic)]
         if present:
             await client.delete_topics(present)
         return present
@@ -126,27 +138,49 @@ async def delete_group(settings: Settings, group: str) -> bool:
 
 
 async def check_topics(settings: Settings, lane_count: int) -> None:
-    """Raise KafkaError unless both topics are there with the settings and partition count that we gave them."""
+    """Raise KafkaError unless both topics are there with the settings and partition count that we gave them.
+
+    Raises:
+        LogGap: a topic is gone, or has another number of partitions.
+        KafkaError: a setting would lose changes.
+    """
     async with admin(settings) as client:
         for topic in (settings.changes_topic, settings.control_topic):
             if not await topic_exists(client, topic):
-                raise KafkaError(
-                    f"topic {topic} does not exist any more",
-                    hint="Somebody deleted it, or KAFKA names another broker. The changes in it are lost: `clean` and start again.",
+                raise LogGap(
+                    f"topic {topic} does not exist any more: somebody deleted it, or KAFKA names another broker",
+                    hint=f"Check KAFKA. {RECOPY}",
                 )
         (description,) = await client.describe_topics([settings.changes_topic])
         if len(description["partitions"]) != lane_count:
-            raise KafkaError(
+            raise LogGap(
                 f"topic {settings.changes_topic} has {len(description['partitions'])} partitions, the migration has {lane_count} lanes",
-                hint="Partitions must never be added to this topic. Run `live-migration clean` and start again.",
+                hint=f"Partitions must never be added to this topic. {RECOPY}",
             )
-        found = await _topic_config(client, settings.changes_topic)
-        for key, value in CHANGES_CONFIG.items():
-            if found.get(key) != value:
-                raise KafkaError(
-                    f"topic {settings.changes_topic} has {key}={found.get(key)}, it must be {value}",
-                    hint="With this setting buffered changes may be deleted. Set it back before going on.",
-                )
+        await _check_config(client, settings.changes_topic)
+    await check_dead_letter_topic(settings)
+
+
+async def check_dead_letter_topic(settings: Settings) -> None:
+    """Raise KafkaError unless the topic is there and keeps what is in it."""
+    async with admin(settings) as client:
+        if not await topic_exists(client, settings.dead_letter_topic):
+            config = ", ".join(f"{key}={value}" for key, value in CHANGES_CONFIG.items())
+            raise KafkaError(
+                f"topic {settings.dead_letter_topic} does not exist any more",
+                hint=f"Somebody deleted it, and the letters in it are lost. Create it with one partition and {config}.",
+            )
+        await _check_config(client, settings.dead_letter_topic)
+
+
+async def _check_config(client: AdminClient, topic: str) -> None:
+    found = await _topic_config(client, topic)
+    for key, value in CHANGES_CONFIG.items():
+        if found.get(key) != value:
+            raise KafkaError(
+                f"topic {topic} has {key}={found.get(key)}, it must be {value}",
+                hint="With this setting what it holds may be deleted. Set it back before going on.",
+            )
 
 
 async def _topic_config(client: AdminClient, topic: str) -> dict[str, str]:

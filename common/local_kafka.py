@@ -141,6 +141,11 @@ class LocalKafka:
         return f"127.0.0.1:{self._ports[0]}"
 
     @property
+    def is_running(self) -> bool:
+        """Whether the broker's process lives; one whose disk is full ends by itself."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
     def pid(self) -> int:
         if self._process is None:
             raise LocalServerError("The broker is not running.")

@@ -234,7 +234,7 @@ class LocalPostgres:
         """Read what pg_ctl reads: the state in line 8 of the pid file, written by this very postmaster."""
         with contextlib.suppress(FileNotFoundError):
             lines = (self.data_dir / "postmaster.pid").read_text().splitlines()
-            return len(lines) >= 8 and lines[0] == str(self.pid) and lines[7].strip() == "ready"
+            return len(lines) >= 8 and lines[0] == str(self.pid) and lines[7].strip() in ("ready", "standby")
         return False
 
     def _spawn(self, program: str, *arguments: str | Path) -> subprocess.Popen[bytes]:

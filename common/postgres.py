@@ -49,6 +49,8 @@ _NOT_EVERYWHERE = """
 _CHECK_CLIENT = "set client_connection_check_interval = '5s'"
 """A server that is at work, or waits, for a client that is gone leaves off; not every platform can tell."""
 
+_READ_ONLY = "25006"
+
 CONNECTION_ERRORS = (
     ConnectionError,
     TimeoutError,
@@ -65,9 +67,15 @@ CONNECTION_ERRORS = (
 
 
 async def connect(
-    uri: str, side: Side, *, application: str = "live-migration", timeout: float = 20.0, sends_bulk: bool = False
+    uri: str,
+    side: Side,
+    *,
+    application: str = "live-migration",
+    timeout: float = 20.0,
+    replication: bool = False,
+    sends_bulk: bool = False,
 ) -> asyncpg.Connection:
-    """Open a session with our settings and TCP keepalives.
+    """Open a session with our settings and TCP keepalives; with `replication`, one of a walsender.
 
     Args:
         sends_bulk: for COPY to the server. One that takes nothing for long may be slow, and is not given up for it.
@@ -83,7 +91,11 @@ async def connect(
             uri,
             timeout=timeout,
             statement_cache_size=0,
-            server_settings={**SESSION_SETTINGS, "application_name": application},
+            server_settings={
+                **SESSION_SETTINGS,
+                "application_name": application,
+                **({"replication": "database"} if replication else {}),
+            },
         )
     except (OSError, *CONNECTION_ERRORS) as error:  # of the net: no route, no such host
         raise ConnectionLost(
@@ -148,7 +160,9 @@ def describe(uri: str) -> str:
 
 def server_error(error: asyncpg.PostgresError, side: Side, doing: str) -> LiveMigrationError:
     """Turn a server's error into ours, with its SQLSTATE, detail and hint."""
-    kind = SourceError if side == "source" else TargetError
+    kind: type[LiveMigrationError] = SourceError if side == "source" else TargetError
+    if side == "target" and error.sqlstate == _READ_ONLY:
+        kind = ConnectionLost  # it fails over, or is about to: whoever works there comes back to it
     detail = f" ({error.detail})" if getattr(error, "detail", None) else ""
     return kind(
         f"{side}: {doing}: {error.args[0]}{detail} [SQLSTATE {error.sqlstate}]",
@@ -165,6 +179,8 @@ def _next_step(side: Side, sqlstate: str | None) -> str:
             return f"Check the database's name in {uri}."
         case "42501":
             return f"Give the role in {uri} this right; `live-migration validate` names all that it needs."
+        case "25006":
+            return f"The server is in recovery or read-only: let {uri} name the primary, or wait until it takes writes."
         case "55P03":
             return "Somebody holds the lock for long: see pg_locks, then try again."
         case _:

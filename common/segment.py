@@ -60,6 +60,18 @@ class Position(NamedTuple):
         ordinal = "commit" if self.ordinal == COMMIT_ORDINAL else self.ordinal
         return f"{Lsn(self.commit_lsn)}#{ordinal}"
 
+    @classmethod
+    def parse(cls, text: str) -> Position:
+        """Read a change's position as it prints, `X/Y#n`.
+
+        Raises:
+            ValueError: `text` is not an LSN and an ordinal from 1.
+        """
+        lsn, _, ordinal = text.strip().partition("#")
+        if not (ordinal.isascii() and ordinal.isdigit() and 0 < int(ordinal) < COMMIT_ORDINAL):
+            raise ValueError(f"not a position: {text!r}")
+        return cls(Lsn.parse(lsn), int(ordinal))
+
 
 START = Position(0, 0)
 

@@ -85,6 +85,8 @@ class Settings(BaseSettings):
     """How long a claim holds without a renewal; a dead worker's part is taken over after that."""
     slot_timeout: float = Field(600.0, gt=0)
     """How long slot creation waits for transactions that are open on the source."""
+    max_slot_lag: int = Field(0, ge=0)
+    """WAL that the slot may keep on the source before it is dropped, and the migration stops; 0: no bound."""
 
     batch_rows: int = Field(100_000, ge=1)
     batch_bytes: int = Field(16 * MIB, ge=64 * KIB)
@@ -126,6 +128,11 @@ class Settings(BaseSettings):
     def control_topic(self) -> str:
         """Name of the compacted topic that producer and coordinator talk over."""
         return f"{self.name}.control"
+
+    @property
+    def dead_letter_topic(self) -> str:
+        """Name of the topic that keeps the changes which were skipped."""
+        return f"{self.name}.dead-letter"
 
     def source_uri(self) -> str:
         """Give the source's URI. Raises UsageError when there is none."""

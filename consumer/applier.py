@@ -8,19 +8,23 @@ Rows hit must equal rows staged, each time: a plain insert never upserts, an upd
 from __future__ import annotations
 
 import struct
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import NoReturn
 from zlib import crc32
 
 import asyncpg
 
 from live_migration.common import pgoutput
-from live_migration.common.errors import FormatError, LaneStopped
+from live_migration.common.errors import FormatError
 from live_migration.common.postgres import CONNECTION_ERRORS, while_connected
 from live_migration.common.relation import QualifiedName
 from live_migration.consumer import statements
 from live_migration.consumer.decoder import Batch, TableRun, TruncateStep, all_runs
 from live_migration.consumer.folding import NotFoldable, decode_change, fold, fold_whole_rows
+from live_migration.consumer.layouts import FIXED_SIZES, Span
+from live_migration.consumer.refusal import BatchRefused, said
+from live_migration.consumer.row_code import binary_row_encoder
 from live_migration.consumer.row_encoding import (
     UNCHANGED,
     CopyRow,
@@ -28,8 +32,8 @@ from live_migration.consumer.row_encoding import (
     Value,
     binary_row,
     copy_chunks,
-    insert_as_binary_row,
-    insert_as_text_row,
+    in_blocks,
+    insert_text_blocks,
     is_binary,
     text_row,
 )
@@ -64,14 +68,14 @@ class Applier:
         """Apply a batch inside the transaction that `begin` opened.
 
         Raises:
-            LaneStopped: the target refuses a change, or a change does not find exactly its row. Roll back.
+            BatchRefused: the target refuses a change, or a change does not find exactly its row. Roll back.
         """
         for step in batch.steps:
             if isinstance(step, TruncateStep):
                 await self._truncate(step)
             else:
                 for run in all_runs(step):
-                    if run.messages:
+                    if run.count:
                         await self._apply_run(run)
 
     async def _truncate(self, step: TruncateStep) -> None:
@@ -81,8 +85,9 @@ class Applier:
         except CONNECTION_ERRORS:
             raise
         except asyncpg.PostgresError as error:
-            raise LaneStopped(
-                f"TRUNCATE of {', '.join(str(t.name) for t in step.tables)} at {step.position} fails on the target: {_said(error)}"
+            raise BatchRefused(
+                f"TRUNCATE of {', '.join(str(t.name) for t in step.tables)} at {step.position} fails on the target: {said(error)}",
+                reason=said(error),
             ) from error
 
     async def _apply_run(self, run: TableRun) -> None:
@@ -101,19 +106,17 @@ class Applier:
     # runs of inserts
 
     async def _insert(self, run: TableRun) -> None:
-        table, messages = run.table, run.messages
+        table = run.table
         if not table.columns:
-            await self._connection.execute(
-                f"insert into {table.name.sql} select from generate_series(1, {len(messages)})"
-            )
-            return
-        binary = _is_binary(messages)
-        if table.kept is None:
-            encode = insert_as_binary_row if binary else insert_as_text_row
-            await self._copy(table.name, _names(table), map(encode, messages), len(messages), binary=binary)
+            await self._connection.execute(f"insert into {table.name.sql} select from generate_series(1, {run.count})")
+        elif table.kept is None:
+            rows, binary = _insert_rows(run)
+            await self._copy(table.name, _names(table), rows, run.count, binary=binary)
         else:
-            rows = (decode_change(message).new or [] for message in messages)
-            await self._copy_rows(table, [[_whole(row[i]) for i in table.kept] for row in rows], binary=binary)
+            messages = run.messages()
+            changed = (decode_change(message).new or [] for message in messages)
+            kept = [[_whole(row[i]) for i in table.kept] for row in changed]
+            await self._copy_rows(table, kept, binary=_is_binary(messages))
 
     async def _copy_rows(self, table: TargetTable, rows: Sequence[Sequence[bytes | None]], *, binary: bool) -> None:
         if rows:
@@ -138,7 +141,9 @@ class Applier:
             format="binary" if binary else "text",
         )
         if (arrived := _row_count(status)) != expected:
-            raise LaneStopped(f"{table}: COPY took {arrived} of {expected} rows")
+            raise BatchRefused(
+                f"{table}: COPY took {arrived} of {expected} rows", reason=f"COPY took {arrived} of {expected} rows"
+            )
 
     # mixed runs
 
@@ -170,8 +175,9 @@ class Applier:
 
     async def _apply_folded(self, run: TableRun) -> None:
         table = run.table
-        net = fold(run.messages, [column.index for column in table.key])
-        binary = _is_binary(run.messages)
+        messages = run.messages()
+        net = fold(messages, [column.index for column in table.key])
+        binary = _is_binary(messages)
         if net.deletes:
             stage = await self._stage(table, "d", statements.key_stage_columns(table))
             await self._copy(
@@ -209,8 +215,9 @@ class Applier:
 
     async def _apply_whole_rows(self, run: TableRun) -> None:
         table = run.table
-        deletes, inserts = fold_whole_rows(run.messages)
-        binary = _is_binary(run.messages)
+        messages = run.messages()
+        deletes, inserts = fold_whole_rows(messages)
+        binary = _is_binary(messages)
         written = table.written
         if deletes:
             columns = [("seq", "int"), ("n", "int"), *statements.value_stage_columns(table, written)]
@@ -230,15 +237,17 @@ class Applier:
     async def _in_source_order(self, run: TableRun) -> None:
         table = run.table
         if not table.key and not table.is_full:
-            raise LaneStopped(
+            raise BatchRefused(
                 f"{table.name}: an UPDATE or DELETE at {run.position(0)} has no replica identity to find its row by",
+                reason="no replica identity to find its row by",
                 hint="Give the table a replica identity on the source before its changes are published.",
             )
-        binary = _is_binary(run.messages)
+        messages = run.messages()
+        binary = _is_binary(messages)
         columns = statements.source_order_columns(table)
         stage = await self._stage(table, "s", columns)
         encode = binary_row if binary else text_row
-        staged = [_staged_change(table, number, each, binary=binary) for number, each in enumerate(run.messages)]
+        staged = [_staged_change(table, number, each, binary=binary) for number, each in enumerate(messages)]
         await self._copy(stage, None, map(encode, staged), len(staged), binary=binary)
         try:
             await self._connection.execute(statements.apply_in_source_order(table, stage.sql))
@@ -246,8 +255,9 @@ class Applier:
             if error.sqlstate != statements.WRONG_ROW_COUNT:
                 raise
             number = int(error.detail or 0)
-            raise LaneStopped(
+            raise BatchRefused(
                 f"{table.name}: the change at {run.position(number)}: {error.args[0]}",
+                reason=str(error.args[0]),
                 hint="The target's rows are not the source's: somebody wrote to the target, or the copy was not whole.",
             ) from error
 
@@ -267,19 +277,41 @@ class Applier:
     def _expect_rows(self, run: TableRun, verb: str, status: str, expected: int) -> None:
         hit = _row_count(status)
         if hit != expected:
-            first, last = run.position(0), run.position(len(run.messages) - 1)
-            raise LaneStopped(
-                f"{run.table.name}: {verb} hits {hit} rows where the source changed {expected}, between {first} and {last}",
+            first, last = run.position(0), run.position(run.count - 1)
+            reason = f"{verb} hits {hit} rows where the source changed {expected}"
+            raise BatchRefused(
+                f"{run.table.name}: {reason}, between {first} and {last}",
+                reason=reason,
                 hint="The target's rows are not the source's: somebody wrote to the target, or the copy was not whole.",
             )
 
     def _refuse(self, run: TableRun, error: asyncpg.PostgresError) -> NoReturn:
-        first, last = run.position(0), run.position(len(run.messages) - 1)
+        first, last = run.position(0), run.position(run.count - 1)
         where = f"at {first}" if first == last else f"between {first} and {last}"
-        raise LaneStopped(
-            f"{run.table.name}: the target refuses a change {where}: {_said(error)}",
+        raise BatchRefused(
+            f"{run.table.name}: the target refuses a change {where}: {said(error)}",
+            reason=said(error),
             hint=error.hint or "Mend the target (or the row that stands in the way); the lane then goes on by itself.",
         ) from error
+
+
+def _insert_rows(run: TableRun) -> tuple[Iterator[CopyRow], bool]:
+    """Give a run of inserts as rows of COPY, spans as blocks of rows, and whether they are binary."""
+    columns = run.table.relation.columns
+    encode = binary_row_encoder(tuple([FIXED_SIZES.get(column.type_oid) for column in columns]))
+    lists = [piece for piece in run.pieces() if not isinstance(piece, Span)]
+    binary = len(lists) < sum(1 for _ in run.pieces()) or _is_binary(chain.from_iterable(lists))
+
+    def rows() -> Iterator[CopyRow]:
+        for piece in run.pieces():
+            if isinstance(piece, Span):
+                yield piece.rows()
+            elif binary:
+                yield from in_blocks(piece, encode)
+            else:
+                yield from insert_text_blocks(piece)
+
+    return rows(), binary
 
 
 def _staged_change(table: TargetTable, number: int, message: Message, *, binary: bool) -> list[bytes | None]:
@@ -327,8 +359,3 @@ async def _as_async(chunks: Iterable[Message]) -> AsyncIterator[Message]:
 
 def _row_count(status: str) -> int:
     return int(status.rpartition(" ")[2])
-
-
-def _said(error: asyncpg.PostgresError) -> str:
-    detail = f" ({error.detail})" if error.detail else ""
-    return f"{error.args[0]}{detail} [SQLSTATE {error.sqlstate}]"

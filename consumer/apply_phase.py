@@ -24,7 +24,7 @@ log = get_logger(__name__)
 
 
 async def run_apply_phase(settings: Settings, worker: str, stop: asyncio.Event) -> None:
-    """Apply the lanes that fall to this process, until the migration is done or gone, or `stop` is set.
+    """Apply the lanes that fall to this process, until the migration leaves phases replay and cutover, or `stop` is set.
 
     Any number of consumers may run this at once. A lane that cannot go on says so in its checkpoint and is tried again.
 
@@ -50,7 +50,8 @@ async def _run(settings: Settings, worker: str, stop: asyncio.Event, migration: 
             await PartitionTask(settings, worker, migration, lane, budget, member.note_progress).run()
 
         def is_over(now: Migration | None) -> bool:
-            return now is None or now.id != migration.id or now.phase is Phase.DONE
+            is_same = now is not None and (now.id, now.topic_id) == (migration.id, migration.topic_id)
+            return now is None or not is_same or now.phase not in (Phase.REPLAY, Phase.CUTOVER)
 
         lanes = LaneTasks(group, run_lane)
         member = GroupMember(settings, lanes)

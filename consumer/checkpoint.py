@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from uuid import UUID
 
 import asyncpg
 
@@ -18,6 +19,10 @@ from live_migration.common.segment import Position
 
 _EPOCH_BEGIN = datetime(2000, 1, 1, tzinfo=UTC)
 
+_IS_APPLIED = """exists (select from _live_migration.migration m
+                          where m.topic_id = ${} and m.phase in ('replay', 'cutover', 'done'))"""
+"""Whether lanes are applied at all, from this incarnation of the change log."""
+
 _OWNER = """
     select c.epoch, c.owner, c.backend_pid, c.backend_start,
            exists (select from pg_stat_activity a
@@ -25,11 +30,11 @@ _OWNER = """
     from _live_migration.checkpoints c where c.lane = $1
 """
 
-_ACQUIRE = """
+_ACQUIRE = f"""
     update _live_migration.checkpoints
     set epoch = epoch + 1, owner = $2, backend_pid = pg_backend_pid(),
         backend_start = (select backend_start from pg_stat_activity where pid = pg_backend_pid())
-    where lane = $1 and epoch = $3
+    where lane = $1 and epoch = $3 and {_IS_APPLIED.format(4)}
     returning epoch, next_offset, commit_lsn - '0/0'::pg_lsn as commit_lsn, ordinal
 """
 
@@ -37,12 +42,12 @@ _ADVANCE = """
     update _live_migration.checkpoints
     set next_offset = $4, commit_lsn = $5::text::pg_lsn, ordinal = $6, barrier = coalesce($7, barrier),
         change_count = change_count + $8, byte_count = byte_count + $9, commit_time = coalesce($10, commit_time),
-        updated_at = clock_timestamp(), error = null, hint = null
+        updated_at = clock_timestamp(), error = null, hint = null, refused = null
     where lane = $1 and epoch = $2 and next_offset = $3
 """
 
 _RECORD_ERROR = """
-    update _live_migration.checkpoints set error = $3, hint = $4, updated_at = clock_timestamp()
+    update _live_migration.checkpoints set error = $3, hint = $4, refused = $5::text::jsonb, updated_at = clock_timestamp()
     where lane = $1 and epoch = $2
 """
 
@@ -75,10 +80,13 @@ async def is_taken_over(connection: asyncpg.Connection, lane: int, owner: str) -
     return row is not None and row["owner"] not in (None, owner) and row["is_connected"]
 
 
-async def acquire(connection: asyncpg.Connection, lane: int, owner: str) -> Checkpoint:
+async def acquire(connection: asyncpg.Connection, lane: int, owner: str, topic_id: UUID) -> Checkpoint:
     """Take the lane for this session, whoever held it; the backend of the one before is ended first.
 
+    `topic_id`: the incarnation of the change log that the caller will apply it from.
+
     Raises:
+        Fenced: lanes are not applied now, or from another incarnation of the change log: tables are copied again.
         TargetError: the migration has no such lane.
     """
     while True:
@@ -87,7 +95,9 @@ async def acquire(connection: asyncpg.Connection, lane: int, owner: str) -> Chec
             raise TargetError(f"lane {lane} has no checkpoint on the target", hint="Was the migration cleaned?")
         if row["is_connected"] and row["backend_pid"] != connection.get_server_pid():
             await terminate_backend(connection, row["backend_pid"], row["backend_start"])
-        taken = await connection.fetchrow(_ACQUIRE, lane, owner, row["epoch"])
+        if not await connection.fetchval(f"select {_IS_APPLIED.format(1)}", topic_id):
+            raise Fenced(f"lane {lane} is not applied from this change log now")
+        taken = await connection.fetchrow(_ACQUIRE, lane, owner, row["epoch"], topic_id)
         if taken is not None:
             position = Position(int(taken["commit_lsn"]), taken["ordinal"])
             return Checkpoint(lane, taken["epoch"], taken["next_offset"], position)
@@ -118,6 +128,11 @@ async def advance(connection: asyncpg.Connection, checkpoint: Checkpoint, by: Ad
     return Checkpoint(checkpoint.lane, checkpoint.epoch, by.next_offset, by.position)
 
 
-async def record_error(connection: asyncpg.Connection, lane: int, epoch: int, message: str, hint: str) -> None:
-    """Show why the lane stands still, unless a successor holds it; its next applied batch clears it."""
-    await connection.execute(_RECORD_ERROR, lane, epoch, message, hint)
+async def record_error(
+    connection: asyncpg.Connection, lane: int, epoch: int, message: str, hint: str, refused: str | None
+) -> None:
+    """Show why the lane stands still, unless a successor holds it; its next applied batch clears it.
+
+    `refused`: the change that could be skipped, as JSON (`ChangeRefused.as_json`).
+    """
+    await connection.execute(_RECORD_ERROR, lane, epoch, message, hint, refused)

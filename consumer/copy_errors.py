@@ -82,6 +82,8 @@ def server_errors(side: Side, doing: str) -> Iterator[None]:
         raise ConnectionLost(f"{side}: {doing}: the connection broke: {str(error) or type(error).__name__}") from error
     except asyncpg.PostgresError as error:
         ours = server_error(error, side, doing)
+        if isinstance(ours, ConnectionLost):
+            raise ours from error
         hint = ours.hint or f"Mend it on the {side}; it is tried again by itself."
         raise TableStopped(ours.message, hint=hint, retry_seconds=REFUSED_RETRY_SECONDS) from error
 

@@ -12,6 +12,7 @@ from live_migration.common import control, pgoutput
 from live_migration.common.errors import FormatError
 from live_migration.common.relation import Relation
 from live_migration.common.segment import BASE, FRAME, Position
+from live_migration.consumer.layouts import FIXED_SIZES, SHORTEST_SPAN, Layouts, Span
 from live_migration.consumer.row_encoding import BIG_BYTES, Message
 from live_migration.consumer.target_tables import RelationRefused, TargetTable
 
@@ -27,14 +28,74 @@ class RelationResolver(Protocol):
 class TableRun:
     """Row messages of one table, of one shape, in source order. `marks`: where transactions begin: index, commit LSN, base ordinal."""
 
-    __slots__ = ("marks", "messages", "only_inserts", "ordinals", "table")
+    __slots__ = ("_messages", "_ordinals", "_pieces", "count", "marks", "only_inserts", "table")
 
     def __init__(self, table: TargetTable) -> None:
         self.table = table
-        self.messages: list[Message] = []
-        self.ordinals: list[int] = []  # less the base of the mark before
+        self.count = 0
         self.marks: list[tuple[int, int, int]] = []
         self.only_inserts = True
+        self._pieces: list[Span | tuple[list[Message], list[int]]] = []
+        self._open_list()
+
+    def _open_list(self) -> None:
+        self._messages: list[Message] = []
+        self._ordinals: list[int] = []  # less the base of the mark before
+        self._pieces.append((self._messages, self._ordinals))
+
+    def add(self, message: Message, relative_ordinal: int) -> None:
+        """Add a message. `relative_ordinal` counts from the base of the newest mark."""
+        self._messages.append(message)
+        self._ordinals.append(relative_ordinal)
+        self.count += 1
+
+    def add_alike(self, body: bytes, start: int, at: int) -> int:
+        """Add the frames from `at` on that are of the kind and relation of the one whose message stands at `start`; give where they end."""
+        unpack, prefix, end = FRAME.unpack_from, body[start : start + 5], len(body) - 8
+        add_message, add_ordinal = self._messages.append, self._ordinals.append
+        before = len(self._messages)
+        while at < end:
+            length, relative = unpack(body, at)
+            start = at + 8
+            if body[start : start + 5] != prefix or start + length > end + 8 or not 5 <= length < BIG_BYTES:
+                break
+            at = start + length
+            add_message(body[start:at])
+            add_ordinal(relative)
+        self.count += len(self._messages) - before
+        return at
+
+    def add_span(self, span: Span) -> None:
+        """Add inserts of one layout."""
+        if span.row_count >= SHORTEST_SPAN:
+            self._pieces.append(span)
+            self._open_list()
+        else:
+            self._messages += span.messages()
+            self._ordinals += map(span.ordinal, range(span.row_count))
+        self.count += span.row_count
+
+    def pieces(self) -> Iterator[Span | list[Message]]:
+        """Give the run as it came: spans of one layout, and other messages between them."""
+        for piece in self._pieces:
+            if isinstance(piece, Span):
+                yield piece
+            elif piece[0]:
+                yield piece[0]
+
+    def messages(self) -> list[Message]:
+        """Give all messages."""
+        messages: list[Message] = []
+        for piece in self.pieces():
+            messages += piece.messages() if isinstance(piece, Span) else piece
+        return messages
+
+    def ordinals(self) -> list[int]:
+        """Give each message's ordinal, less the base of the mark before it."""
+        ordinals: list[int] = []
+        for piece in self._pieces:
+            ordinals += map(piece.ordinal, range(piece.row_count)) if isinstance(piece, Span) else piece[1]
+        return ordinals
 
     def position(self, index: int) -> Position:
         """Give the position of the run's message number `index`."""
@@ -43,7 +104,15 @@ class TableRun:
             if start > index:
                 break
             commit_lsn, base = mark_lsn, mark_base
-        return Position(commit_lsn, base + self.ordinals[index])
+        return Position(commit_lsn, base + self._relative_ordinal(index))
+
+    def _relative_ordinal(self, index: int) -> int:
+        for piece in self._pieces:
+            count = piece.row_count if isinstance(piece, Span) else len(piece[1])
+            if index < count:
+                return piece.ordinal(index) if isinstance(piece, Span) else piece[1][index]
+            index -= count
+        raise IndexError(index)
 
 
 class TruncateStep:
@@ -90,7 +159,7 @@ class _Known:
     """A relation of the stream: its message, its table or why there is none, and whether the present transaction's changes
     are in the table's copy."""
 
-    __slots__ = ("_table", "message", "run", "serial", "skips", "snapshot", "step")
+    __slots__ = ("_table", "layouts", "message", "run", "serial", "skips", "snapshot", "step")
 
     def __init__(self, message: bytes, table: TargetTable | RelationRefused) -> None:
         self.message = message
@@ -100,6 +169,10 @@ class _Known:
         self.skips = False
         self.run: TableRun | None = None
         self.step: object = None
+        has_fixed_size = isinstance(table, TargetTable) and all(
+            column.type_oid in FIXED_SIZES for column in table.relation.columns
+        )
+        self.layouts = Layouts() if has_fixed_size else None
 
     @property
     def table(self) -> TargetTable:
@@ -168,11 +241,18 @@ class LaneDecoder:
                 if run is None or known.step is not step:
                     run = self._open_run(known, batch)
                     step = known.step
-                run.messages.append(body[start:at] if length < BIG_BYTES else memoryview(body)[start:at])
-                run.ordinals.append(relative)
-                batch.change_count += 1
                 if kind != pgoutput.INSERT:
                     run.only_inserts = False
+                elif known.layouts is not None and (span := known.layouts.span(body, start - 8, at)) is not None:
+                    run.add_span(span)
+                    batch.change_count += span.row_count
+                    at = start - 8 + span.row_count * span.layout.stride
+                    continue
+                run.add(body[start:at] if length < BIG_BYTES else memoryview(body)[start:at], relative)
+                before = run.count - 1
+                if kind != pgoutput.INSERT or known.layouts is None or known.layouts.are_none:
+                    at = run.add_alike(body, start, at)
+                batch.change_count += run.count - before
             else:
                 await self._other(kind, body[start:at], relative, batch)
                 step = batch.steps[-1] if batch.steps else None
@@ -184,7 +264,7 @@ class LaneDecoder:
         snapshot = known.snapshot
         known.skips = snapshot is not None and snapshot.includes(self._begin.commit_lsn, self._begin.xid)
         if known.run is not None:
-            known.run.marks.append((len(known.run.messages), self._begin.commit_lsn, self._base))
+            known.run.marks.append((known.run.count, self._begin.commit_lsn, self._base))
 
     def _open_run(self, known: _Known, batch: Batch) -> TableRun:
         """Give the run of the batch's last step that a relation's changes go into."""
@@ -195,7 +275,7 @@ class LaneDecoder:
             table_runs.append(TableRun(table))
             batch.run_count += 1
         run = table_runs[-1]
-        run.marks.append((len(run.messages), self._begin.commit_lsn, self._base))
+        run.marks.append((run.count, self._begin.commit_lsn, self._base))
         known.run, known.step = run, runs
         if table.is_deferrable:
             batch.must_end_at_commit = True

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import asyncpg
 
-from live_migration.common.errors import LiveMigrationError
+from live_migration.common.errors import LaneStopped, LiveMigrationError
 from live_migration.common.postgres import asking
 from live_migration.common.segment import START, Position
 from live_migration.common.settings import Settings
@@ -22,6 +22,11 @@ from live_migration.consumer.checkpoint import Advance, Checkpoint, advance
 from live_migration.consumer.decoder import Batch, LaneDecoder
 from live_migration.consumer.log_reader import LogReader, Segment
 from live_migration.consumer.memory_budget import MemoryBudget
+from live_migration.consumer.refusal import Place
+from live_migration.consumer.refusal_search import apply_carefully
+from live_migration.consumer.segment_walk import place_relation
+from live_migration.consumer.skips import LaneSkips, SkippedChange
+from live_migration.consumer.target_tables import RelationRefused
 
 READ_AHEAD_BYTES = 2 * 1024 * 1024
 """How much is read and not yet decoded: a lane whose target is slow must not use up the budget of all."""
@@ -39,6 +44,7 @@ class Flush:
     next_offset: int = 0
     position: Position = START
     may_commit: bool = True
+    skipped: list[SkippedChange] = field(default_factory=list)
 
 
 class LanePipeline:
@@ -54,6 +60,7 @@ class LanePipeline:
         budget: MemoryBudget,
         lane_count: int,
         on_progress: Callable[[Checkpoint], None],
+        skips: LaneSkips,
         careful_until: Position = START,
     ) -> None:
         self._settings = settings
@@ -64,6 +71,7 @@ class LanePipeline:
         self._decoder = decoder
         self._budget = budget
         self._lane_count = lane_count
+        self._skips = skips
         self._careful_until = careful_until
         self.attempted = START
         """Last position of the newest segment that was begun to be decoded."""
@@ -151,13 +159,27 @@ class LanePipeline:
                 self._inbox_bytes -= segment.held_bytes
                 self._changed.notify_all()
             await asyncio.sleep(0)  # nothing else here need wait: let the other lanes have their turn
-            with asking("target", "looking at the tables"):
-                await self._decoder.decode(segment.body, flush.batch)
+            await self._decode_segment(segment, flush)
             flush.segment_count += 1
             flush.held_bytes += segment.held_bytes
             flush.next_offset, flush.position = segment.next_offset, segment.last
         flush.may_commit = self._may_commit(flush.batch)
         return True
+
+    async def _decode_segment(self, segment: Segment, flush: Flush) -> None:
+        body = self._skips.take_out(segment, flush.skipped) if self._skips else segment.body
+        try:
+            with asking("target", "looking at the tables"):
+                await self._decoder.decode(body, flush.batch)
+        except RelationRefused as refusal:
+            if segment.last > self._careful_until:
+                raise
+            placed = place_relation(refusal, body, self._place(segment.next_offset))
+            raise placed or LaneStopped(refusal.message, hint=refusal.hint) from refusal
+
+    def _place(self, next_offset: int) -> Place:
+        settings = self._settings
+        return Place(settings.changes_topic, self._checkpoint.lane, next_offset - 1, settings.dead_letter_topic)
 
     def _is_full(self, flush: Flush) -> bool:
         batch, settings = flush.batch, self._settings
@@ -232,9 +254,11 @@ class LanePipeline:
             await applier.begin()
             change_count = byte_count = 0
             barrier, commit_time = None, None
+            skipped: list[Position] = []
             while True:
                 batch = flush.batch
-                await applier.apply(batch)
+                await self._apply_batch(applier, flush)
+                skipped += await self._skips.send_letters(flush.skipped)
                 change_count += batch.change_count
                 byte_count += batch.byte_count
                 barrier = batch.barrier or barrier
@@ -244,10 +268,17 @@ class LanePipeline:
                     break
                 flush = await self._next_flush()
             to = Advance(flush.next_offset, flush.position, barrier, change_count, byte_count, commit_time)
+            await self._skips.finish(self._connection, skipped)
             reached = await advance(self._connection, self._checkpoint, to)
             await self._connection.execute("commit")
         self._checkpoint = reached
         self._on_progress(reached)
+
+    async def _apply_batch(self, applier: Applier, flush: Flush) -> None:
+        if flush.position > self._careful_until:
+            await applier.apply(flush.batch)
+        else:
+            await apply_carefully(self._connection, applier, flush.batch, self._place(flush.next_offset))
 
     def _release(self, flush: Flush) -> None:
         self._budget.release(flush.held_bytes)

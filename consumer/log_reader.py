@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from aiokafka import ConsumerRecord, TopicPartition
 from aiokafka import errors as kafka_errors
 
-from live_migration.common.errors import FormatError, LogGap
+from live_migration.common.errors import RECOPY, FormatError, LogGap
 from live_migration.common.kafka import translate
 from live_migration.common.kafka_clients import log_consumer
 from live_migration.common.segment import FRAGMENT, HEADER, Position, SegmentHeader, decode_header
@@ -20,10 +20,7 @@ RECORDS_AT_ONCE = 16
 POLL_MS = 1000
 _DELETED_HINT = (
     "Applied segments are deleted behind the checkpoints that are flushed on the target. If the target was restored or failed over, "
-    "go back to the newest state of it; else run `live-migration clean` and start again, with --keep-changes for such a target."
-)
-_LOST_HINT = (
-    "The broker has lost the end of its log, or the topic was made again. Run `live-migration clean` and start again."
+    f"go back to the newest state of it; else: {RECOPY} Such a target needs --keep-changes."
 )
 
 
@@ -130,13 +127,26 @@ class LogReader:
         self._client = log_consumer(settings, max_partition_fetch_bytes=FETCH_BYTES, fetch_max_bytes=FETCH_BYTES)
 
     async def open(self) -> None:
-        """Connect. Raises ConnectionLost when no broker answers."""
+        """Connect. Raises ConnectionLost when no broker answers, LogGap when the log ends before the lane's checkpoint."""
         try:
             await self._client.start()
         except kafka_errors.KafkaError as error:
             raise translate(error, f"connecting to read {self._partition.topic}") from error
         self._client.assign([self._partition])
         self._client.seek(self._partition, self._start_offset)
+        await self._check_end()
+
+    async def _check_end(self) -> None:
+        """Raise LogGap when the partition ends before where the lane goes on: what comes there next is another log's."""
+        try:
+            end = (await self._client.end_offsets([self._partition]))[self._partition]
+        except kafka_errors.KafkaError as error:
+            raise translate(error, f"looking at the end of {self._partition.topic}") from error
+        if end < self._start_offset:
+            raise LogGap(
+                f"{self._partition.topic}-{self._partition.partition} ends at offset {end}, but the lane is applied up to "
+                f"offset {self._start_offset}: the topic was made again, or the broker has lost the log's tail"
+            )
 
     async def close(self) -> None:
         """Close the connection and give back what fragments hold."""
@@ -171,7 +181,7 @@ class LogReader:
         needed = f"{topic}-{lane}-{offset}: the broker does not have this offset, which the lane needs next"
         if offset < first:
             return LogGap(f"{needed}: it begins at {first}, what was before is deleted", hint=_DELETED_HINT)
-        return LogGap(f"{needed}: it ends at {end}", hint=_LOST_HINT)
+        return LogGap(f"{needed}: it ends at {end}")
 
     async def take(self, record: ConsumerRecord[bytes, bytes]) -> Segment | None:
         """Give the segment that a record completes, once its bytes fit into the budget."""

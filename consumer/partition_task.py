@@ -21,6 +21,8 @@ from live_migration.consumer.decoder import LaneDecoder
 from live_migration.consumer.lane_pipeline import LanePipeline
 from live_migration.consumer.log_reader import LogReader
 from live_migration.consumer.memory_budget import MemoryBudget
+from live_migration.consumer.refusal import ChangeRefused, is_of_a_change
+from live_migration.consumer.skips import LaneSkips
 from live_migration.consumer.target_tables import TargetTables
 
 STANDBY_SECONDS = 1.0
@@ -52,10 +54,11 @@ class PartitionTask:
         self._budget = budget
         self._on_progress = on_progress
         self._checkpoint: Checkpoint | None = None
-        # After a refusal each segment is applied by itself up to here: all that stands before the refused change gets
-        # through, as it must before the target is altered (a segment holds but one shape of a table).
+        # After a refusal each segment is applied by itself up to here, and the refused change is looked for: all segments
+        # before its own get through, as they must before the target is altered (a segment holds but one shape of a table).
         self._careful_until = START
         self._must_take = True  # the group gave us the partition: whoever still holds the lane has to go
+        self._skips = LaneSkips(settings, migration, lane)
         self._backoff = _FIRST_BACKOFF_SECONDS
         self._log = log.bind(lane=lane)
 
@@ -68,7 +71,10 @@ class PartitionTask:
                 self._log.info("lane left", reason=error.message)
                 await asyncio.sleep(STANDBY_SECONDS)
             except LiveMigrationError as error:
-                await self._pause(error)
+                if is_of_a_change(error):
+                    self._log.info("lane looks for the refused change", reason=error.message)
+                else:
+                    await self._pause(error)
 
     async def _run_once(self) -> None:
         """Take the lane and apply it until something happens.
@@ -83,6 +89,7 @@ class PartitionTask:
                     raise Fenced(f"lane {self._lane} was taken over by another consumer")
                 self._checkpoint = None
                 held = await self._acquire(connection)
+                await self._skips.load(connection, held.position)
             self._checkpoint = held
             self._must_take = False
             beside = await self._connect(stack, f"live-migration lane {self._lane} tables")
@@ -113,6 +120,7 @@ class PartitionTask:
             self._budget,
             self._migration.lane_count,
             self._advanced,
+            self._skips,
             self._careful_until,
         )
         try:
@@ -141,7 +149,7 @@ class PartitionTask:
 
     async def _acquire(self, connection: asyncpg.Connection) -> Checkpoint:
         try:
-            return await checkpoints.acquire(connection, self._lane, self._worker)
+            return await checkpoints.acquire(connection, self._lane, self._worker, self._migration.topic_id)
         except TimeoutError as error:
             raise ConnectionLost(f"lane {self._lane}: its last owner's session on the target does not end") from error
 
@@ -155,21 +163,22 @@ class PartitionTask:
             seconds = STOPPED_SECONDS if isinstance(error, TargetError) else BROKEN_LOG_SECONDS
             message = self._placed(error)
             self._log.error("lane stopped", reason=message, hint=error.hint, retry_seconds=seconds)
-            await self._record(message, error.hint)
+            await self._record(message, error.hint, error.as_json() if isinstance(error, ChangeRefused) else None)
         await asyncio.sleep(seconds)
 
     def _placed(self, error: LiveMigrationError) -> str:
         """Give the error with where the lane stands in the topic."""
-        if self._checkpoint is None:
+        if self._checkpoint is None or isinstance(error, ChangeRefused):
             return error.message
         place = f"{self._settings.changes_topic}-{self._lane}-{self._checkpoint.next_offset}"
         kind = "" if isinstance(error, LaneStopped) else f"{type(error).__name__}: "
         return f"lane {self._lane} stands at {place} ({self._checkpoint.position}): {kind}{error.message}"
 
-    async def _record(self, message: str, hint: str) -> None:
+    async def _record(self, message: str, hint: str, refused: str | None) -> None:
         if self._checkpoint is None:
             return
         with suppress(LiveMigrationError):  # it is in our log, and written down at the next attempt
             async with session(self._settings.target_uri(), "target", application="live-migration lane") as connection:
                 with asking("target", f"recording why lane {self._lane} stopped"):
-                    await checkpoints.record_error(connection, self._lane, self._checkpoint.epoch, message, hint)
+                    epoch = self._checkpoint.epoch
+                    await checkpoints.record_error(connection, self._lane, epoch, message, hint, refused)

@@ -122,8 +122,9 @@ _FOLDABLE = """
 class RelationRefused(LaneStopped):
     """The target cannot take a relation's rows. Changes that the table's copy holds already (`snapshot`) do not matter."""
 
-    def __init__(self, refusal: LaneStopped, snapshot: CopySnapshot | None) -> None:
+    def __init__(self, refusal: LaneStopped, relation: Relation, snapshot: CopySnapshot | None) -> None:
         super().__init__(refusal.message, hint=refusal.hint)
+        self.relation = relation
         self.snapshot = snapshot
 
 
@@ -151,7 +152,7 @@ class TargetTables:
         try:
             return await self._describe(relation, row, snapshot)
         except LaneStopped as refusal:
-            raise RelationRefused(refusal, snapshot) from refusal
+            raise RelationRefused(refusal, relation, snapshot) from refusal
 
     async def _describe(self, relation: Relation, row: asyncpg.Record, snapshot: CopySnapshot | None) -> TargetTable:
         name = QualifiedName(row["schema_name"], row["table_name"])

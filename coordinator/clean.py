@@ -14,6 +14,7 @@ from live_migration.common.postgres import asking, session
 from live_migration.common.settings import Settings
 from live_migration.common.state import Migration, Phase
 from live_migration.coordinator.cutover import is_coordinator_alive
+from live_migration.coordinator.dead_letters import count_letters
 from live_migration.coordinator.prepare import give_identities_back, remove_from_source
 from live_migration.coordinator.run import APPLICATION
 from live_migration.producer.slot import identify_system, read_slot
@@ -36,7 +37,7 @@ async def clean(settings: Settings, *, prune: bool, note: Note) -> None:
         if migration is not None:
             await _require_ours(settings, target, migration)
         await _clean_source(settings, target, migration, note)
-        await _clean_kafka(settings, migration, note)
+        await _clean_kafka(settings, migration, prune, note)
         await _clean_target(target, migration, note)
     if prune:
         await asyncio.to_thread(shutil.rmtree, settings.dir, ignore_errors=True)
@@ -86,14 +87,20 @@ async def _require_idle(source: asyncpg.Connection, settings: Settings) -> None:
         )
 
 
-async def _clean_kafka(settings: Settings, migration: Migration | None, note: Note) -> None:
+async def _clean_kafka(settings: Settings, migration: Migration | None, prune: bool, note: Note) -> None:
     address = settings.kafka or (migration.kafka if migration is not None else None)
     if not address:
         return
     reachable = settings.model_copy(update={"kafka": address})
     try:
-        for topic in await kafka.delete_topics(reachable):
+        letters = await count_letters(reachable)
+        for topic in await kafka.delete_topics(reachable, with_letters=prune or not letters):
             note(f"deleted topic {topic}")
+        if letters and not prune:
+            note(
+                f"left topic {settings.dead_letter_topic}, which holds the rows that were skipped: "
+                "`live-migration tail --dead-letters` prints them, `live-migration clean --prune` deletes it"
+            )
         if await kafka.delete_group(reachable, settings.name):
             note(f"deleted consumer group {settings.name}")
     except ConnectionLost as error:

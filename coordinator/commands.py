@@ -21,9 +21,11 @@ from live_migration.common.telemetry import configure_logging
 from live_migration.consumer.service import run_consumer
 from live_migration.coordinator import migrating, report
 from live_migration.coordinator.cutover import request_cutover
+from live_migration.coordinator.dead_letters import read_letters
 from live_migration.coordinator.demo import run_demo
 from live_migration.coordinator.options import CONDUCTOR, CONSUMER, KAFKA, LOG, PRODUCER, settings_options
 from live_migration.coordinator.preflight import validate
+from live_migration.coordinator.skip import parse_position, request_skip
 from live_migration.coordinator.status import StatusReader
 from live_migration.coordinator.tail import tail
 from live_migration.coordinator.verify import verify
@@ -135,12 +137,17 @@ def validate_command(**options: Any) -> int:
 
 @commands.command("migrate")
 @settings_options("source", "target", *KAFKA, "name", *CONDUCTOR, *PRODUCER, *CONSUMER, *LOG)
-def migrate_command(**options: Any) -> int:
+@click.option(
+    "--recopy",
+    is_flag=True,
+    help="Make a lost slot or change log anew and copy every table again; refused when nothing is lost.",
+)
+def migrate_command(recopy: bool, **options: Any) -> int:
     """Run the whole migration, or go on with it."""
     settings = _load(options)
     settings.source_uri()
     settings.target_uri()
-    return _run(migrating.migrate(settings))
+    return _run(migrating.migrate(settings, recopy=recopy))
 
 
 @commands.command("status")
@@ -174,6 +181,18 @@ def cutover_command(**options: Any) -> int:
     settings = _load(options)
     settings.target_uri()
     click.echo(_run(request_cutover(settings)), err=True)
+    return 0
+
+
+@commands.command("skip")
+@settings_options("target", *LOG)
+@click.option("--lane", type=click.IntRange(0), required=True, help="The lane that is stopped.")
+@click.option("--position", required=True, help="Where it is stopped, as its error says: X/Y#n.")
+def skip_command(lane: int, position: str, **options: Any) -> int:
+    """Give up the one change that stops a lane: its row goes to the dead letter topic, and the lane goes on."""
+    settings = _load(options)
+    settings.target_uri()
+    click.echo(_run(request_skip(settings, lane, parse_position(position))), err=True)
     return 0
 
 
@@ -235,7 +254,8 @@ def consumer_command(**options: Any) -> int:
     "--from-beginning", is_flag=True, help="Begin with the oldest change that is kept, not with what comes now."
 )
 @click.option("--limit", type=click.IntRange(1), help="End after so many changes.")
-def tail_command(table: str | None, from_beginning: bool, limit: int | None, **options: Any) -> int:
+@click.option("--dead-letters", is_flag=True, help="Print the changes that were skipped instead, all that are there.")
+def tail_command(table: str | None, from_beginning: bool, limit: int | None, dead_letters: bool, **options: Any) -> int:
     """Print the change log as JSON lines."""
     settings = _load(options)
     if settings.kafka is None and settings.target is None:
@@ -245,7 +265,11 @@ def tail_command(table: str | None, from_beginning: bool, limit: int | None, **o
 
     async def work() -> int:
         adopted = await migrating.adopt_from_state(settings)
-        async for line in tail(adopted, table=table, from_beginning=from_beginning, limit=limit):
+        if dead_letters:
+            lines = read_letters(adopted, table=table, limit=limit)
+        else:
+            lines = tail(adopted, table=table, from_beginning=from_beginning, limit=limit)
+        async for line in lines:
             sys.stdout.buffer.write(line + b"\n")
             sys.stdout.buffer.flush()
         return 0

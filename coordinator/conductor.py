@@ -14,15 +14,18 @@ from live_migration.common.errors import LaneStopped, Retry
 from live_migration.common.postgres import asking, connect, session
 from live_migration.common.settings import Settings
 from live_migration.common.state import Phase
+from live_migration.coordinator import steps
 from live_migration.coordinator.beside import beside, translated
 from live_migration.coordinator.cutover import SourceBusy, cut_over
 from live_migration.coordinator.drift import watch_drift
 from live_migration.coordinator.handover import finish_after_handover
 from live_migration.coordinator.held import say_what_is_held
 from live_migration.coordinator.identity_watch import watch_identities
+from live_migration.coordinator.losses import find_loss
 from live_migration.coordinator.observer import Observer, Reporter
 from live_migration.coordinator.opening import open_migration
 from live_migration.coordinator.prepare import prepare
+from live_migration.coordinator.recopy import begin_recopy
 from live_migration.coordinator.run import APPLICATION, Run
 from live_migration.coordinator.schema import restore_schema
 from live_migration.coordinator.slot_watch import watch_slot
@@ -38,21 +41,24 @@ _STEADY_SECONDS = 60.0
 _HEARTBEAT_SECONDS = 5.0
 
 
-async def conduct(settings: Settings, *, stop: asyncio.Event, ask_cutover: asyncio.Event, observer: Observer) -> None:
+async def conduct(
+    settings: Settings, *, stop: asyncio.Event, ask_cutover: asyncio.Event, observer: Observer, recopy: bool = False
+) -> None:
     """Run a migration from wherever it is to its end, or until `stop` is set; then the next call goes on.
 
+    With `recopy` every table is copied again first, which is refused unless slot or change log are lost.
     Lost connections are made anew for ever once the migration has begun.
 
     Raises:
         LiveMigrationError: something stands in the way; the message says what is to be done.
     """
     reporter = Reporter(observer)
-    opened = await open_migration(settings, reporter)
+    opened = await open_migration(settings, reporter, must_exist=recopy)
     if opened is None:
         return
     try:
         async with WorkerPool(opened, reporter) as pool:
-            await _until(stop, _Conductor(opened, reporter, pool, ask_cutover).run())
+            await _until(stop, _Conductor(opened, reporter, pool, ask_cutover, recopy=recopy).run())
     finally:
         await say_what_is_held(opened, reporter)
 
@@ -71,11 +77,20 @@ async def _until(stop: asyncio.Event, work: Coroutine[None, None, None]) -> None
 
 
 class _Conductor:
-    def __init__(self, settings: Settings, reporter: Reporter, pool: WorkerPool, ask_cutover: asyncio.Event) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        reporter: Reporter,
+        pool: WorkerPool,
+        ask_cutover: asyncio.Event,
+        *,
+        recopy: bool,
+    ) -> None:
         self._settings = settings
         self._reporter = reporter
         self._pool = pool
         self._ask_cutover = ask_cutover
+        self._recopy = recopy
         self._owner = state.worker_id("coordinator")
         self._shown: Phase | None = None
 
@@ -133,11 +148,15 @@ class _Conductor:
                 await state.release_coordinator_lease(keeper, epoch)
 
     async def _lead(self, run: Run) -> None:
+        if self._recopy:
+            await begin_recopy(run)
+            self._recopy = False
         self._show(run)
         if run.phase is Phase.PREPARE:
             await prepare(run)
             self._show(run)
         elif run.phase is not Phase.DONE:
+            await self._require_whole(run)
             # An earlier coordinator may have died before it told the producer what it had prepared or published.
             await run.publications_changed(run.target)
         if run.phase is not Phase.DONE:
@@ -145,6 +164,13 @@ class _Conductor:
             await beside(self._lead_to_done(run), [self._pool.watch(), watch_identities(run), watch_slot(run)])
         await self._pool.stop()
         await finish_after_handover(run)
+
+    async def _require_whole(self, run: Run) -> None:
+        """Raise what is lost of slot or log, before anybody works with what is left; nothing is after the last barrier."""
+        with asking("target", "reading the migration's state"):
+            is_needed = not await steps.is_done(run.target, steps.BARRIER)
+        if is_needed and (loss := await find_loss(run)) is not None:
+            raise loss
 
     async def _lead_to_done(self, run: Run) -> None:
         if run.phase is Phase.SCHEMA:

@@ -24,9 +24,10 @@ from live_migration.coordinator.findings import name_list
 from live_migration.coordinator.handover import hand_over
 from live_migration.coordinator.identity_watch import reconcile
 from live_migration.coordinator.run import APPLICATION, Run
+from live_migration.coordinator.skip import describe_skips, read_skips
+from live_migration.coordinator.steps import BARRIER
 from live_migration.producer.slot import OpenTransaction, describe_transactions, open_transactions
 
-_BARRIER = "barrier"
 _QUIET_SECONDS = 10.0
 _START_SECONDS = 10.0
 _LOG_SECONDS = 30.0
@@ -61,9 +62,10 @@ async def request_cutover(settings: Settings, *, patience: float = _START_SECOND
                     hint="Start `live-migration migrate` again, then ask for the cutover.",
                 )
             await add_request(target)
+            skipped = "".join(f"\n{line}" for line in describe_skips(await read_skips(target)))
     if migration.phase in (Phase.REPLAY, Phase.CUTOVER):
-        return "the coordinator was asked for the cutover"
-    return f"the coordinator was asked for the cutover; it begins after phase {migration.phase.value}"
+        return f"the coordinator was asked for the cutover{skipped}"
+    return f"the coordinator was asked for the cutover; it begins after phase {migration.phase.value}{skipped}"
 
 
 async def _await_coordinator(target: asyncpg.Connection, patience: float) -> bool:
@@ -122,7 +124,7 @@ async def cut_over(run: Run) -> None:
         CutoverRefused: tables are unaccounted for; the migration is back in phase replay.
     """
     async with run.source_session("cutover") as source:
-        if not await steps.is_done(run.target, _BARRIER):
+        if not await steps.is_done(run.target, BARRIER):
             try:
                 await _prove_everything_arrived(run, source)
             except (SourceBusy, CutoverRefused, TargetError) as error:
@@ -167,7 +169,7 @@ async def _prove_everything_arrived(run: Run, source: asyncpg.Connection) -> Non
 async def _record_barrier(run: Run, barrier: Barrier) -> None:
     async with run.target_transaction("recording the barrier") as target:
         await target.execute("update _live_migration.migration set cutover_lsn = $1", barrier.after_lsn)
-        await steps.finish(target, run.epoch, _BARRIER)
+        await steps.finish(target, run.epoch, BARRIER)
     run.reporter.note("the target holds every change of the source")
 
 

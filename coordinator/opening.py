@@ -21,8 +21,10 @@ from live_migration.producer.slot import SystemIdentity, identify_system
 _SECRETS = frozenset({"source", "target", "kafka_username", "kafka_password"})
 
 
-async def open_migration(settings: Settings, reporter: Reporter) -> Settings | None:
+async def open_migration(settings: Settings, reporter: Reporter, *, must_exist: bool = False) -> Settings | None:
     """Begin a migration or resume the target's; give the settings that hold for it, None when it is done already.
+
+    `must_exist`: none is begun.
 
     Raises:
         LiveMigrationError: a check failed before anything was touched; or the target's migration is another one.
@@ -30,11 +32,21 @@ async def open_migration(settings: Settings, reporter: Reporter) -> Settings | N
     async with session(settings.target_uri(), "target", application=f"{APPLICATION} opening") as target:
         with asking("target", "reading the migration's state"):
             migration = await state.read_migration(target)
+        if migration is None and must_exist:
+            raise TargetError(
+                "the target holds no migration, so nothing can be copied again",
+                hint="`live-migration migrate` starts one; check TARGET.",
+            )
         if migration is None:
             await _begin(settings, target, reporter)
             return settings
         _require_same_name(settings, migration)
         with asking("target", "reading the migration's state"):
+            if migration.phase is Phase.DONE and must_exist:
+                raise TargetError(
+                    "this migration is done: the target is in charge, and nothing is to be copied again",
+                    hint="`live-migration verify` compares both sides.",
+                )
             if migration.phase is Phase.DONE and await is_finished(target):
                 reporter.phase_changed(Phase.DONE)
                 reporter.note(

@@ -26,6 +26,7 @@ _TYPES: dict[str, click.ParamType[Any] | type] = {
     "lock_timeout": float,
     "lease": float,
     "slot_timeout": float,
+    "max_slot_lag": int,
     "consumers": int,
     "partitions": int,
     "replication_factor": int,
@@ -70,6 +71,7 @@ _HELP = {
     "lock_timeout": "Seconds that a statement of ours waits for a lock on the source.  [default: 2]",
     "lease": "Seconds that a claim outlives its worker.  [default: 15]",
     "slot_timeout": "Seconds that the slot's creation waits for open transactions.  [default: 600]",
+    "max_slot_lag": "Bytes of WAL that the slot may keep on the source before it is dropped; 0: no bound.  [default: 0]",
     "batch_rows": "Changes that one target transaction applies at most.  [default: 100000]",
     "batch_bytes": "Bytes of changes that one target transaction applies at most.  [default: 16777216]",
     "memory": "Bytes of segments that one consumer holds.  [default: 100663296]",
@@ -111,6 +113,7 @@ CONDUCTOR = (
     "keep_changes",
     "part_size",
     "slot_timeout",
+    "max_slot_lag",
 )
 
 

@@ -8,10 +8,13 @@ __all__ = ["FOLLOWERS", "Phase", "is_transition_allowed"]
 
 FOLLOWERS: dict[Phase, frozenset[Phase]] = {
     Phase.PREPARE: frozenset({Phase.SCHEMA}),
-    Phase.SCHEMA: frozenset({Phase.COPY}),
-    Phase.COPY: frozenset({Phase.REPLAY}),
-    Phase.REPLAY: frozenset({Phase.CUTOVER}),
-    Phase.CUTOVER: frozenset({Phase.REPLAY, Phase.DONE}),  # back when the source is still written to
+    # back to prepare by `migrate --recopy`
+    Phase.SCHEMA: frozenset({Phase.COPY, Phase.PREPARE}),
+    Phase.COPY: frozenset({Phase.REPLAY, Phase.PREPARE}),
+    Phase.REPLAY: frozenset({Phase.CUTOVER, Phase.PREPARE}),
+    Phase.CUTOVER: frozenset(
+        {Phase.REPLAY, Phase.DONE, Phase.PREPARE}
+    ),  # to replay when the source is still written to
     Phase.DONE: frozenset(),
 }
 

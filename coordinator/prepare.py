@@ -13,6 +13,7 @@ import asyncpg
 
 from live_migration.common import kafka
 from live_migration.common.catalog import TableInfo
+from live_migration.common.control import POSITION
 from live_migration.common.errors import KafkaError, SlotError, SourceError
 from live_migration.common.lsn import Lsn
 from live_migration.common.postgres import asking
@@ -25,6 +26,7 @@ from live_migration.coordinator.beside import beside
 from live_migration.coordinator.control_topic import producer_config, write_config
 from live_migration.coordinator.identity_watch import watch_identities
 from live_migration.coordinator.planning import Memberships
+from live_migration.coordinator.recopy import adopt_memberships, drop_built_indexes, planned_tables
 from live_migration.coordinator.run import Run
 from live_migration.producer.publication import (
     ALL_OPERATIONS,
@@ -40,6 +42,7 @@ from live_migration.producer.publication import (
     set_identity_full,
     tables_without_identity,
 )
+from live_migration.producer.publisher import fence_producers
 from live_migration.producer.slot import (
     SlotTimeout,
     await_older_transactions,
@@ -48,9 +51,11 @@ from live_migration.producer.slot import (
     identify_system,
     read_slot,
 )
+from live_migration.producer.tail_check import read_tails
 
 _STEP = "prepare"
 _PLANNING_ATTEMPTS = 20
+_TOPIC_ATTEMPTS = 10
 
 
 async def prepare(run: Run) -> None:
@@ -60,12 +65,12 @@ async def prepare(run: Run) -> None:
     async with run.source_session("prepare") as source:
         if is_again:
             run.reporter.note("preparing again: what an earlier attempt left on the source is made anew")
+            await drop_built_indexes(run)
             await remove_from_source(source, run.settings)
-            await kafka.delete_topics(run.settings)
-            await _await_topics_gone(run.settings)
+            await _make_topics_anew(run.settings)
         else:
             await _require_nothing_there(source, run.settings)
-        await kafka.create_topics(run.settings)
+            await kafka.create_topics(run.settings)
         try:
             await _prepare_source(run, source)
         except SlotTimeout:
@@ -86,13 +91,14 @@ async def _prepare_source(run: Run, source: asyncpg.Connection) -> None:
     await create_publication(source, settings.insert_publication, INSERT_ONLY)
     if settings.replica_identity_full:
         await _give_full_identities(run, source)
-    members = await publish_tables(run, source)
+    with asking("target", "reading the plan"):
+        planned = await planned_tables(run.target)
+    members = await publish_tables(run, source, only=planned)
     _announce(run, members)
-    binary = all(table.is_binary_safe for table in (*members.all, *members.insert))
-    await beside(_begin_change_log(run, source, identity.timeline, binary), [watch_identities(run)])
+    await beside(_begin_change_log(run, source, identity.timeline, members), [watch_identities(run)])
 
 
-async def _begin_change_log(run: Run, source: asyncpg.Connection, timeline: int, binary: bool) -> None:
+async def _begin_change_log(run: Run, source: asyncpg.Connection, timeline: int, members: Memberships) -> None:
     """Make the slot, which may wait long for open transactions, and enter phase `schema`."""
     settings, reporter = run.settings, run.reporter
     lsn = await create_slot(settings.source_uri(), settings.slot, timeout=settings.slot_timeout, on_wait=reporter.note)
@@ -100,10 +106,11 @@ async def _begin_change_log(run: Run, source: asyncpg.Connection, timeline: int,
     await await_older_transactions(
         source, timeout=settings.slot_timeout, on_wait=reporter.note, what="the first table snapshot"
     )
-    await _enter_schema(run, lsn, timeline, binary)
+    await _enter_schema(run, lsn, timeline, members)
 
 
-async def _enter_schema(run: Run, start_lsn: int, timeline: int, binary: bool) -> None:
+async def _enter_schema(run: Run, start_lsn: int, timeline: int, members: Memberships) -> None:
+    binary = all(table.is_binary_safe for table in (*members.all, *members.insert))
     async with run.target_transaction("leaving phase prepare") as target:
         await target.execute(
             """update _live_migration.migration set start_lsn = $2, source_timeline = $3, binary_stream = $4
@@ -113,6 +120,7 @@ async def _enter_schema(run: Run, start_lsn: int, timeline: int, binary: bool) -
             timeline,
             binary,
         )
+        await adopt_memberships(target, members)
         await steps.finish(target, run.epoch, _STEP)
         await run.enter(Phase.SCHEMA)
     await run.reload()
@@ -146,6 +154,23 @@ async def remove_from_source(source: asyncpg.Connection, settings: Settings) -> 
         if await drop_publication(source, name, lock_timeout=settings.lock_timeout):
             dropped.append(f"publication {name}")
     return dropped
+
+
+async def _make_topics_anew(settings: Settings) -> None:
+    """Delete and make the topics, until nothing stands in them that a producer of the log before has written."""
+    for _ in range(_TOPIC_ATTEMPTS):
+        await kafka.delete_topics(settings)
+        await _await_topics_gone(settings)
+        await kafka.create_topics(settings)
+        await fence_producers(
+            settings
+        )  # whoever began before can commit nothing from here on; whoever begins now waits for us
+        tails = await read_tails(settings, settings.partitions)
+        if all(tail.end_offset == 0 for tail in tails) and POSITION not in await kafka.read_control(settings):
+            return
+    raise KafkaError(
+        f"somebody writes into {settings.changes_topic} while it is made anew", hint="Stop every other producer."
+    )
 
 
 async def _await_topics_gone(settings: Settings) -> None:
@@ -197,14 +222,16 @@ async def give_identities_back(target: asyncpg.Connection, source: asyncpg.Conne
     return restored
 
 
-async def publish_tables(run: Run, source: asyncpg.Connection) -> Memberships:
-    """Bring the source's tables into our two publications; give who is where.
+async def publish_tables(run: Run, source: asyncpg.Connection, *, only: frozenset[int] | None = None) -> Memberships:
+    """Bring the source's tables, or `only` those with these oids, into our two publications; give who is where.
 
     A table whose identity is lost between looking and publishing is moved at once, one that vanishes is let go.
     """
     settings, version = run.settings, run.migration.source_version
     for _ in range(_PLANNING_ATTEMPTS):
-        members = planning.assign(await run.list_tables(source), version)
+        found = await run.list_tables(source)
+        considered = [t for t in found if only is None or t.persistence != "p" or t.oid in only]
+        members = planning.assign(considered, version)
         try:
             for name, tables in ((settings.publication, members.all), (settings.insert_publication, members.insert)):
                 other = await published_tables(source, _other(settings, name))

@@ -13,6 +13,7 @@ from rich.text import Text
 from live_migration.common.progress import format_bytes, format_count, format_duration, format_number_of
 from live_migration.coordinator.display import progress_line, render
 from live_migration.coordinator.findings import Finding
+from live_migration.coordinator.skip import describe_skips
 from live_migration.coordinator.status import Status
 from live_migration.coordinator.verify import Report, Result, Verdict
 
@@ -47,6 +48,8 @@ def print_result(result: Result) -> None:
 
 def print_verification(report: Report) -> None:
     """Print the outcome of a verification."""
+    for line in describe_skips(report.skips):
+        click.echo(line, err=True)
     equal = sum(result.verdict is Verdict.EQUAL for result in report.results)
     rows = sum(result.source_rows or 0 for result in report.results if result.kind == "table")
     spent = format_duration(report.seconds)
@@ -69,6 +72,8 @@ def print_summary(status: Status, note: Callable[[str], None]) -> None:
         f"{format_count(totals.row_count)} rows of {totals.tables} tables copied, {format_count(status.change_count)} changes "
         f"replayed, {format_duration(spent)} since the beginning"
     )
+    for line in describe_skips(status.skips):
+        note(line)
 
 
 def print_status(status: Status, console: Console) -> None:
@@ -97,6 +102,8 @@ def print_status(status: Status, console: Console) -> None:
     if status.lanes:
         console.print(Text(f"{len(status.lanes)} lanes, behind the log: {', '.join(behind) or 'none'}"), soft_wrap=True)
     console.print(_workers(status))
+    for line in describe_skips(status.skips):
+        console.print(Text(line, style="yellow"), soft_wrap=True)
     for trouble in status.troubles:
         hint = f"\n  next: {trouble.hint}" if trouble.hint else ""
         console.print(Text(f"{trouble.where}: {trouble.error}{hint}", style="red"), soft_wrap=True)

@@ -34,6 +34,7 @@ from live_migration.coordinator.dump_script import (
 from live_migration.coordinator.entries import run_entries
 from live_migration.coordinator.post_data import PostData, sort_post_data
 from live_migration.coordinator.prepare import publish_tables
+from live_migration.coordinator.recopy import release_tables
 from live_migration.coordinator.run import Run
 from live_migration.producer.publication import published_tables
 from live_migration.producer.slot import await_older_transactions
@@ -88,6 +89,7 @@ async def restore_schema(run: Run) -> None:
     run.reporter.note(f"restoring the schema: {len(entries)} objects")
     await run_entries(run, PRE_DATA, entries)
     async with run.target_transaction("leaving phase schema"):
+        await release_tables(run)
         await run.enter(Phase.COPY)
     await run.reload()
 

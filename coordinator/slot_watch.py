@@ -1,54 +1,64 @@
-"""The slot's health: how much WAL the source keeps for it, and whether it is about to be lost."""
+"""The slot's health: how much WAL the source keeps for it, whether it is about to be lost, whether it is."""
 
 from __future__ import annotations
 
 import asyncio
 
-from live_migration.common.errors import SlotError
+import asyncpg
+
+from live_migration.common.errors import SlotLost
 from live_migration.common.postgres import asking
 from live_migration.common.progress import format_bytes
+from live_migration.coordinator import steps
+from live_migration.coordinator.losses import slot_loss, tables_to_copy
 from live_migration.coordinator.run import Run
-from live_migration.producer.slot import SlotState, read_slot
+from live_migration.coordinator.slot_warnings import SlotWarnings
+from live_migration.coordinator.steps import BARRIER
+from live_migration.producer.slot import SlotState, drop_slot, read_slot
 
-_INTERVAL_SECONDS = 10.0
-_FIRST_WARNING_BYTES = 8 << 30
+INTERVAL_SECONDS = 10.0
 
 
 async def watch_slot(run: Run) -> None:
-    """Warn as the slot retains more WAL, at each doubling, and when the source threatens to remove it; never returns.
+    """Warn as the slot keeps more and more WAL, and drop it at `max_slot_lag`; returns once nothing needs the slot.
 
     Raises:
-        SlotError: the slot is gone, or the source removed WAL that it needs.
+        SlotLost: the slot is gone, dropped by us included, or the source removed WAL that it needs.
     """
+    name = run.settings.slot
+    warnings = SlotWarnings(name, run.settings.max_slot_lag)
     async with run.source_session("slot watch") as source:
         while True:
             with asking("source", "looking at the slot"):
-                slot = await read_slot(source, run.settings.slot)
-            if slot is None:
-                raise SlotError(f"slot {run.settings.slot} does not exist on the source any more")
-            if slot.wal_status == "lost":
-                raise SlotError(
-                    f"the source has removed WAL that slot {run.settings.slot} needed",
-                    hint="Raise max_slot_wal_keep_size on the source, run `live-migration clean` and start again.",
-                )
-            about = f"slot {run.settings.slot}"
-            run.reporter.warn_on_change(f"{about} status", _status_warning(about, slot))
-            run.reporter.warn_on_change(f"{about} size", size_warning(about, slot.retained_bytes))
-            await asyncio.sleep(_INTERVAL_SECONDS)
+                slot = await read_slot(source, name)
+            loss = slot_loss(name, slot)
+            if loss is None and slot is not None:
+                for warning in warnings.look(slot):
+                    run.reporter.warning(warning)
+                loss = await _drop_above_limit(run, source, slot)
+            if loss is not None:
+                await _stop_if_needed(run, loss)
+                return
+            await asyncio.sleep(INTERVAL_SECONDS)
 
 
-def _status_warning(about: str, slot: SlotState) -> str:
-    if slot.wal_status in ("reserved", "extended", ""):
-        return ""
-    left = f", {format_bytes(slot.safe_wal_bytes)} are left" if slot.safe_wal_bytes is not None else ""
-    return f"{about}: wal_status is {slot.wal_status}{left}; the source will remove WAL that is still needed"
+async def _drop_above_limit(run: Run, source: asyncpg.Connection, slot: SlotState) -> str | None:
+    """Drop a slot that keeps more than the user allowed; the source goes before the migration."""
+    limit = run.settings.max_slot_lag
+    if not limit or slot.retained_bytes <= limit:
+        return None
+    await drop_slot(source, run.settings.slot)
+    return (
+        f"replication slot {run.settings.slot} was dropped, for it kept {format_bytes(slot.retained_bytes)} of WAL on the "
+        f"source, more than --max-slot-lag ({format_bytes(limit)})"
+    )
 
 
-def size_warning(about: str, retained_bytes: int) -> str:
-    """Give a warning that changes at 8, 16, 32 … GiB, empty below."""
-    if retained_bytes < _FIRST_WARNING_BYTES:
-        return ""
-    threshold = _FIRST_WARNING_BYTES
-    while threshold * 2 <= retained_bytes:
-        threshold *= 2
-    return f"{about} keeps more than {format_bytes(threshold)} of WAL on the source's disk"
+async def _stop_if_needed(run: Run, loss: str) -> None:
+    """Raise SlotLost, but not after the last barrier: the target holds everything then."""
+    async with run.target_session("slot watch") as target:
+        with asking("target", "reading the migration's state"):
+            if await steps.is_done(target, BARRIER):
+                run.reporter.warning(f"{loss}; nothing is lost, for the target has passed the last barrier")
+                return
+        raise SlotLost(f"{loss}; {await tables_to_copy(target)}")

@@ -22,6 +22,7 @@ from live_migration.common.progress import CopyTotals, Lag, LagMeter, RateMeter,
 from live_migration.common.segment import Position
 from live_migration.common.settings import Settings
 from live_migration.common.state import Migration, Phase
+from live_migration.coordinator.skip import Skip, read_skips, skips_as_dicts
 
 _Record = TypeVar("_Record", bound=BaseModel)
 
@@ -145,6 +146,8 @@ class Status:
     troubles: tuple[Trouble, ...]
     events: tuple[Event, ...]
     """The newest last."""
+    skips: tuple[Skip, ...] = ()
+    """Changes that the user gave up."""
 
     @property
     def totals(self) -> CopyTotals:
@@ -186,6 +189,7 @@ class Status:
             "workers": [asdict(worker) for worker in self.workers],
             "producer": self._producer_as_dict(),
             "troubles": [asdict(trouble) for trouble in self.troubles],
+            "skips": skips_as_dicts(self.skips),
             "events": [asdict(event) for event in self.events],
         }
 
@@ -341,6 +345,7 @@ class StatusReader:
             change_rate=self._changes.rate,
             troubles=(*_troubles(tables, lanes, workers, producer), *index_troubles),
             events=tuple(Event(**dict(row)) for row in reversed(await target.fetch(_EVENTS))),
+            skips=await read_skips(target),
         )
 
     def _measure_lag(

@@ -6,6 +6,9 @@ import asyncpg
 
 from live_migration.common.errors import Fenced
 
+BARRIER = "barrier"
+"""Done when the target has passed the last barrier: it holds every change of the source from then on."""
+
 
 async def require_role(target: asyncpg.Connection, epoch: int) -> None:
     """Raise Fenced unless we are still the coordinator; inside a transaction it stays so until its end."""

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import struct
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from uuid import UUID
 
 import orjson
 from aiokafka import ConsumerRecord, TopicPartition
@@ -17,6 +15,7 @@ from aiokafka import errors as kafka_errors
 from live_migration.common import kafka, pgoutput, segment
 from live_migration.common.errors import FormatError, KafkaError
 from live_migration.common.kafka_clients import LogConsumer, log_consumer
+from live_migration.common.readable import JsonValue, readable
 from live_migration.common.relation import Relation, ReplicaIdentity
 from live_migration.common.segment import Position
 from live_migration.common.settings import Settings
@@ -27,7 +26,6 @@ log = get_logger(__name__)
 _EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 _LENGTH = struct.Struct(">I")
 
-JsonValue = str | None | dict[str, str] | dict[str, bool]
 Line = dict[str, object]
 
 
@@ -61,46 +59,10 @@ def decode_tuple(message: bytes, at: int, relation: Relation) -> tuple[list[Json
             at += 4 + length
             if at > len(message):
                 raise FormatError(f"tuple of {relation.name} is cut short")
-            values.append(value.decode(errors="replace") if kind == b"t" else _readable(column.type_oid, value))
+            values.append(value.decode(errors="replace") if kind == b"t" else readable(column.type_oid, value))
         else:
             raise FormatError(f"tuple of {relation.name} has a value of kind {kind!r}")
     return values, at
-
-
-def _readable(type_oid: int, value: bytes) -> JsonValue:
-    """Give a binary value of a common type as its text, any other one as base64."""
-    try:
-        decode = _DECODERS.get(type_oid)
-        return decode(value) if decode else {"$binary": base64.b64encode(value).decode()}
-    except (struct.error, ValueError, OverflowError):
-        return {"$binary": base64.b64encode(value).decode()}
-
-
-def _integer(value: bytes) -> str:
-    return str(int.from_bytes(value, "big", signed=True))
-
-
-def _timestamp(value: bytes) -> str:
-    microseconds = int.from_bytes(value, "big", signed=True)
-    if microseconds in (2**63 - 1, -(2**63)):
-        return "infinity" if microseconds > 0 else "-infinity"
-    return str((_EPOCH + timedelta(microseconds=microseconds)).replace(tzinfo=None))
-
-
-_DECODERS: dict[int, Callable[[bytes], str]] = {
-    **dict.fromkeys((20, 21, 23), _integer),
-    **dict.fromkeys((19, 25, 114, 1042, 1043), bytes.decode),
-    16: lambda value: "t" if value == b"\1" else "f",
-    17: lambda value: f"\\x{value.hex()}",
-    26: lambda value: str(int.from_bytes(value, "big")),
-    700: lambda value: f"{struct.unpack('>f', value)[0]:.9g}",
-    701: lambda value: repr(struct.unpack(">d", value)[0]),
-    1114: _timestamp,
-    1184: lambda value: f"{_timestamp(value)}+00" if "infinity" not in _timestamp(value) else _timestamp(value),
-    2950: lambda value: str(UUID(bytes=value)),
-    3802: lambda value: value[1:].decode(),
-}
-"""By type oid: integers, text of all kinds and json, bool, bytea, oid, floats, timestamps, uuid, jsonb."""
 
 
 @dataclass(slots=True)

@@ -18,6 +18,7 @@ from live_migration.common.postgres import Side
 from live_migration.common.relation import QualifiedName, quote_identifier
 from live_migration.common.settings import Settings
 from live_migration.common.tasks import TaskGroup
+from live_migration.coordinator.skip import Skip, read_skips, skips_as_dicts
 
 BYTEA_OID = 17
 JOBS = 4
@@ -71,10 +72,11 @@ class Result:
 
 @dataclass(slots=True)
 class Report:
-    """All comparisons. `seconds`: how long they took."""
+    """All comparisons. `seconds`: how long they took; `skips`: changes that the target lacks because the user gave them up."""
 
     results: list[Result] = field(default_factory=list)
     seconds: float = 0.0
+    skips: tuple[Skip, ...] = ()
 
     @property
     def differences(self) -> list[Result]:
@@ -89,7 +91,8 @@ class Report:
     def as_dict(self) -> dict[str, object]:
         """Give the report for JSON."""
         results = [{**asdict(result), "verdict": result.verdict.value} for result in self.results]
-        return {"equal": self.is_equal, "seconds": round(self.seconds, 3), "results": results}
+        skips = skips_as_dicts(self.skips)
+        return {"equal": self.is_equal, "seconds": round(self.seconds, 3), "results": results, "skips": skips}
 
 
 def digest_statement(table: QualifiedName, columns: list[ColumnInfo], *, is_utf8: bool) -> str:
@@ -140,6 +143,8 @@ async def verify(
 
     async with AsyncExitStack() as stack:
         pair = await _open_pair(settings, stack)
+        with postgres.asking("target", "reading what was skipped"):
+            report.skips = await read_skips(pair.target)
         pairs, is_utf8 = await _plan(pair, settings.lock_timeout, tell)
         await _compare_tables(settings, pairs, min(jobs, len(pairs)), is_utf8, tell)
         await _compare_sequences(pair, tell)

@@ -63,15 +63,7 @@ class Publisher:
             BrokerLost: no broker answers, or it fails half way.
             KafkaError: it refuses us.
         """
-        producer = LogProducer(
-            **client_options(settings),
-            transactional_id=f"{settings.name}.producer",
-            transaction_timeout_ms=_TRANSACTION_SECONDS * 1000,
-            acks="all",
-            enable_idempotence=True,
-            max_batch_size=_BATCH_BYTES,
-            max_request_size=2 * MIB,
-        )
+        producer = _client(settings)
         try:
             await _start(producer, settings)
             token = uuid4().hex
@@ -135,6 +127,31 @@ def _superseded(settings: Settings) -> KafkaError:
     return KafkaError(
         f"another producer of {settings.name} took over",
         hint="One producer per migration is enough; this one leaves.",
+    )
+
+
+async def fence_producers(settings: Settings) -> None:
+    """Make every publisher that is open now unable to commit anything more, and end the transaction it may be in.
+
+    Raises:
+        BrokerLost | KafkaError: the broker cannot be reached, or refuses us.
+    """
+    producer = _client(settings)
+    try:
+        await _start(producer, settings)
+    finally:
+        await _close(producer)
+
+
+def _client(settings: Settings) -> LogProducer:
+    return LogProducer(
+        **client_options(settings),
+        transactional_id=f"{settings.name}.producer",
+        transaction_timeout_ms=_TRANSACTION_SECONDS * 1000,
+        acks="all",
+        enable_idempotence=True,
+        max_batch_size=_BATCH_BYTES,
+        max_request_size=2 * MIB,
     )
 
 

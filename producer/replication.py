@@ -1,6 +1,7 @@
-"""The replication connection: libpq, by psycopg's `pq` layer, on asyncio's loop.
+"""The replication connection: a few commands, then the stream.
 
-asyncpg has no replication protocol. libpq brings TLS, SCRAM, service files and multi-host URIs along.
+asyncpg has no replication protocol. It connects, with TLS, passwords and all that a URI may say, as on every other connection; its
+transport is then ours (`wire.py`).
 """
 
 from __future__ import annotations
@@ -8,32 +9,26 @@ from __future__ import annotations
 import asyncio
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
-from psycopg import OperationalError, ProgrammingError, pq
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
+import asyncpg
 
-from live_migration.common.errors import ConnectionLost, LiveMigrationError, SourceError, UsageError
+from live_migration.common.errors import ConnectionLost, LiveMigrationError, SourceError
 from live_migration.common.lsn import Lsn
-from live_migration.common.postgres import SESSION_SETTINGS, check_uri, describe
+from live_migration.common.postgres import connect, describe
 from live_migration.common.relation import quote_identifier
-
-ConnectionParameters = dict[str, str]
+from live_migration.producer.wire import COPY_DATA, ReceiveBuffer, ServerMessage, data_row, error_fields, frame
 
 _STATUS = struct.Struct(">BQQQqB")
 _POSTGRES_EPOCH_SECONDS = 946_684_800
-_CONNECT_SECONDS = 20.0
-_KEEPALIVES = {
-    "keepalives": "1",
-    "keepalives_idle": "10",
-    "keepalives_interval": "5",
-    "keepalives_count": "3",
-    "tcp_user_timeout": "30000",
-}
+_COMMAND_SECONDS = 60.0
 _GONE = ("08", "57P", "53300")
 """SQLSTATEs of a server that goes away, restarts or is full: it will be back."""
+
+_COPY_BOTH, _COPY_DONE = ord("W"), ord("c")
+_DATA_ROW, _ERROR, _READY = ord("D"), ord("E"), ord("Z")
 
 
 class StreamFailed(ConnectionLost):
@@ -47,36 +42,26 @@ class SlotInUse(ConnectionLost):
 class ReplicationConnection:
     """A connection in replication mode: first a few commands, then the stream."""
 
-    def __init__(self, connection: pq.abc.PGconn, address: str) -> None:
+    def __init__(self, connection: asyncpg.Connection, address: str) -> None:
         self._connection = connection
         self._address = address
-        self.get_copy_data = connection.get_copy_data
+        self._transport: asyncio.Transport = connection._transport  # asyncpg offers no other way to it
+        self._input = ReceiveBuffer(self._transport)
+        self._transport.set_protocol(self._input)
+        self._doing = ""
+        self._error: LiveMigrationError | None = None
 
     @classmethod
     async def open(cls, uri: str) -> Self:
-        """Connect without blocking the loop.
+        """Connect.
 
         Raises:
             ConnectionLost: the server cannot be reached.
             SourceError: it refuses us.
+            UsageError: the URI cannot be used.
         """
-        address = describe(uri)
-        failure = ""
-        for parameters in await _attempts(connection_parameters(uri), address):
-            connection = pq.PGconn.connect_start(make_conninfo(**parameters).encode())
-            try:
-                async with asyncio.timeout(_CONNECT_SECONDS):
-                    if await _is_connected(connection):
-                        connection.nonblocking = 1
-                        return cls(connection, address)
-                failure = _text(connection.get_error_message())
-            except TimeoutError:
-                failure = f"no answer within {_CONNECT_SECONDS:.0f} s"
-            except BaseException:
-                connection.finish()
-                raise
-            connection.finish()
-        raise _connect_error(failure, address)
+        connection = await connect(uri, "source", application="live-migration producer", replication=True)
+        return cls(connection, describe(uri))
 
     async def __aenter__(self) -> Self:
         return self
@@ -84,11 +69,7 @@ class ReplicationConnection:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._connection.finish()
-
-    @property
-    def server_version(self) -> int:
-        return self._connection.server_version
+        self._connection.terminate()
 
     async def query(self, command: str) -> list[tuple[bytes | None, ...]]:
         """Run a command and give its rows.
@@ -96,14 +77,20 @@ class ReplicationConnection:
         Raises:
             ConnectionLost | SourceError: as the server says.
         """
-        result = await self._execute(command)
-        if result.status not in (pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK):
-            raise _result_error(result, command.split(" ")[0], self._address)
-        rows, columns = range(result.ntuples), range(result.nfields)
-        return [tuple(result.get_value(row, column) for column in columns) for row in rows]
+        rows: list[tuple[bytes | None, ...]] = []
+        failure: LiveMigrationError | None = None
+        self._send_query(command)
+        while (message := await self._next_message(command)).kind != _READY:
+            if message.kind == _DATA_ROW:
+                rows.append(data_row(message.body))
+            elif message.kind == _ERROR:
+                failure = _server_error(message.body, command.split(" ")[0], self._address)
+        if failure:
+            raise failure
+        return rows
 
     async def start(self, slot: str, lsn: int, options: Mapping[str, str]) -> None:
-        """Begin to stream from `lsn`; `get_copy_data` then gives the stream's messages.
+        """Begin to stream from `lsn`; `take` then gives what the stream brings.
 
         Raises:
             SlotInUse: another walsender reads the slot.
@@ -111,194 +98,83 @@ class ReplicationConnection:
         """
         listed = ", ".join(f"{name} {_literal(value)}" for name, value in options.items())
         command = f"START_REPLICATION SLOT {quote_identifier(slot)} LOGICAL {Lsn(lsn)} ({listed})"
-        result = await self._execute(command)
-        if result.status != pq.ExecStatus.COPY_BOTH:
-            raise _result_error(
-                result, f"START_REPLICATION of slot {slot} at {Lsn(lsn)}", self._address, streaming=True
-            )
+        doing = f"START_REPLICATION of slot {slot} at {Lsn(lsn)}"
+        self._send_query(command)
+        while (message := await self._next_message(doing)).kind != _COPY_BOTH:
+            if message.kind == _ERROR:
+                raise _server_error(message.body, doing, self._address, streaming=True)
+        self._doing = f"streaming from {Lsn(lsn)}"
 
-    async def readable(self) -> None:
-        """Wait until the server has sent something."""
-        await _ready(self._connection.socket)
+    async def received(self) -> None:
+        """Wait until the stream has brought something, or has ended."""
+        await self._input.received()
 
-    def receive(self) -> None:
-        """Take what the server has sent into libpq's buffer. Raises ConnectionLost."""
-        try:
-            self._connection.consume_input()
-        except OperationalError as error:
-            raise self._broken(error) from error
+    async def gather(self, seconds: float) -> None:
+        """Let the stream gather for so long."""
+        await self._input.gather(seconds)
 
-    async def end_error(self, lsn: int) -> LiveMigrationError:
-        """Give the reason why the stream, started at `lsn`, has ended."""
-        try:
-            result = await self._last_result()
-        except OperationalError as error:
-            return self._broken(error)
-        if result.status == pq.ExecStatus.FATAL_ERROR:
-            return _result_error(result, f"streaming from {Lsn(lsn)}", self._address, streaming=True)
-        return ConnectionLost(f"the server at {self._address} ended the stream")
+    def take(self, consume: Callable[[bytes | memoryview], int], limit: int) -> int:
+        """Let `consume` see about `limit` bytes of CopyData messages, the first one whole; give how many it took, 0 for nothing there.
+
+        Raises:
+            ConnectionLost | StreamFailed | SourceError: the stream has ended, and why.
+            FormatError: what came is not the protocol.
+        """
+        while (kind := self._input.next_kind()) is not None:
+            if kind == COPY_DATA:
+                return self._input.take_copy_data(consume, limit)
+            message = self._input.take_message()
+            assert message is not None
+            if message.kind == _ERROR:
+                raise _server_error(message.body, self._doing, self._address, streaming=True)
+            if message.kind == _COPY_DONE:
+                raise ConnectionLost(f"the server at {self._address} ended the stream")
+        if self._input.is_lost:
+            self._raise_lost(self._doing)
+        return 0
 
     async def send_status(self, received_lsn: int, flushed_lsn: int) -> None:
         """Tell the walsender what was received and what the slot need not keep any more. Raises ConnectionLost."""
+        if self._input.is_lost:
+            self._raise_lost("sending a status reply")
         clock = int((time.time() - _POSTGRES_EPOCH_SECONDS) * 1_000_000)
         message = _STATUS.pack(ord("r"), max(received_lsn, flushed_lsn), flushed_lsn, flushed_lsn, clock, 0)
+        self._transport.write(frame(b"d", message))
+
+    def _send_query(self, command: str) -> None:
+        self._transport.write(frame(b"Q", command.encode() + b"\0"))
+
+    async def _next_message(self, doing: str) -> ServerMessage:
         try:
-            self._connection.put_copy_data(message)
-            await self._flush()
-        except OperationalError as error:
-            raise self._broken(error) from error
+            async with asyncio.timeout(_COMMAND_SECONDS):
+                while (message := self._input.take_message()) is None:
+                    if self._input.is_lost:
+                        self._raise_lost(doing)
+                    await self._input.received()
+        except TimeoutError as error:
+            raise ConnectionLost(
+                f"the source at {self._address}: {doing}: no answer within {_COMMAND_SECONDS:.0f} s"
+            ) from error
+        return message
 
-    async def _execute(self, command: str) -> pq.abc.PGresult:
-        try:
-            self._connection.send_query(command.encode())
-            await self._flush()
-            return await self._last_result()
-        except OperationalError as error:
-            raise self._broken(error) from error
-
-    async def _flush(self) -> None:
-        while self._connection.flush():
-            await _ready(self._connection.socket, write=True)
-
-    async def _last_result(self) -> pq.abc.PGresult:
-        """Give a command's last result; one that begins a stream is the last."""
-        last: pq.abc.PGresult | None = None
-        while True:
-            while self._connection.is_busy():
-                await _ready(self._connection.socket)
-                self._connection.consume_input()
-            result = self._connection.get_result()
-            if result is None:
-                break
-            last = result
-            if result.status == pq.ExecStatus.COPY_BOTH:
-                break
-        if last is None:
-            raise OperationalError("the server gave no result")
-        return last
-
-    def _broken(self, error: BaseException) -> ConnectionLost:
-        return ConnectionLost(f"the replication connection to {self._address} broke: {_text(str(error))}")
-
-
-def connection_parameters(uri: str) -> ConnectionParameters:
-    """Give libpq's parameters for a replication connection with our session settings.
-
-    Raises:
-        UsageError: the URI cannot be read.
-    """
-    check_uri(uri, "source")
-    try:
-        given = conninfo_to_dict(uri)
-    except ProgrammingError as error:
-        raise UsageError("the source's URI cannot be used by libpq") from error
-    parameters = {name: str(value) for name, value in given.items() if value is not None}
-    ours = session_options(SESSION_SETTINGS)
-    options = f"{parameters['options']} {ours}" if parameters.get("options") else ours
-    return {
-        **_KEEPALIVES,
-        **parameters,
-        "options": options,
-        "replication": "database",
-        "application_name": "live-migration producer",
-    }
-
-
-def session_options(settings: Mapping[str, str]) -> str:
-    """Give settings in the form of libpq's `options`, where a backslash escapes a space or a backslash."""
-    escaped = {name: value.replace("\\", "\\\\").replace(" ", "\\ ") for name, value in settings.items()}
-    return " ".join(f"-c {name}={value}" for name, value in escaped.items())
-
-
-async def _attempts(parameters: ConnectionParameters, address: str) -> list[ConnectionParameters]:
-    """Resolve the host names on the loop's threads, for libpq would block on that: one attempt an address."""
-    hosts = parameters.get("host", "").split(",")
-    ports = parameters.get("port", "5432").split(",")
-    if "hostaddr" in parameters or not any(hosts) or any(host.startswith(("/", "@")) for host in hosts):
-        return [parameters]
-    attempts = []
-    failure: OSError | None = None
-    for index, host in enumerate(hosts):
-        port = ports[index] if len(ports) > 1 else ports[0]
-        try:
-            found = await asyncio.get_running_loop().getaddrinfo(host or "localhost", port or 5432, proto=6)
-        except OSError as error:
-            failure = error
-        else:
-            attempts += [{**parameters, "host": host, "hostaddr": str(each[4][0]), "port": port} for each in found]
-    if not attempts:
-        raise ConnectionLost(f"cannot resolve the source's host at {address}: {failure}") from failure
-    return attempts
-
-
-async def _is_connected(connection: pq.abc.PGconn) -> bool:
-    """Carry a connection attempt to its end; libpq may change the socket on the way."""
-    while connection.status != pq.ConnStatus.BAD:
-        match connection.connect_poll():
-            case pq.PollingStatus.OK:
-                return True
-            case pq.PollingStatus.READING:
-                await _ready(connection.socket)
-            case pq.PollingStatus.WRITING:
-                await _ready(connection.socket, write=True)
-            case _:
-                return False
-    return False
-
-
-async def _ready(socket: int, *, write: bool = False) -> None:
-    """Wait until a socket can be read or written."""
-    loop = asyncio.get_running_loop()
-    ready: asyncio.Future[None] = loop.create_future()
-    (loop.add_writer if write else loop.add_reader)(socket, _resolve, ready)
-    try:
-        await ready
-    finally:
-        (loop.remove_writer if write else loop.remove_reader)(socket)
-
-
-def _resolve(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
+    def _raise_lost(self, doing: str) -> NoReturn:
+        reason = self._input.reason
+        if isinstance(reason, LiveMigrationError):
+            raise reason
+        told = f": {reason}" if reason else ""
+        raise ConnectionLost(f"the replication connection to {self._address} broke, {doing}{told}") from reason
 
 
 def _literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _text(message: str) -> str:
-    return " ".join(message.split())
-
-
-def _connect_error(text: str, address: str) -> LiveMigrationError:
-    """Tell a refusal, which will not change by itself, from a server that cannot be reached."""
-    refusals = (
-        "authentication failed",
-        "no password supplied",
-        "does not exist",
-        "permission denied",
-        "no pg_hba.conf",
-    )
-    if any(refusal in text for refusal in refusals):
-        return SourceError(
-            f"source: the replication connection to {address} is refused: {text}",
-            hint="The role needs LOGIN and REPLICATION, and pg_hba.conf must let it in.",
-        )
-    return ConnectionLost(
-        f"cannot open a replication connection to {address}: {text}",
-        hint="Check the source's address, that it runs, and that max_wal_senders leaves room.",
-    )
-
-
-def _result_error(result: pq.abc.PGresult, doing: str, address: str, *, streaming: bool = False) -> LiveMigrationError:
-    def field(code: pq.DiagnosticField) -> str:
-        return (result.error_field(code) or b"").decode(errors="replace")
-
-    state = field(pq.DiagnosticField.SQLSTATE)
-    text = field(pq.DiagnosticField.MESSAGE_PRIMARY) or result.get_error_message() or pq.ExecStatus(result.status).name
-    detail = field(pq.DiagnosticField.MESSAGE_DETAIL)
-    message = f"source at {address}: {doing}: {text}{f' ({detail})' if detail else ''} [SQLSTATE {state or 'none'}]"
-    hint = field(pq.DiagnosticField.MESSAGE_HINT)
+def _server_error(body: bytes, doing: str, address: str, *, streaming: bool = False) -> LiveMigrationError:
+    fields = error_fields(body)
+    state = fields.get("C", "")
+    detail = f" ({fields['D']})" if fields.get("D") else ""
+    message = f"source at {address}: {doing}: {fields.get('M', 'an error without a message')}{detail} [SQLSTATE {state or 'none'}]"
+    hint = fields.get("H", "")
     if state.startswith(_GONE):
         return ConnectionLost(message, hint=hint)
     if state == "55006":

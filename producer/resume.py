@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import asyncpg
 
 from live_migration.common.control import LogPosition, ProducerConfig
-from live_migration.common.errors import ConnectionLost, SlotError, SourceError
+from live_migration.common.errors import RECOPY, ConnectionLost, SlotError, SlotLost, SourceError
 from live_migration.common.lsn import Lsn
 from live_migration.common.postgres import CONNECTION_ERRORS, describe, server_error, session
 from live_migration.common.telemetry import get_logger
@@ -31,7 +31,8 @@ async def check_system(stream: ReplicationConnection, config: ProducerConfig, po
     """Check that this is the server that the log was made from, or its rightful successor; give its timeline.
 
     Raises:
-        SlotError: another server, or a timeline that left ours below what is in the log.
+        SlotError: another server.
+        SlotLost: a timeline that left ours below what is in the log.
     """
     row = (await stream.query("IDENTIFY_SYSTEM"))[0]
     system, timeline = (row[0] or b"").decode(), int(row[1] or b"0")
@@ -71,15 +72,15 @@ def parse_timeline_history(text: str) -> dict[int, int]:
 
 
 def check_timeline(history: dict[int, int], timeline: int, recorded: int, published: int) -> None:
-    """Raise SlotError unless timeline `recorded` leads into this one, and was left at or above `published`."""
-    hint = "Changes in the log may not exist on this server. Run `live-migration clean` and start the migration again."
+    """Raise SlotLost unless timeline `recorded` leads into this one, and was left at or above `published`."""
+    hint = f"Changes in the log may not exist on this server. {RECOPY}"
     if recorded not in history:
-        raise SlotError(
+        raise SlotLost(
             f"the source is on timeline {timeline}, which does not come from timeline {recorded} of the change log",
             hint=hint,
         )
     if history[recorded] < published:
-        raise SlotError(
+        raise SlotLost(
             f"after a failover the source is on timeline {timeline}: timeline {recorded} was left at "
             f"{Lsn(history[recorded])}, but the change log holds changes up to {Lsn(published)}",
             hint=hint,
@@ -90,7 +91,8 @@ async def check_slot(uri: str, config: ProducerConfig, position: LogPosition | N
     """Take the slot from a superseded producer, and check that it is ours and not ahead of the log.
 
     Raises:
-        SlotError: it is gone, lost, of another kind, or somebody else has read from it.
+        SlotError: it is of another kind or database.
+        SlotLost: it is gone, lost, or somebody else has read from it.
         ConnectionLost: the source cannot be reached, or the slot's reader does not end.
     """
     recorded = position.confirm_lsn if position else config.start_lsn
@@ -107,7 +109,7 @@ async def check_slot(uri: str, config: ProducerConfig, position: LogPosition | N
 def assess_slot(name: str, slot: asyncpg.Record | dict[str, object] | None, recorded: int) -> None:
     """Raise SlotError unless a row of `pg_replication_slots` shows a slot that can go on at `recorded`."""
     if slot is None:
-        raise SlotError(f"replication slot {name} does not exist on the source: changes since its loss are lost")
+        raise SlotLost(f"replication slot {name} does not exist on the source: changes since its loss are lost")
     if slot["slot_type"] != "logical" or slot["plugin"] != "pgoutput":
         raise SlotError(f"replication slot {name} is not a logical slot of pgoutput")
     if not slot["is_here"]:
@@ -116,16 +118,16 @@ def assess_slot(name: str, slot: asyncpg.Record | dict[str, object] | None, reco
             hint="Give the database that the migration began with.",
         )
     if slot["wal_status"] == "lost" or slot["reason"]:
-        raise SlotError(
+        raise SlotLost(
             f"replication slot {name} is lost: the source has removed WAL that it needed {slot['reason'] or ''}".rstrip(),
-            hint="Raise max_slot_wal_keep_size, run `live-migration clean` and start the migration again.",
+            hint=f"Raise max_slot_wal_keep_size on the source. {RECOPY}",
         )
     confirmed = slot["confirmed_lsn"]
     if not isinstance(confirmed, int) or confirmed > recorded:
-        raise SlotError(
+        raise SlotLost(
             f"replication slot {name} is ahead of the log: confirmed up to "
             f"{Lsn(confirmed) if isinstance(confirmed, int) else 'nowhere'}, the log ends at {Lsn(recorded)}; "
-            "somebody else has read from it, or the log was lost",
+            "somebody else has read from it or made it anew, or the broker has lost the log's tail",
         )
 
 

@@ -7,8 +7,7 @@ the message's bytes and its frame header.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from pydantic import ValidationError
 
@@ -20,26 +19,21 @@ from live_migration.common.lsn import Lsn
 from live_migration.common.segment import COMMIT_ORDINAL, FRAME, Position, frame
 from live_migration.producer.ack_tracker import AckTracker
 from live_migration.producer.batcher import LaneBuffer, Message, Record, Route
-
-GetCopyData = Callable[[int], tuple[int, memoryview]]
-"""`PGconn.get_copy_data`."""
+from live_migration.producer.spans import BEFORE_MESSAGE_BYTES, SHORTEST_SPAN, SpanFinder, log_frames
 
 XLOG_DATA_BYTES = 25
 """Size of what stands before a message in the stream: 'w', start, end, clock."""
 
 _BEGIN_BYTES = 21
 _COMMIT_BYTES = 26
+_COPY_HEAD = struct.Struct(">BIB")
+_COPY_HEAD_BYTES = 5
+_ALIKE = 8
+"""Messages of one size and lane after which a run is looked for."""
+_COPY_DATA, _XLOG_DATA = ord("d"), ord("w")
 _KEEPALIVE = struct.Struct(">BQQB")
 _ROW_KINDS = (b"I", b"U", b"D")
 _PREFIX = MESSAGE_PREFIX.encode() + b"\0"
-
-
-class Drained(NamedTuple):
-    """What `Router.drain` took: bytes of the stream, whether it would take more input to go on, whether the stream ended."""
-
-    byte_count: int
-    is_empty: bool
-    has_ended: bool
 
 
 class Router:
@@ -64,6 +58,7 @@ class Router:
         self._routes: dict[bytes, Route] = {}
         # Lanes by type byte and oid of row messages that need nothing put before them any more: the fast path.
         self._ready_lanes: dict[bytes, LaneBuffer] = {}
+        self._spans = SpanFinder()
         self._records: list[Record] = []
         self._begin = b""
         self._commit_lsn = 0
@@ -93,49 +88,80 @@ class Router:
         self.has_changes = False
         return records
 
-    def drain(self, get_copy_data: GetCopyData, budget: int) -> Drained:
-        """Take messages until none is whole, or `budget` bytes are exceeded.
+    def drain(self, data: bytes | memoryview) -> int:
+        """Take the whole CopyData messages that `data` begins with; give how many bytes they are. A view holds just one.
 
         Raises:
             FormatError: a message is not what the protocol says.
         """
+        if isinstance(data, memoryview):
+            self._copied(data[_COPY_HEAD_BYTES:])
+            self.pending_bytes = self.pending_bytes + len(data) if self.has_changes else 0
+            return len(data)
         limit = self._segment_bytes
         ready_lanes = self._ready_lanes
-        pack = FRAME.pack
+        unpack, pack = _COPY_HEAD.unpack_from, FRAME.pack
+        at, end = 0, len(data) - 5
         ordinal = self._ordinal
-        taken = length = 0
-        while taken < budget:
-            length, copied = get_copy_data(1)
-            if length <= 0:
+        last_lane: LaneBuffer | None = None
+        last_length = alike = 0
+        while at < end:
+            kind, length, stream_kind = unpack(data, at)
+            following = at + 1 + length
+            if kind != _COPY_DATA or following > end + 5:
                 break
-            taken += length
-            if length <= limit:
-                message = bytes(copied)[XLOG_DATA_BYTES:]
-                lane = ready_lanes.get(message[:5])
-                if lane is not None:
-                    size = lane.size + length - (XLOG_DATA_BYTES - 8)
-                    if size <= limit:
-                        ordinal += 1
-                        parts = lane.parts
-                        parts.append(pack(length - XLOG_DATA_BYTES, ordinal - lane.base))
-                        parts.append(message)
-                        lane.size = size
-                        lane.change_count += 1
-                        lane.ordinal = ordinal
-                        continue
-                self._ordinal = ordinal
-                if message:
-                    self._dispatch(message)
-                else:
-                    self._keepalive(bytes(copied))
-            else:
-                self._ordinal = ordinal
-                self._dispatch(copied[XLOG_DATA_BYTES:])
-                del copied
+            start = at + BEFORE_MESSAGE_BYTES
+            lane = ready_lanes.get(data[start : start + 5])
+            if lane is not None and stream_kind == _XLOG_DATA:
+                size = lane.size + following - start + FRAME.size
+                if size <= limit:
+                    ordinal += 1
+                    parts = lane.parts
+                    parts.append(pack(following - start, ordinal - lane.base))
+                    parts.append(data[start:following])
+                    lane.size = size
+                    lane.change_count += 1
+                    lane.ordinal = ordinal
+                    at = following
+                    if length == last_length and lane is last_lane:
+                        alike += 1
+                        if alike == _ALIKE:
+                            count, message_bytes = self._take_span(data, at, lane, ordinal)
+                            at += count * (BEFORE_MESSAGE_BYTES + message_bytes)
+                            ordinal += count
+                            alike = 0 if count else -4 * _ALIKE
+                    else:
+                        last_length, last_lane, alike = length, lane, 0
+                    continue
+            self._ordinal = ordinal
+            self._copied(data[at + _COPY_HEAD_BYTES : following])
             ordinal = self._ordinal
+            at = following
         self._ordinal = ordinal
-        self.pending_bytes = self.pending_bytes + taken if self.has_changes else 0
-        return Drained(taken, length == 0, length < 0)
+        self.pending_bytes = self.pending_bytes + at if self.has_changes else 0
+        return at
+
+    def _take_span(self, data: bytes, at: int, lane: LaneBuffer, ordinal: int) -> tuple[int, int]:
+        """Take messages of one size and relation that are all for this lane; give how many, 0 when they are few, and their size."""
+        if self._ready_lanes.get(data[at + BEFORE_MESSAGE_BYTES : at + BEFORE_MESSAGE_BYTES + 5]) is not lane:
+            return 0, 0
+        count, message_bytes = self._spans.find(data, at)
+        frame_bytes = FRAME.size + message_bytes
+        count = min(count, (self._segment_bytes - lane.size) // frame_bytes)
+        if count < SHORTEST_SPAN:
+            return 0, 0
+        lane.parts.append(log_frames(data, at, count, message_bytes, ordinal + 1 - lane.base))
+        lane.size += count * frame_bytes
+        lane.change_count += count
+        lane.ordinal = ordinal + count
+        return count, message_bytes
+
+    def _copied(self, copied: Message) -> None:
+        """Take what a CopyData message holds."""
+        if copied[0] == _XLOG_DATA and len(copied) > XLOG_DATA_BYTES:
+            self._dispatch(copied[XLOG_DATA_BYTES:])
+        else:
+            self._keepalive(bytes(copied))
 
     def _dispatch(self, message: Message) -> None:
         match message[0]:

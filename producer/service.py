@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from contextlib import suppress
+from uuid import UUID
 
 from aiokafka import errors as kafka_errors
 
@@ -15,11 +16,13 @@ from live_migration.common.settings import Settings
 from live_migration.common.tasks import TaskGroup
 from live_migration.common.telemetry import get_logger
 from live_migration.producer.control_reader import BrokerLost, translate_broker_error
+from live_migration.producer.losses import name_tables
 from live_migration.producer.publisher import Publisher, topics_exist
 from live_migration.producer.replication import ReplicationConnection, StreamFailed
 from live_migration.producer.resume import check_slot, check_system, explain_repeated_failure
-from live_migration.producer.session import Session
+from live_migration.producer.session import Session, lane_positions
 from live_migration.producer.status import StatusReport
+from live_migration.producer.tail_check import check_tails, read_tails
 
 log = get_logger(__name__)
 
@@ -102,6 +105,8 @@ class _Service:
         """Run sessions with one publisher, until `stop` or an error of Kafka's."""
         try:
             config = await self._await_config(publisher)
+            if config:
+                await self._check_log(publisher, config)
             while config and not self._stop.is_set():
                 await check_topics(self._settings, config.lane_count)
                 try:
@@ -114,9 +119,18 @@ class _Service:
                     await self._pause(publisher, error)
                 config = await self._await_config(publisher)
         except LiveMigrationError as error:
-            if error.retry is Retry.STOP:
-                await self._say_farewell(publisher, error)
-            raise
+            if error.retry is not Retry.STOP:
+                raise
+            named = await name_tables(error, self._settings.source_uri(), publisher.config)
+            await self._say_farewell(publisher, named)
+            raise named from error
+
+    async def _check_log(self, publisher: Publisher, config: ProducerConfig) -> None:
+        """Look that the log ends where its last position record says: nobody but us writes it from here on."""
+        await check_topics(self._settings, config.lane_count)
+        lane_positions(publisher.position, config.lane_count)
+        tails = await read_tails(self._settings, config.lane_count)
+        check_tails(self._settings.changes_topic, tails, UUID(config.topic_id), publisher.position)
 
     async def _await_config(self, publisher: Publisher) -> ProducerConfig | None:
         """Give the coordinator's word as soon as there is one, None when told to stop."""

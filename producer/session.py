@@ -8,10 +8,8 @@ from collections import deque
 from collections.abc import Coroutine
 from uuid import UUID
 
-from psycopg import OperationalError
-
 from live_migration.common.control import LogPosition, ProducerConfig
-from live_migration.common.errors import ConnectionLost, KafkaError, LiveMigrationError
+from live_migration.common.errors import LiveMigrationError, LogGap
 from live_migration.common.lsn import Lsn
 from live_migration.common.relation import quote_identifier
 from live_migration.common.segment import START, Position
@@ -115,9 +113,7 @@ class Session:
         """End the session in order when its source breaks."""
         try:
             await work
-        except (LiveMigrationError, OperationalError) as error:
-            if isinstance(error, OperationalError):  # libpq's own, once its connection is gone or its buffer is broken
-                error = ConnectionLost(f"the replication connection broke: {' '.join(str(error).split())}")
+        except LiveMigrationError as error:
             self._failure = self._failure or error
             self._ending.set()
 
@@ -126,10 +122,8 @@ class Session:
         router, stream, settings = self._router, self._stream, self._settings
         limit = 2 * settings.flush_bytes
         while True:
-            await stream.readable()
-            stream.receive()
-            drained = router.drain(stream.get_copy_data, _DRAIN_BYTES)
-            while not drained.has_ended:
+            await stream.received()
+            while taken := stream.take(router.drain, _DRAIN_BYTES):
                 if router.is_reply_requested:
                     router.is_reply_requested = False
                     self._reply_due.set()
@@ -140,15 +134,9 @@ class Session:
                 while router.pending_bytes + self._in_flight_bytes >= limit:
                     self._has_space.clear()
                     await self._has_space.wait()
-                if drained.byte_count < _QUIET_BYTES:
-                    break
-                await asyncio.sleep(0)
-                if drained.is_empty:
-                    stream.receive()
-                drained = router.drain(stream.get_copy_data, _DRAIN_BYTES)
-            if drained.has_ended:
-                raise await stream.end_error(self._start_lsn)
-            await asyncio.sleep(_GATHER_SECONDS)
+                if taken >= _QUIET_BYTES:
+                    await asyncio.sleep(0)
+            await stream.gather(_GATHER_SECONDS)
 
     async def _publish(self) -> None:
         """Publish what was received when it is enough or old enough, position and status also when there is nothing."""
@@ -212,14 +200,11 @@ def _warn_of_kafka() -> None:
 
 
 def lane_positions(position: LogPosition | None, lane_count: int) -> list[Position]:
-    """Give the last position of each lane. Raises KafkaError when the log has another number of lanes."""
+    """Give the last position of each lane. Raises LogGap when the log has another number of lanes."""
     if position is None:
         return [START] * lane_count
     if len(position.lanes) != lane_count:
-        raise KafkaError(
-            f"the change log has {len(position.lanes)} lanes, the migration's configuration says {lane_count}",
-            hint="Run `live-migration clean` and start the migration again.",
-        )
+        raise LogGap(f"the change log has {len(position.lanes)} lanes, the migration's configuration says {lane_count}")
     return [Position(*lane) for lane in position.lanes]
 
 

@@ -61,6 +61,8 @@ class SlotState:
     retained_bytes: int
     wal_status: str
     safe_wal_bytes: int | None
+    reason: str = ""
+    """Why it was invalidated, where the server (17 and later) says so."""
 
 
 class SlotTimeout(SlotError):
@@ -89,8 +91,9 @@ _OPEN_TRANSACTIONS = """
 _SLOT = """
     select plugin::text, database::text, active_pid, confirmed_flush_lsn as confirmed_lsn,
            coalesce(pg_wal_lsn_diff(pg_current_wal_insert_lsn(), restart_lsn), 0)::bigint as retained_bytes,
-           coalesce(wal_status, '') as wal_status, safe_wal_size as safe_wal_bytes
-    from pg_replication_slots where slot_name = $1
+           coalesce(wal_status, '') as wal_status, safe_wal_size as safe_wal_bytes,
+           coalesce(to_jsonb(s) ->> 'invalidation_reason', '') as reason
+    from pg_replication_slots s where slot_name = $1
 """
 
 

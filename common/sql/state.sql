@@ -115,8 +115,21 @@ create table _live_migration.checkpoints (
     commit_time timestamptz,                -- of the last source transaction applied
     updated_at timestamptz,
     error text,
-    hint text
+    hint text,
+    refused jsonb                           -- the one change that the target refuses, where known: {"position", "relation", "kind", "reason"}
 ) with (fillfactor = 50);
+
+create table _live_migration.skips (            -- changes that the user gave up, each by its position
+    lane integer not null references _live_migration.checkpoints,
+    commit_lsn pg_lsn not null,
+    ordinal bigint not null,
+    relation text not null,
+    kind text not null,
+    reason text not null,                   -- what the target said
+    requested_at timestamptz not null default clock_timestamp(),
+    skipped_at timestamptz,                 -- set together with the checkpoint that passes it
+    primary key (lane, commit_lsn, ordinal)
+);
 
 create table _live_migration.workers (
     id text primary key,

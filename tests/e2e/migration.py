@@ -94,11 +94,23 @@ class Migration:
             consumer.start()
         return self
 
-    def start_coordinator(self) -> None:
+    def start_coordinator(self, *, recopy: bool = False) -> None:
         self.stop_coordinator = asyncio.Event()
         self.coordinator = asyncio.ensure_future(
-            conduct(self.settings, stop=self.stop_coordinator, ask_cutover=self.ask_cutover, observer=self.observer)
+            conduct(
+                self.settings,
+                stop=self.stop_coordinator,
+                ask_cutover=self.ask_cutover,
+                observer=self.observer,
+                recopy=recopy,
+            )
         )
+
+    async def stop(self) -> None:
+        """Stop the coordinator as ctrl-C does."""
+        self.stop_coordinator.set()
+        assert self.coordinator is not None
+        await asyncio.wait_for(self.coordinator, 60)
 
     async def __aexit__(self, *_: object) -> None:
         tasks = [t for t in (self.coordinator, self.producer.task, *(c.task for c in self.consumers)) if t]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
@@ -30,6 +31,19 @@ async def test_it_stays_small_however_often_a_position_is_recorded(kafka_bootstr
             while (found := await records(settings)) == 30:
                 await asyncio.sleep(1)
         assert found < 16
+    finally:
+        await delete_topics(settings)
+
+
+async def test_a_producer_whose_clock_is_ahead_can_write(kafka_bootstrap: str, unique_name: str) -> None:
+    """By its default a broker refuses what is more than an hour ahead of its own clock, for as long as it is."""
+    settings = Settings.model_validate({"kafka": kafka_bootstrap, "name": unique_name, "partitions": 1})
+    await create_topics(settings)
+    try:
+        async with AIOKafkaProducer(bootstrap_servers=kafka_bootstrap) as producer:
+            for topic in (settings.changes_topic, settings.control_topic):
+                ahead = round((time.time() + 2 * 3600) * 1000)
+                await producer.send_and_wait(topic, b"value", key=b"key", partition=0, timestamp_ms=ahead)
     finally:
         await delete_topics(settings)
 

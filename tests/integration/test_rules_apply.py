@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
@@ -32,14 +33,39 @@ async def in_one_batch(pair: Pair) -> None:
 # checkpoints
 
 
+async def make_lane(connection: asyncpg.Connection) -> UUID:
+    """Make the state of a migration in phase replay with one lane; give its log's topic id."""
+    topic_id = uuid4()
+    await state.create_schema(connection)
+    await connection.execute(
+        """insert into _live_migration.migration (id, name, phase, settings, kafka, source_address, source_system,
+               source_timeline, source_database, source_version, topic_id, lane_count)
+           values ($1, 'test', 'replay', '{}', '', '', '', 1, '', 180000, $1, 1)""",
+        topic_id,
+    )
+    await connection.execute("insert into _live_migration.checkpoints (lane) values (0)")
+    return topic_id
+
+
+@pytest.mark.parametrize("change", ["topic_id = gen_random_uuid()", "phase = 'copy'", "phase = 'prepare'"])
+async def test_a_lane_is_taken_only_while_its_change_log_is_applied(target_database: str, change: str) -> None:
+    """A consumer that slept through `migrate --recopy` must not begin to apply the log that was given up."""
+    connection = await asyncpg.connect(target_database)
+    topic_id = await make_lane(connection)
+    await checkpoints.acquire(connection, 0, "sleeper", topic_id)
+    await connection.execute(f"update _live_migration.migration set {change}")
+    with pytest.raises(Fenced, match="not applied"):
+        await checkpoints.acquire(connection, 0, "sleeper", topic_id)
+    await connection.close()
+
+
 @pytest.mark.parametrize("stale", ["epoch", "offset"])
 async def test_a_checkpoint_moves_only_for_its_owner_and_from_where_it_stands(target_database: str, stale: str) -> None:
     """An owner that was succeeded, and one that has lost its place, must not commit what they applied."""
     connection = await asyncpg.connect(target_database)
     async with postgres.session(target_database, "target") as owner:
-        await state.create_schema(connection)
-        await connection.execute("insert into _live_migration.checkpoints (lane) values (0)")
-        held = await checkpoints.acquire(owner, 0, "first")
+        topic_id = await make_lane(connection)
+        held = await checkpoints.acquire(owner, 0, "first", topic_id)
         to = Advance(7, Position(100, 1), None, 1, 10, None)
         reached = await checkpoints.advance(owner, held, to)
         assert reached == Checkpoint(0, held.epoch, 7, Position(100, 1))
@@ -54,11 +80,10 @@ async def test_a_checkpoint_moves_only_for_its_owner_and_from_where_it_stands(ta
 
 async def test_a_successor_raises_the_epoch_and_ends_the_backend_before_it(target_database: str) -> None:
     connection = await asyncpg.connect(target_database)
-    await state.create_schema(connection)
-    await connection.execute("insert into _live_migration.checkpoints (lane) values (0)")
+    topic_id = await make_lane(connection)
     first, second = await asyncpg.connect(target_database), await asyncpg.connect(target_database)
-    before = await checkpoints.acquire(first, 0, "first")
-    after = await checkpoints.acquire(second, 0, "second")
+    before = await checkpoints.acquire(first, 0, "first", topic_id)
+    after = await checkpoints.acquire(second, 0, "second", topic_id)
     assert after.epoch == before.epoch + 1
     with pytest.raises((asyncpg.PostgresConnectionError, asyncpg.AdminShutdownError, asyncpg.InterfaceError)):
         await first.fetchval("select 1")

@@ -103,7 +103,7 @@ async def replay(
         await producer.stop()
         await target.close()
         with suppress(Exception):
-            await delete_topics(settings)
+            await delete_topics(settings, with_letters=True)
 
 
 async def make_table(target: asyncpg.Connection, lane: int, table: str) -> None:

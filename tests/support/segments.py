@@ -60,6 +60,10 @@ def delete(table: str, *cells: Cell) -> bytes:
     return b"D" + struct.pack(">I", oid_of(table)) + b"K" + row(cells)
 
 
+def truncate(*tables: str) -> bytes:
+    return b"T" + struct.pack(f">IB{len(tables)}I", len(tables), 0, *map(oid_of, tables))
+
+
 def logical_message(prefix: str, content: bytes) -> bytes:
     return b"M\x01" + struct.pack(">Q", 0) + text(prefix) + struct.pack(">I", len(content)) + content
 
@@ -105,8 +109,12 @@ class LaneWriter:
 
     def _add(self, change: bytes) -> None:
         self._ordinal += 1
+        oids: tuple[int, ...] = ()
         if change[0] in b"IUD":
-            oid = pgoutput.relation_oid(change)
+            oids = (pgoutput.relation_oid(change),)
+        elif change[0] in b"T":
+            oids = pgoutput.decode_truncate(change).relation_oids
+        for oid in oids:
             if oid not in self._described:
                 self._body += segment.frame(self.relations[oid])
                 self._described.add(oid)

@@ -13,6 +13,8 @@ from typing import Self
 
 import asyncpg
 
+from live_migration.common.postgres import CONNECTION_ERRORS
+
 TABLES = (
     "app.by_key",
     "app.by_time",
@@ -64,13 +66,28 @@ _RETRIED = (
 
 
 class Workload:
-    """Writers over `TABLES`. Use as a context manager; leaving it stops the writers at a transaction's end."""
+    """Writers over `TABLES`. Use as a context manager; leaving it stops the writers at a transaction's end.
 
-    def __init__(self, uri: str, seed: int, *, connections: int = 8, pause: float = 0.01) -> None:
+    With `reconnects`, writers outlive crashes of the server; every third one then commits asynchronously, so that a
+    crash undoes what others have seen. With `wild`, there are transactions of thousands of rows, and some that stay open for seconds.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        seed: int,
+        *,
+        connections: int = 8,
+        pause: float = 0.01,
+        reconnects: bool = False,
+        wild: bool = False,
+    ) -> None:
         self.uri = uri
         self.seed = seed
         self.commits = 0
-        self.failures: list[BaseException] = []
+        self.lost_connections = 0
+        self._reconnects = reconnects
+        self._wild = wild
         self._connections = connections
         self._pause = pause
         self._stop = asyncio.Event()
@@ -113,8 +130,20 @@ class Workload:
 
     async def _writer(self, number: int) -> None:
         rng = random.Random(f"{self.seed}/{number}")
+        while not self._stop.is_set():
+            try:
+                await self._write(number, rng)
+            except (OSError, asyncpg.InterfaceError, *CONNECTION_ERRORS):
+                if not self._reconnects:
+                    raise
+                self.lost_connections += 1
+                await asyncio.sleep(0.2)
+
+    async def _write(self, number: int, rng: random.Random) -> None:
         connection = await asyncpg.connect(self.uri)
         try:
+            if self._reconnects and number % 3 == 0:
+                await connection.execute("set synchronous_commit = off")
             while not self._stop.is_set():
                 transaction = connection.transaction()
                 await transaction.start()
@@ -130,10 +159,17 @@ class Workload:
                     self.commits += 1
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._stop.wait(), rng.random() * 2 * self._pause)
-        finally:
+        except BaseException:
+            connection.terminate()
+            raise
+        else:
             await connection.close()
 
     async def _transaction(self, connection: asyncpg.Connection, rng: random.Random) -> None:
+        if self._wild and rng.random() < 0.006:
+            await _large_statement(connection, rng)
+        if self._wild and rng.random() < 0.01:
+            await connection.execute("select pg_sleep($1)", rng.random() * 3)
         for _ in range(rng.choice((1, 1, 2, 4, 12))):
             if rng.random() < 0.2:
                 savepoint = connection.transaction()
@@ -236,6 +272,26 @@ async def _statement(c: asyncpg.Connection, rng: random.Random) -> None:
                 "insert into app.scratch values ($1, $2) on conflict (id) do update set n = excluded.n", number, fresh
             )
             await c.execute("select nextval('app.loose')")
+
+
+async def _large_statement(c: asyncpg.Connection, rng: random.Random) -> None:
+    """Change thousands of rows of one table."""
+    count, first = rng.choice((500, 3000)), rng.randrange(20_000_000, 2_000_000_000)
+    match rng.randrange(5):
+        case 0:
+            await c.execute(
+                "insert into app.by_key select $1::bigint + i, i, repeat('large ', i % 40) from generate_series(1, $2::int) i",
+                first,
+                count,
+            )
+        case 1:
+            await c.execute("update app.by_key set n = n + 1 where id % 3 = $1", count % 3)
+        case 2:
+            await c.execute("insert into app.insert_only select now(), 'large' from generate_series(1, $1::int)", count)
+        case 3:
+            await c.execute("delete from app.by_key where id > 20000000 and id % 2 = 0")
+        case 4:
+            await c.execute("update app.child set doc = doc || $1::jsonb where id % 4 = 1", f'{{"n": {first}}}')
 
 
 async def read_rows(uri: str, tables: tuple[str, ...] = TABLES) -> dict[str, Counter[str]]:

@@ -9,7 +9,6 @@ import pytest
 from live_migration.common.control import LogPosition, ProducerConfig
 from live_migration.common.errors import KafkaError, SlotError
 from live_migration.common.segment import START, Position
-from live_migration.producer.replication import session_options
 from live_migration.producer.resume import assess_slot, check_timeline, parse_timeline_history, published_lsn
 from live_migration.producer.session import lane_positions
 
@@ -94,8 +93,3 @@ def test_lane_positions_come_from_the_record_and_must_fit() -> None:
     assert lane_positions(position((10, 1)), 1) == [Position(10, 1)]
     with pytest.raises(KafkaError):
         lane_positions(position((10, 1)), 2)
-
-
-def test_session_settings_survive_libpqs_options() -> None:
-    options = session_options({"a": "", "b": "ISO, YMD", "c": "x\\y"})
-    assert options == r"-c a= -c b=ISO,\ YMD -c c=x\\y"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 from collections.abc import Iterable
 
@@ -59,17 +60,10 @@ def lane(oid: int) -> int:
     return lane_of(QualifiedName("public", f"t{oid}"), LANES)
 
 
-class FakeStream:
-    """`get_copy_data` over a list of pgoutput messages, and what keepalives stand between them."""
-
-    def __init__(self, messages: Iterable[bytes]) -> None:
-        self._copied = [m if m[:1] == b"k" else b"w" + bytes(24) + m for m in messages]
-
-    def get_copy_data(self, _async: int) -> tuple[int, memoryview]:
-        if not self._copied:
-            return 0, memoryview(b"")
-        copied = self._copied.pop(0)
-        return len(copied), memoryview(copied)
+def copy_data(messages: Iterable[bytes]) -> bytes:
+    """Give pgoutput messages, and keepalives between them, as the CopyData messages of a stream."""
+    copied = [m if m[:1] == b"k" else b"w" + bytes(24) + m for m in messages]
+    return b"".join(b"d" + struct.pack(">I", len(each) + 4) + each for each in copied)
 
 
 def make_router(positions: list[Position] | None = None, acks: AckTracker | None = None) -> Router:
@@ -83,8 +77,8 @@ def make_router(positions: list[Position] | None = None, acks: AckTracker | None
 
 
 def feed(router: Router, messages: Iterable[bytes]) -> None:
-    drained = router.drain(FakeStream(messages).get_copy_data, 1 << 40)
-    assert drained.is_empty
+    data = copy_data(messages)
+    assert router.drain(data) == len(data)
 
 
 def values_by_lane(records: Iterable[Record]) -> dict[int, list[bytes]]:
@@ -232,13 +226,64 @@ def test_the_key_names_the_table_where_there_is_one() -> None:
     assert [record.key for record in router.take()] == [None]
 
 
-def test_draining_stops_at_the_budget() -> None:
+def test_draining_takes_whole_messages_only() -> None:
+    oid = OIDS[0]
+    whole = copy_data([put_begin(50), put_relation(oid), put_insert(oid, b"x" * 100)])
+    rest = copy_data([put_insert(oid, b"y" * 100)])
+    for cut in range(len(rest)):
+        router = make_router()
+        assert router.drain(whole + rest[:cut]) == len(whole)
+        assert router.drain(rest) == len(rest)
+        assert router.change_count + len(router.take()) == 1
+    for cut in range(len(whole)):
+        router = make_router()
+        taken = router.drain(whole[:cut])
+        assert router.drain(whole[taken:]) == len(whole) - taken
+
+
+runs = st.lists(
+    st.tuples(st.sampled_from(OIDS), st.sampled_from((0, 1, 40, 41, 220, 300)), st.integers(1, 90)), max_size=12
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(runs, max_size=4), st.randoms(use_true_random=False))
+def test_runs_of_messages_of_one_size_are_as_each_message_by_itself(
+    transactions: list[list[tuple[int, int, int]]], rng: random.Random
+) -> None:
+    messages: list[bytes] = [put_relation(oid) for oid in OIDS]
+    for number, transaction in enumerate(transactions):
+        messages.append(put_begin(100 * number + 100))
+        for oid, size, count in transaction:
+            messages += [put_insert(oid, rng.randbytes(size)) for _ in range(count)]
+        messages.append(put_commit(100 * number + 100))
+    one_by_one, at_once = make_router(), make_router()
+    for message in messages:
+        feed(one_by_one, [message])
+    data, at = copy_data(messages), 0
+    while at < len(data):
+        at += at_once.drain(data[at : at + rng.choice((400, 5_000, 1 << 20))])
+    expected, found = values_by_lane(one_by_one.take()), values_by_lane(at_once.take())
+    assert at_once.positions == one_by_one.positions
+    assert at_once.change_count == one_by_one.change_count
+    assert decoded(found) == decoded(expected)
+    assert found == expected
+
+
+def test_draining_stops_where_the_stream_does() -> None:
+    data = copy_data([put_begin(50)])
+    assert make_router().drain(data + b"c\0\0\0\4" + data) == len(data)
+
+
+def test_a_view_is_one_message() -> None:
     router = make_router()
     oid = OIDS[0]
-    stream = FakeStream([put_begin(50), put_relation(oid), *(put_insert(oid, b"x" * 100) for _ in range(50))])
-    drained = router.drain(stream.get_copy_data, 1000)
-    assert 1000 <= drained.byte_count < 1200
-    assert not drained.is_empty
+    feed(router, [put_begin(50), put_relation(oid)])
+    big = copy_data([put_insert(oid, b"x" * 20_000)])
+    assert router.drain(memoryview(big)) == len(big)
+    feed(router, [put_commit(50)])
+    messages = [change.message for change in decoded(values_by_lane(router.take()))[lane(oid)]]
+    assert messages == [put_insert(oid, b"x" * 20_000), put_commit(50)]
 
 
 def test_a_keepalive_confirms_and_may_ask_for_a_reply() -> None:
@@ -255,6 +300,5 @@ def test_a_keepalive_confirms_and_may_ask_for_a_reply() -> None:
 @pytest.mark.parametrize("message", [b"?", put_insert(999, b"1"), b"k" + bytes(30), put_begin(1)[:-1]])
 def test_what_the_protocol_does_not_know_is_refused(message: bytes) -> None:
     router = make_router()
-    stream = [b"w" + bytes(24) + message] if message[:1] != b"k" else [message]
     with pytest.raises(FormatError):
-        router.drain(lambda _: (len(stream[0]), memoryview(stream[0])), 10)
+        router.drain(copy_data([message]))

@@ -12,6 +12,7 @@ from live_migration.consumer.row_encoding import (
     decode_tuple,
     insert_as_binary_row,
     insert_as_text_row,
+    insert_text_blocks,
     is_binary,
     text_row,
 )
@@ -80,3 +81,24 @@ def test_a_view_of_a_message_gives_the_same_rows_in_pieces(row: list[bytes | Non
         chunks = list(copy_chunks([b"before", pieces, b"after"], binary=False))
         assert b"".join(chunks) == b"before" + expected + b"after"
         assert max(map(len, chunks)) < BIG_BYTES
+
+
+text_values = st.one_of(
+    st.none(),
+    st.text(alphabet="tnbuNI\\\t\n\r\x01aé", max_size=12).map(str.encode),
+    st.sampled_from([b"", b"t", b"n", b"nt", b"tn", b"\\N", b"x" * 300]),
+)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 5).flatmap(lambda n: st.lists(st.lists(text_values, min_size=n, max_size=n), max_size=300)))
+def test_blocks_of_text_rows_are_the_rows(rows: list[list[bytes | None]]) -> None:
+    messages = [put_insert(0x74006E00, row) for row in rows]  # an oid that looks like the head of a value
+    assert b"".join(insert_text_blocks(messages)) == b"".join(insert_as_text_row(message) for message in messages)  # type: ignore[arg-type]
+
+
+def test_blocks_of_text_rows_take_big_values_and_plain_rows_together() -> None:
+    big = b"x" * BIG_BYTES
+    rows = [[b"1", None, b"plain"], [b"2", big, b"tab\t"], [None, None, None]]
+    messages = [memoryview(put_insert(7, row)) if big in row else put_insert(7, row) for row in rows]
+    assert b"".join(copy_chunks(insert_text_blocks(messages), binary=False)) == b"".join(map(text_row, rows))  # type: ignore[arg-type]

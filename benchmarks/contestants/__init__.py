@@ -1,0 +1,1 @@
+"""Those who take part: ours, and each peer."""

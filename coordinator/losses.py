@@ -1,0 +1,122 @@
+"""Whether slot, change log and checkpoints still fit together, and what must be copied again where they do not."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import asyncpg
+
+from live_migration.common.control import CONFIG, POSITION, LogPosition, ProducerConfig
+from live_migration.common.errors import LiveMigrationError, LogGap, SlotLost
+from live_migration.common.kafka import check_topics, read_control
+from live_migration.common.lsn import Lsn
+from live_migration.common.postgres import asking
+from live_migration.common.segment import START, Position
+from live_migration.coordinator.findings import name_list
+from live_migration.coordinator.run import Run
+from live_migration.producer.slot import SlotState, read_slot
+from live_migration.producer.tail_check import LaneTail, check_tails, read_tails
+
+_MARKERS_SECONDS = 10.0
+
+
+def slot_loss(name: str, slot: SlotState | None) -> str | None:
+    """Say what became of a slot that cannot be read any more; None when nothing did."""
+    if slot is None:
+        return f"replication slot {name} does not exist on the source any more: somebody dropped it, or a failover left it behind"
+    if slot.wal_status == "lost" or slot.reason:
+        why = f" ({slot.reason})" if slot.reason else ""
+        return f"replication slot {name} is lost{why}: the source has removed WAL that it needed"
+    return None
+
+
+async def find_loss(run: Run) -> LiveMigrationError | None:
+    """Look whether slot, change log and checkpoints still fit together; give what is lost, with the tables to copy again named.
+
+    May be asked in phases schema to cutover, at a coordinator's start.
+
+    Raises:
+        ConnectionLost | SourceError | KafkaError: they cannot be asked just now, or are not ours.
+    """
+    try:
+        await _require_whole(run)
+    except (SlotLost, LogGap) as error:
+        return type(error)(f"{error.message}; {await tables_to_copy(run.target)}", hint=error.hint)
+    return None
+
+
+async def _require_whole(run: Run) -> None:
+    settings, migration = run.settings, run.migration
+    with asking("target", "reading checkpoints"):
+        checkpoints = await run.target.fetch(
+            "select lane, next_offset, commit_lsn, ordinal from _live_migration.checkpoints order by lane"
+        )
+    # A producer may be at work: it writes the control topic first, then moves the slot. So the slot is read first.
+    async with run.source_session("slot check") as source:
+        with asking("source", "looking at the slot"):
+            slot = await read_slot(source, settings.slot)
+    if loss := slot_loss(settings.slot, slot):
+        raise SlotLost(loss)
+    await check_topics(settings, migration.lane_count)
+    control = await read_control(settings)
+    config = ProducerConfig.model_validate_json(control[CONFIG]) if CONFIG in control else None
+    position = LogPosition.model_validate_json(control[POSITION]) if POSITION in control else None
+    if config is not None and config.topic_id != str(migration.topic_id):
+        raise LogGap(
+            f"topic {settings.control_topic} was made again: it belongs to another change log than the target's state"
+        )
+    recorded = position.confirm_lsn if position else migration.start_lsn
+    if slot and slot.confirmed_lsn is not None and recorded is not None and slot.confirmed_lsn > recorded:
+        raise SlotLost(
+            f"replication slot {settings.slot} is ahead of the log: confirmed up to {Lsn(slot.confirmed_lsn)}, the log ends at "
+            f"{Lsn(recorded)}; somebody else has read from it or made it anew, or the broker has lost the log's tail"
+        )
+    lanes = [(row["next_offset"], Position(int(row["commit_lsn"]), row["ordinal"])) for row in checkpoints]
+    await _check_log(run, position, lanes)
+
+
+async def _check_log(run: Run, position: LogPosition | None, checkpoints: list[tuple[int, Position]]) -> None:
+    """Compare the log's ends with position record and checkpoints; a running producer's may be behind the record for a moment,
+    for a transaction's end is not seen in all partitions at once."""
+    deadline = time.monotonic() + _MARKERS_SECONDS
+    topic = run.settings.changes_topic
+    while True:
+        tails = await read_tails(run.settings, run.migration.lane_count)
+        try:
+            check_tails(topic, tails, run.migration.topic_id, position, may_be_ahead=True)
+            for tail, (next_offset, applied) in zip(tails, checkpoints, strict=False):  # there are none before the plan
+                check_lane(topic, tail, next_offset, applied, position)
+            return
+        except LogGap:
+            if time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(0.5)
+
+
+def check_lane(topic: str, tail: LaneTail, next_offset: int, applied: Position, position: LogPosition | None) -> None:
+    """Compare a lane's checkpoint with its partition. Raises LogGap when what comes next can never be had."""
+    where = f"{topic}-{tail.lane}"
+    published = Position(*position.lanes[tail.lane]) if position else START
+    if next_offset > tail.end_offset:
+        raise LogGap(
+            f"{where} ends at offset {tail.end_offset}, but the target has applied it up to offset {next_offset}: the topic was "
+            "made again, or the broker has lost the log's tail"
+        )
+    if applied < max(published, tail.position) and not tail.first_offset <= next_offset < tail.end_offset:
+        raise LogGap(
+            f"{where} holds offsets {tail.first_offset} to {tail.end_offset}, but the target needs what follows {applied} "
+            f"at offset {next_offset}: segments were deleted before they were applied"
+        )
+
+
+async def tables_to_copy(target: asyncpg.Connection) -> str:
+    """Name the migration's tables, for a message that says that they must be copied again."""
+    with asking("target", "reading the plan"):
+        rows = await target.fetch(
+            """select schema_name || '.' || table_name as name from _live_migration.tables
+               order by size_bytes desc, 1"""
+        )
+    if not rows:
+        return "no table was copied yet"
+    return f"to be copied again: {len(rows)} tables, {name_list(row['name'] for row in rows)}"

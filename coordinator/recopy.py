@@ -1,0 +1,175 @@
+"""`migrate --recopy`: what was lost with slot or change log is brought by copying every table again, under the schema that is there.
+
+One transaction voids all that was copied and applied, fences whoever is still at work, and goes back to phase `prepare`, which
+makes slot, publications and topics anew, as after any attempt that broke off. So each step can be repeated after a crash.
+"""
+
+from __future__ import annotations
+
+from uuid import uuid4
+
+import asyncpg
+
+from live_migration.common.errors import LiveMigrationError
+from live_migration.common.postgres import asking, terminate_backend
+from live_migration.common.relation import QualifiedName, quote_identifier
+from live_migration.common.state import Phase
+from live_migration.coordinator import steps
+from live_migration.coordinator.losses import find_loss
+from live_migration.coordinator.planning import Memberships
+from live_migration.coordinator.run import Run
+
+_STEP = "recopy"
+_FREE = "owner = null, backend_pid = null, backend_start = null, lease_until = null"
+
+# Not 'planned', which a consumer that sleeps through the change of phase could claim before there is a slot.
+VOID = f"""
+    update _live_migration.tables
+    set state = 'stopped', retry_at = null, attempt = attempt + 1, snapshot_id = null, snapshot = null, horizon = null,
+        row_count = 0, byte_count = 0, started_at = null, copied_at = null, error = null, hint = null, copy_again = false,
+        source_pid = null, source_start = null, {_FREE};
+    delete from _live_migration.parts;
+    update _live_migration.indexes set state = 'pending', error = null, retry_at = null, {_FREE} where state = 'building';
+    update _live_migration.checkpoints
+    set next_offset = 0, commit_lsn = '0/0', ordinal = 0, barrier = null, epoch = epoch + 1, owner = null, backend_pid = null,
+        backend_start = null, change_count = 0, byte_count = 0, commit_time = null, updated_at = null, error = null, hint = null;
+    update _live_migration.requests set handled_at = clock_timestamp(), result = 'refused: every table is copied again'
+    where handled_at is null;
+    update _live_migration.steps set is_done = false where name = 'prepare';
+    insert into _live_migration.steps (name) values ('{_STEP}') on conflict (name) do update set is_done = false
+"""
+
+RELEASE = "update _live_migration.tables set state = 'planned', attempt = attempt + 1"
+
+_BACKENDS = """
+    select backend_pid, backend_start from _live_migration.tables where backend_pid is not null
+    union select backend_pid, backend_start from _live_migration.parts where backend_pid is not null
+    union select backend_pid, backend_start from _live_migration.indexes where backend_pid is not null
+    union select backend_pid, backend_start from _live_migration.checkpoints where backend_pid is not null
+"""
+
+_BUILT = """
+    select i.oid, t.schema_name, t.table_name, i.name, x.indexrelid is not null as exists,
+           k.conname::text as constraint_name, coalesce(c.relispartition, false) as is_attached
+    from _live_migration.indexes i
+    join _live_migration.tables t on t.oid = i.table_oid
+    left join pg_namespace n on n.nspname = t.schema_name
+    left join pg_class r on r.relnamespace = n.oid and r.relname = t.table_name
+    left join pg_class c on c.relnamespace = n.oid and c.relname = i.name and c.relkind = 'i'
+    left join pg_index x on x.indexrelid = c.oid and x.indrelid = r.oid
+    left join pg_constraint k on k.conindid = x.indexrelid and k.conrelid = x.indrelid and k.contype in ('p', 'u', 'x')
+    where i.state = 'done'
+    order by i.is_primary, i.oid
+"""
+
+
+async def begin_recopy(run: Run) -> None:
+    """Void what was copied and go back to phase `prepare`, or go on with a recopy that broke off.
+
+    Raises:
+        LiveMigrationError: nothing is lost, or the target holds everything already.
+    """
+    with asking("target", "reading the migration's state"):
+        is_past = run.phase is Phase.DONE or await steps.is_done(run.target, steps.BARRIER)
+        is_under_way = await _is_under_way(run.target)
+    if is_past:
+        raise LiveMigrationError(
+            "the target has passed the last barrier and holds every change: nothing is to be copied again",
+            hint="Run `live-migration migrate` to end the migration, and `live-migration verify` to compare both sides.",
+        )
+    if run.phase is Phase.PREPARE:
+        return  # nothing was read of what prepare makes: it is made anew
+    loss = await find_loss(run)
+    if loss is None and not is_under_way:
+        raise LiveMigrationError(
+            "slot and change log are whole: nothing needs to be copied again",
+            hint="Run `live-migration migrate` to go on.",
+        )
+    if loss is not None:
+        run.reporter.warning(f"every table is copied again: {loss.message}")
+        await _void(run)
+
+
+async def _is_under_way(target: asyncpg.Connection) -> bool:
+    return await target.fetchval(f"select not is_done from _live_migration.steps where name = '{_STEP}'") or False
+
+
+async def _void(run: Run) -> None:
+    """Fence everybody and forget what was copied. Whoever wakes up later hits no row: attempts and epochs were raised."""
+    await _end_work(run.target)  # a stopped consumer keeps its locks on the rows that we are to change
+    async with run.target_transaction("voiding what was copied") as target:
+        await target.execute(VOID)
+        await target.execute(
+            """update _live_migration.migration set topic_id = $2, start_lsn = null, cutover_lsn = null, binary_stream = null
+               where epoch = $1""",
+            run.epoch,
+            uuid4(),
+        )
+        await run.enter(Phase.PREPARE)
+    await run.reload()
+
+
+async def _end_work(target: asyncpg.Connection) -> None:
+    with asking("target", "ending the consumers' sessions"):
+        for row in await target.fetch(_BACKENDS):
+            await terminate_backend(target, row["backend_pid"], row["backend_start"])
+
+
+async def drop_built_indexes(run: Run) -> None:
+    """Drop the indexes and constraints that were built, where a recopy is under way; consumers build them again after the copy.
+
+    A COPY into a table without indexes and a build from sorted rows is what the first copy does, and several times faster
+    than inserting each row into each index. One that is attached to a partitioned index, or that something depends on, cannot
+    go by itself: it is kept, and filled while the table is copied.
+    """
+    if not await _is_under_way(run.target):
+        return
+    with asking("target", "looking at the indexes"):
+        rows = await run.target.fetch(_BUILT)
+    for row in rows:
+        if row["is_attached"]:
+            continue
+        async with run.target_transaction(f"dropping index {row['name']}") as target:
+            if row["exists"] and not await _drop(target, row):
+                run.reporter.note(f"index {row['name']} is kept, for something depends on it")
+                continue
+            await target.execute("update _live_migration.indexes set state = 'pending' where oid = $1", row["oid"])
+
+
+async def _drop(target: asyncpg.Connection, row: asyncpg.Record) -> bool:
+    table = QualifiedName(row["schema_name"], row["table_name"])
+    if row["constraint_name"]:
+        statement = f"alter table {table.sql} drop constraint {quote_identifier(row['constraint_name'])}"
+    else:
+        statement = f"drop index {QualifiedName(table.schema, row['name']).sql}"
+    try:
+        async with target.transaction():
+            await target.execute(statement)
+    except asyncpg.DependentObjectsStillExistError:
+        return False
+    return True
+
+
+async def planned_tables(target: asyncpg.Connection) -> frozenset[int] | None:
+    """Give the source's oids of the planned tables, None before there is a plan."""
+    rows = await target.fetch("select oid from _live_migration.tables")
+    return frozenset(row["oid"] for row in rows) or None
+
+
+async def adopt_memberships(target: asyncpg.Connection, members: Memberships) -> None:
+    """Bring a plan that is there up to date with the publications just made: what is followed, and from which count on."""
+    for publication, tables in (("all", members.all), ("insert", members.insert)):
+        await target.executemany(
+            "update _live_migration.tables set publication = $2, changed_row_count = $3 where oid = $1",
+            [(table.oid, publication, table.changed_row_count) for table in tables],
+        )
+
+
+async def release_tables(run: Run) -> None:
+    """Let consumers copy, where a recopy is under way; inside the transaction that enters phase `copy`.
+
+    The attempt rises once more: nobody can have begun since the tables were voided, and nobody who did may end.
+    """
+    if await _is_under_way(run.target):
+        await run.target.execute(RELEASE)
+        await steps.finish(run.target, run.epoch, _STEP)

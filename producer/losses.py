@@ -1,0 +1,34 @@
+"""Which tables must be copied again when slot or log are lost: what we know of them are our publications."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import asyncpg
+
+from live_migration.common.control import ProducerConfig
+from live_migration.common.errors import LiveMigrationError, LogGap, SlotLost
+from live_migration.common.postgres import asking, session
+
+_SHOWN = 10
+_TABLES = """
+    select distinct schemaname || '.' || tablename as name from pg_publication_tables where pubname = any($1::text[]) order by 1
+"""
+
+
+async def name_tables(error: LiveMigrationError, uri: str, config: ProducerConfig | None) -> LiveMigrationError:
+    """Give the error with the tables named that must be copied again because of it, where the source can be asked."""
+    if config is None or not isinstance(error, SlotLost | LogGap):
+        return error
+    rows: list[asyncpg.Record] = []
+    with suppress(LiveMigrationError):
+        async with session(uri, "source", application="live-migration producer") as connection:
+            with asking("source", "reading the publications"):
+                rows = await connection.fetch(_TABLES, list(config.publications))
+    if not rows:
+        return error
+    names = ", ".join(row["name"] for row in rows[:_SHOWN])
+    more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+    named = type(error)(f"{error.message}; to be copied again: {len(rows)} tables, {names}{more}", hint=error.hint)
+    named.__cause__ = error
+    return named

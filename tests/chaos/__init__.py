@@ -1,0 +1,1 @@
+"""Whole migrations under faults that are random and repeatable by their seed; `python -m tests.chaos --help`."""

@@ -1,0 +1,94 @@
+"""Run rounds: `python -m tests.chaos --rounds 10 --seed 1`, or `make chaos ROUNDS=10 SEED=1`.
+
+Prints each round's seed, its faults and their moments, its verdict and seconds; appends a JSON line for each to the log, and
+leaves out seeds that stand there as passed. A round that fails leaves its folder with the logs of all processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.chaos.disks import enter_namespace
+from tests.chaos.plan import make_plan
+from tests.chaos.round import Outcome, Round
+from tests.chaos.world import World
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="chaos", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="how many seeds, those passed before included")
+    parser.add_argument("--seed", type=int, default=1, help="the first one; each round has the next")
+    parser.add_argument("--minutes", type=float, help="begin no round after so many minutes")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "live-migration-chaos")
+    parser.add_argument("--log", type=Path, help="JSON lines of the rounds; by default rounds.jsonl in the folder")
+    parser.add_argument("--again", action="store_true", help="run seeds that have passed, too")
+    parser.add_argument("--stop", action="store_true", help="stop at the first failure")
+    return parser.parse_args()
+
+
+def passed_seeds(log: Path) -> set[int]:
+    """Give the seeds that the log has as passed."""
+    if not log.exists():
+        return set()
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return {line["seed"] for line in lines if line["verdict"] == "ok"}
+
+
+def _report(outcome: Outcome, world: World, folder: Path) -> None:
+    print(f"seed {outcome.seed}: {json.dumps(outcome.plan)}")
+    for happened in sorted(outcome.faults, key=lambda each: each.at):
+        print(f"  {happened}")
+    for line in outcome.exits:
+        print(f"  exit: {line}")
+    print(f"  {outcome.verdict}: {outcome.commits} transactions, {outcome.seconds} s", outcome.why, flush=True)
+    if outcome.verdict == "ok":
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    (folder / "outcome.json").write_text(json.dumps(outcome.as_dict(), indent=1))
+    for name, path in world.logs().items():
+        if path.exists():
+            shutil.copyfile(path, folder / name)
+    print(f"  logs: {folder}\n  again: make chaos ROUNDS=1 SEED={outcome.seed}", flush=True)
+
+
+async def _main(arguments: argparse.Namespace) -> int:
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    log: Path = arguments.log or arguments.folder / "rounds.jsonl"
+    done = set() if arguments.again else passed_seeds(log)
+    seeds = [seed for seed in range(arguments.seed, arguments.seed + arguments.rounds) if seed not in done]
+    began, failed = time.monotonic(), 0
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    async with World() as world:
+        for seed in seeds:
+            if arguments.minutes is not None and time.monotonic() - began > arguments.minutes * 60:
+                break
+            folder = arguments.folder / f"seed-{seed}-{time.strftime('%d%H%M%S')}"
+            outcome = await Round(world, make_plan(seed), folder).run()
+            _report(outcome, world, folder)
+            with log.open("a") as lines:
+                lines.write(json.dumps({"at": time.strftime("%F %T"), **outcome.as_dict()}) + "\n")
+            await world.drop_databases(f"chaos_{seed}")
+            failed += outcome.verdict != "ok"
+            if failed and arguments.stop:
+                break
+    print(f"{failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    enter_namespace()
+    try:
+        sys.exit(asyncio.run(_main(_arguments())))
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        sys.exit(130)

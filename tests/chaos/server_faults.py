@@ -1,0 +1,202 @@
+"""Faults of servers that live: full, locked, read-only, in recovery, out of connections; sessions that somebody ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import ClassVar
+
+import asyncpg
+
+from tests.chaos.faults import Fault, Scene
+from tests.chaos.world import Disk, Side
+from tests.support.workload import TABLES
+
+_GONE = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
+
+
+@asynccontextmanager
+async def direct(scene: Scene, side: Side, database: str | None = None) -> AsyncIterator[asyncpg.Connection]:
+    """Open a session past the proxy, to the round's database by default; waits for a server that just starts."""
+    async with asyncio.timeout(60):
+        while True:
+            try:
+                connection = await asyncpg.connect(scene.world.uri(side, database or scene.database), timeout=5)
+                break
+            except _GONE:
+                await asyncio.sleep(0.1)
+    try:
+        yield connection
+    finally:
+        connection.terminate()
+
+
+class _Lock(Fault):
+    """Somebody holds a lock on one of the user's tables."""
+
+    side: ClassVar[Side]
+    modes: ClassVar[tuple[str, ...]]
+
+    async def inject(self, scene: Scene) -> str:
+        table, mode = self.rng.choice(TABLES), self.rng.choice(self.modes)
+        seconds = self.rng.uniform(1, 8)
+        try:
+            async with direct(scene, self.side) as connection:
+                await connection.execute(f"begin; set local lock_timeout = '4s'; lock table {table} in {mode} mode")
+                await asyncio.sleep(seconds)
+                await connection.execute("rollback")
+        except _GONE as error:
+            return f"{table}: {type(error).__name__}"
+        return f"{table} in {mode} mode for {seconds:.1f} s"
+
+
+class LockTarget(_Lock):
+    name = "lock on target"
+    side = "target"
+    modes = ("access exclusive",)
+
+
+class LockSource(_Lock):
+    name = "lock on source"
+    side = "source"
+    modes = ("access exclusive", "share row exclusive", "share")
+
+
+class NoConnections(Fault):
+    """All of the target's connections are taken, and ours are cut."""
+
+    name = "target out of connections"
+
+    async def inject(self, scene: Scene) -> str:
+        seconds = self.rng.uniform(1, 6)
+        most = 0
+        deadline = asyncio.get_running_loop().time() + seconds
+        async with scene.world.busy["target"], AsyncExitStack() as stack:
+            is_cut = False
+            while asyncio.get_running_loop().time() < deadline:
+                try:
+                    connection = await asyncpg.connect(scene.world.uri("target", "postgres"), timeout=5)
+                    stack.callback(connection.terminate)
+                    most += 1
+                except asyncpg.TooManyConnectionsError:
+                    if not is_cut:
+                        scene.world.proxies["target"].cut()
+                        is_cut = True
+                    await asyncio.sleep(0.05)
+                except _GONE:
+                    await asyncio.sleep(0.1)
+        return f"{most} taken for {seconds:.1f} s"
+
+
+class ReadOnly(Fault):
+    """The target refuses to write, as a primary that was demoted."""
+
+    name = "target read-only"
+
+    async def inject(self, scene: Scene) -> str:
+        seconds = self.rng.uniform(0.5, 6)
+        async with scene.world.busy["target"]:
+            await self._set(scene, f"alter database {scene.database} set default_transaction_read_only = on")
+            try:
+                await asyncio.sleep(seconds)
+            finally:
+                await self._set(scene, f"alter database {scene.database} reset default_transaction_read_only")
+        return f"for {seconds:.1f} s"
+
+    async def _set(self, scene: Scene, statement: str) -> None:
+        async with direct(scene, "target", "postgres") as connection:
+            await connection.execute(statement)
+            await connection.fetch(
+                "select pg_terminate_backend(pid) from pg_stat_activity where datname = $1", scene.database
+            )
+
+
+class InRecovery(Fault):
+    """The target comes back as a standby that is promoted later."""
+
+    name = "target in recovery"
+
+    async def inject(self, scene: Scene) -> str:
+        seconds = self.rng.uniform(0.5, 5)
+        server = scene.world.servers["target"]
+        async with scene.world.busy["target"]:
+            signal_file = server.data_dir / "standby.signal"
+            signal_file.touch()
+            owner = server.data_dir.stat()
+            os.chown(signal_file, owner.st_uid, owner.st_gid)
+            await server.restart(immediate=False)
+            try:
+                await asyncio.sleep(seconds)
+            finally:
+                async with direct(scene, "target", "postgres") as connection:
+                    await connection.execute("select pg_promote()")
+        return f"for {seconds:.1f} s"
+
+
+class EndSessions(Fault):
+    """An administrator ends or cancels some of our sessions, walsender included."""
+
+    name = "end sessions"
+    weight = 3
+
+    async def inject(self, scene: Scene) -> str:
+        side: Side = self.rng.choice(("source", "target"))
+        function = self.rng.choice(("pg_terminate_backend", "pg_terminate_backend", "pg_cancel_backend"))
+        share, times = self.rng.random(), self.rng.randrange(1, 6)
+        hit = 0
+        for _ in range(times):
+            with suppress(*_GONE):
+                async with direct(scene, side) as connection:
+                    hit += await connection.fetchval(
+                        f"""select count({function}(pid)) from pg_stat_activity where datname = current_database()
+                            and application_name like 'live-migration%' and random() < $1""",
+                        share,
+                    )
+            await asyncio.sleep(self.rng.random())
+        return f"{function} on {side}, {hit} in {times} blows"
+
+
+class _Full(Fault):
+    disk: ClassVar[Disk]
+
+    async def inject(self, scene: Scene) -> str:
+        folder = scene.world.disks.get(self.disk)
+        if folder is None:
+            return f"skipped: {scene.world.no_disks}"
+        spare, seconds = round(10 ** self.rng.uniform(3, 6)), self.rng.uniform(0.5, 6)
+        filler = folder / "filler"
+        async with scene.world.busy[self.disk]:
+            free = os.statvfs(folder)
+            with filler.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, max(free.f_bavail * free.f_frsize - spare, 4096))
+            try:
+                await asyncio.sleep(seconds)
+            finally:
+                filler.unlink()
+        return f"{spare} bytes free for {seconds:.1f} s"
+
+
+class TargetDiskFull(_Full):
+    name = "target's disk full"
+    disk = "target"
+
+
+class BrokerDiskFull(_Full):
+    """The broker ends itself when it cannot write; the world starts it again."""
+
+    name = "broker's disk full"
+    disk = "broker"
+
+
+SERVER_FAULTS: tuple[type[Fault], ...] = (
+    LockTarget,
+    LockSource,
+    NoConnections,
+    ReadOnly,
+    InRecovery,
+    EndSessions,
+    TargetDiskFull,
+    BrokerDiskFull,
+)

@@ -1,0 +1,143 @@
+"""Bytes off a socket, however they are cut, come out as the messages that went in; reading stops when there is enough."""
+
+from __future__ import annotations
+
+import random
+import struct
+
+import pytest
+
+from live_migration.common.errors import FormatError
+from live_migration.producer import wire
+from live_migration.producer.wire import ReceiveBuffer, data_row, error_fields
+
+
+class FakeTransport:
+    def __init__(self) -> None:
+        self.is_reading = True
+
+    def pause_reading(self) -> None:
+        assert self.is_reading
+        self.is_reading = False
+
+    def resume_reading(self) -> None:
+        assert not self.is_reading
+        self.is_reading = True
+
+
+def message(kind: bytes, body: bytes) -> bytes:
+    return kind + struct.pack(">I", len(body) + 4) + body
+
+
+def receive(buffer: ReceiveBuffer, data: bytes | memoryview, most: int) -> int:
+    """Do what asyncio does at one turn; give how many bytes were read."""
+    view = buffer.get_buffer(-1)
+    assert len(view) > 0
+    count = min(len(view), len(data), most)
+    view[:count] = data[:count]
+    view.release()
+    buffer.buffer_updated(count)
+    return count
+
+
+def whole_messages(data: bytes | memoryview) -> int:
+    at = 0
+    while at + 5 <= len(data):
+        _, length = struct.unpack_from(">BI", data, at)
+        if data[at] != ord("d") or at + 1 + length > len(data):
+            break
+        at += 1 + length
+    return at
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_messages_come_out_as_they_went_in(seed: int) -> None:
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    sizes = (0, 1, 20, 80, 5_000, wire.BIG_BYTES - 5, wire.BIG_BYTES, 3_000_000)
+    sent = [
+        message(rng.choice((b"d", b"d", b"d", b"S")), rng.randbytes(rng.choice(sizes[: rng.choice((4, 5, 8))])))
+        for _ in range(rng.choice((20, 400)))
+    ]
+    stream = b"".join(sent)
+    transport = FakeTransport()
+    buffer = ReceiveBuffer(transport)  # type: ignore[arg-type]
+    got: list[bytes] = []
+    at = 0
+    largest = 0
+
+    def consume(data: bytes | memoryview) -> int:
+        taken = whole_messages(data)
+        assert taken
+        got.append(bytes(data[:taken]))
+        return taken
+
+    while sum(map(len, got)) < len(stream):
+        if transport.is_reading and at < len(stream) and rng.random() < 0.7:
+            at += receive(buffer, memoryview(stream)[at:], rng.choice((7, 1000, 1 << 18, 1 << 22)))
+        while rng.random() < 0.7 and (kind := buffer.next_kind()) is not None:
+            if kind == ord("d"):
+                assert buffer.take_copy_data(consume, rng.choice((1, 1000, 1 << 18)))
+            else:
+                taken = buffer.take_message()
+                assert taken is not None
+                got.append(message(bytes([taken.kind]), taken.body))
+        largest = max(largest, len(buffer._buffer))
+    assert b"".join(got) == stream
+    assert transport.is_reading
+    assert buffer.next_kind() is None
+    assert largest <= max(len(each) for each in sent) + 3 * wire._LEAST_ROOM + wire._CAPACITY
+
+
+def test_reading_stops_while_nobody_takes() -> None:
+    transport = FakeTransport()
+    buffer = ReceiveBuffer(transport)  # type: ignore[arg-type]
+    stream = message(b"d", bytes(100)) * 100_000
+    at = 0
+    while transport.is_reading:
+        at += receive(buffer, memoryview(stream)[at:], 1 << 20)
+    assert at <= wire._CAPACITY
+    assert buffer.take_copy_data(whole_messages, 1 << 18)
+    assert transport.is_reading
+
+
+def test_a_view_of_a_big_message_stays_as_it_was() -> None:
+    buffer = ReceiveBuffer(FakeTransport())  # type: ignore[arg-type]
+    big = message(b"d", b"x" * wire.BIG_BYTES)
+    stream = big + message(b"d", b"y" * 50)
+    at = 0
+    while at < len(stream):
+        at += receive(buffer, stream[at:], 1 << 20)
+    kept: list[bytes | memoryview] = []
+
+    def keep(data: bytes | memoryview) -> int:
+        kept.append(data)
+        return whole_messages(data)
+
+    buffer.take_copy_data(keep, 1000)
+    buffer.take_copy_data(keep, 1000)
+    for _ in range(40):
+        receive(buffer, message(b"d", b"z" * 50_000), 1 << 20)
+        buffer.take_copy_data(whole_messages, 1 << 20)
+    assert kept[0] == big
+    assert kept[1] == message(b"d", b"y" * 50)
+
+
+def test_a_length_that_cannot_be_is_refused() -> None:
+    buffer = ReceiveBuffer(FakeTransport())  # type: ignore[arg-type]
+    receive(buffer, b"d\xff\xff\xff\xff" + bytes(20), 100)
+    with pytest.raises(FormatError, match="4294967295 bytes"):
+        buffer.next_kind()
+
+
+async def test_a_lost_connection_wakes_who_waits() -> None:
+    buffer = ReceiveBuffer(FakeTransport())  # type: ignore[arg-type]
+    buffer.connection_lost(ConnectionResetError("reset"))
+    await buffer.received()
+    assert buffer.is_lost
+    assert isinstance(buffer.reason, ConnectionResetError)
+
+
+def test_rows_and_errors_are_read() -> None:
+    assert data_row(struct.pack(">Hi2sii", 3, 2, b"ab", -1, 0)) == (b"ab", None, b"")
+    assert error_fields(b"SERROR\0C55006\0Mslot is active\0\0") == {"S": "ERROR", "C": "55006", "M": "slot is active"}
