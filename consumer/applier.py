@@ -17,7 +17,7 @@ import asyncpg
 
 from live_migration.common import pgoutput
 from live_migration.common.errors import FormatError
-from live_migration.common.postgres import CONNECTION_ERRORS
+from live_migration.common.postgres import CONNECTION_ERRORS, while_connected
 from live_migration.common.relation import QualifiedName
 from live_migration.consumer import statements
 from live_migration.consumer.decoder import Batch, TableRun, TruncateStep, all_runs
@@ -137,7 +137,7 @@ class Applier:
             table.name,
             schema_name=table.schema,
             columns=columns,
-            source=_as_async(copy_chunks(rows, binary=binary)),
+            source=while_connected(self._connection, _as_async(copy_chunks(rows, binary=binary))),
             format="binary" if binary else "text",
         )
         if (arrived := _row_count(status)) != expected:
