@@ -478,6 +478,32 @@ async def test_a_consumer_that_dies_around_the_letter_skips_once_and_never_witho
         assert [each.state for each in await read_skips(it.target)] == ["skipped"]
 
 
+async def test_attempts_that_fail_behind_a_letter_write_no_second_one(
+    target_database: str, kafka_bootstrap: str, unique_name: str
+) -> None:
+    """One source transaction over two segments, which is one target transaction: what is skipped in the first waits for the second."""
+    async with replay(target_database, kafka_bootstrap, unique_name, lane_count=1) as it, it.consumer():
+        await it.target.execute("insert into t0 values (5, 'hand'), (15, 'hand')")
+        it.lanes[0].transaction([insert("t0", str(n), "v") for n in range(20)], cut_after=10)
+        it.lanes[0].cut()
+        await it.send()
+        first = await refused_at(it)
+        await skip(it, first)
+        second = await refused_at(it, after=first["position"])
+        epoch = (await it.checkpoint(0))["epoch"]
+
+        async def is_tried_again() -> bool:
+            return (await it.checkpoint(0))["epoch"] >= epoch + 4  # type: ignore[no-any-return]
+
+        await it.until(is_tried_again)
+        assert len(await letters(it)) == 1
+        assert sorted(await it.rows(0)) == [5, 15]
+        await skip(it, second)
+        await it.until_applied()
+        assert [letter["new"]["id"] for letter in await letters(it)] == ["5", "15"]
+        assert await it.rows(0) == {n: "hand" if n in (5, 15) else "v" for n in range(20)}
+
+
 async def test_without_a_place_for_letters_nothing_is_skipped(
     target_database: str, kafka_bootstrap: str, unique_name: str
 ) -> None:
