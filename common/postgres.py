@@ -8,7 +8,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Literal
+from typing import Literal, TypeVar
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -16,6 +16,10 @@ import asyncpg
 from live_migration.common.errors import ConnectionLost, LiveMigrationError, SourceError, TargetError, UsageError
 
 Side = Literal["source", "target"]
+_Chunk = TypeVar("_Chunk")
+
+USER_TIMEOUT_MS = 30_000
+"""How long a server may leave what we have sent without an answer."""
 
 SESSION_SETTINGS: dict[str, str] = {
     "search_path": "",
@@ -63,9 +67,18 @@ CONNECTION_ERRORS = (
 
 
 async def connect(
-    uri: str, side: Side, *, application: str = "live-migration", timeout: float = 20.0, replication: bool = False
+    uri: str,
+    side: Side,
+    *,
+    application: str = "live-migration",
+    timeout: float = 20.0,
+    replication: bool = False,
+    sends_bulk: bool = False,
 ) -> asyncpg.Connection:
     """Open a session with our settings and TCP keepalives; with `replication`, one of a walsender.
+
+    Args:
+        sends_bulk: for COPY to the server. One that takes nothing for long may be slow, and is not given up for it.
 
     Raises:
         UsageError: the URI cannot be read.
@@ -94,7 +107,8 @@ async def connect(
     except (ValueError, ssl.SSLError, asyncpg.InterfaceError) as error:
         raise UsageError(f"the {side}'s URI cannot be used: {_reason(error)}") from error
     try:
-        _keep_alive(connection)
+        _keep_alive(connection, 0 if sends_bulk else USER_TIMEOUT_MS)
+        _wake_writers(connection)
         with asking(side, "setting up a session"):
             await _set_up(connection, timeout)
     except BaseException:
@@ -195,7 +209,26 @@ def _reason(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def _keep_alive(connection: asyncpg.Connection) -> None:
+def _wake_writers(connection: asyncpg.Connection) -> None:
+    """Let a COPY that waits until the server takes more go on, and fail, when the session ends: asyncpg lets it wait for ever."""
+    protocol = connection._protocol
+    connection.add_termination_listener(lambda _: protocol.resume_writing())
+
+
+async def while_connected(connection: asyncpg.Connection, chunks: AsyncIterator[_Chunk]) -> AsyncIterator[_Chunk]:
+    """Pass on what a COPY sends for as long as there is a server to take it."""
+    async for chunk in chunks:
+        if connection.is_closed():
+            raise asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
+        yield chunk
+
+
+def end_with(connection: asyncpg.Connection, other: asyncpg.Connection) -> None:
+    """Cut a session when another one to the same server is lost: an idle one learns by its keepalives that the server is gone."""
+    other.add_termination_listener(lambda _: None if connection.is_closed() else connection._transport.abort())
+
+
+def _keep_alive(connection: asyncpg.Connection, user_timeout_ms: int) -> None:
     transport = connection._transport  # asyncpg offers no other way to its socket
     sock = transport.get_extra_info("socket")
     if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
@@ -207,7 +240,8 @@ def _keep_alive(connection: asyncpg.Connection) -> None:
             ("TCP_KEEPIDLE", 10),
             ("TCP_KEEPINTVL", 5),
             ("TCP_KEEPCNT", 3),
-            ("TCP_USER_TIMEOUT", 30_000),
+            # Linux counts it also while the peer answers, but takes nothing
+            ("TCP_USER_TIMEOUT", user_timeout_ms),
         ):
             if hasattr(socket, option):
                 raw.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

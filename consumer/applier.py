@@ -17,13 +17,14 @@ import asyncpg
 
 from live_migration.common import pgoutput
 from live_migration.common.errors import FormatError
-from live_migration.common.postgres import CONNECTION_ERRORS
+from live_migration.common.postgres import CONNECTION_ERRORS, while_connected
 from live_migration.common.relation import QualifiedName
 from live_migration.consumer import statements
 from live_migration.consumer.decoder import Batch, TableRun, TruncateStep, all_runs
 from live_migration.consumer.folding import NotFoldable, decode_change, fold, fold_whole_rows
-from live_migration.consumer.layouts import Span
+from live_migration.consumer.layouts import FIXED_SIZES, Span
 from live_migration.consumer.refusal import BatchRefused, said
+from live_migration.consumer.row_code import binary_row_encoder
 from live_migration.consumer.row_encoding import (
     UNCHANGED,
     CopyRow,
@@ -31,7 +32,7 @@ from live_migration.consumer.row_encoding import (
     Value,
     binary_row,
     copy_chunks,
-    insert_as_binary_row,
+    in_blocks,
     insert_text_blocks,
     is_binary,
     text_row,
@@ -136,7 +137,7 @@ class Applier:
             table.name,
             schema_name=table.schema,
             columns=columns,
-            source=_as_async(copy_chunks(rows, binary=binary)),
+            source=while_connected(self._connection, _as_async(copy_chunks(rows, binary=binary))),
             format="binary" if binary else "text",
         )
         if (arrived := _row_count(status)) != expected:
@@ -296,6 +297,8 @@ class Applier:
 
 def _insert_rows(run: TableRun) -> tuple[Iterator[CopyRow], bool]:
     """Give a run of inserts as rows of COPY, spans as blocks of rows, and whether they are binary."""
+    columns = run.table.relation.columns
+    encode = binary_row_encoder(tuple([FIXED_SIZES.get(column.type_oid) for column in columns]))
     lists = [piece for piece in run.pieces() if not isinstance(piece, Span)]
     binary = len(lists) < sum(1 for _ in run.pieces()) or _is_binary(chain.from_iterable(lists))
 
@@ -304,7 +307,7 @@ def _insert_rows(run: TableRun) -> tuple[Iterator[CopyRow], bool]:
             if isinstance(piece, Span):
                 yield piece.rows()
             elif binary:
-                yield from map(insert_as_binary_row, piece)
+                yield from in_blocks(piece, encode)
             else:
                 yield from insert_text_blocks(piece)
 

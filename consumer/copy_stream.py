@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import asyncpg
 
+from live_migration.common.postgres import while_connected
 from live_migration.common.relation import QualifiedName, quote_identifier
 from live_migration.common.tasks import TaskGroup
 from live_migration.consumer.copy_errors import TableStopped, leading_error, server_errors
@@ -154,7 +155,7 @@ async def _copy_in(target: asyncpg.Connection, plan: CopyPlan, freeze: bool, pip
             plan.name.name,
             schema_name=plan.name.schema,
             columns=plan.columns or None,
-            source=pipe.read(),
+            source=while_connected(target, pipe.read()),
             format=plan.format,
             freeze=freeze or None,
         )

@@ -12,7 +12,7 @@ from live_migration.common import control, pgoutput
 from live_migration.common.errors import FormatError
 from live_migration.common.relation import Relation
 from live_migration.common.segment import BASE, FRAME, Position
-from live_migration.consumer.layouts import FIXED_SIZE_TYPES, SHORTEST_SPAN, Layouts, Span
+from live_migration.consumer.layouts import FIXED_SIZES, SHORTEST_SPAN, Layouts, Span
 from live_migration.consumer.row_encoding import BIG_BYTES, Message
 from live_migration.consumer.target_tables import RelationRefused, TargetTable
 
@@ -170,7 +170,7 @@ class _Known:
         self.run: TableRun | None = None
         self.step: object = None
         has_fixed_size = isinstance(table, TargetTable) and all(
-            column.type_oid in FIXED_SIZE_TYPES for column in table.relation.columns
+            column.type_oid in FIXED_SIZES for column in table.relation.columns
         )
         self.layouts = Layouts() if has_fixed_size else None
 

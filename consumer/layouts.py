@@ -15,35 +15,18 @@ from live_migration.common.segment import FRAME
 
 SHORTEST_SPAN = 16
 """Frames below which a span is not worth its fixed costs."""
-FIXED_SIZE_TYPES = frozenset(
-    {
-        16,
-        18,
-        20,
-        21,
-        23,
-        26,
-        28,
-        600,
-        601,
-        603,
-        700,
-        701,
-        718,
-        774,
-        790,
-        829,
-        1082,
-        1083,
-        1114,
-        1184,
-        1186,
-        1266,
-        2950,
-        3220,
-    }
-)
-"""Built-in types whose values all have one size in binary."""
+FIXED_SIZES = {
+    **dict.fromkeys((16, 18), 1),  # bool, "char"
+    21: 2,  # int2
+    **dict.fromkeys((23, 26, 28, 700, 1082), 4),  # int4, oid, xid, float4, date
+    829: 6,  # macaddr
+    **dict.fromkeys(
+        (20, 701, 774, 790, 1083, 1114, 1184, 3220), 8
+    ),  # int8, float8, macaddr8, money, time, timestamps, pg_lsn
+    1266: 12,  # timetz
+    **dict.fromkeys((600, 1186, 2950), 16),  # point, interval, uuid
+}
+"""Built-in types whose binary values all have one size, by oid, in bytes."""
 _MOST_BYTES = 1024
 """Of one frame: above it the loop over the columns costs little beside the bytes themselves."""
 _MOST_LAYOUTS = 4

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from aiokafka import ConsumerRecord, TopicPartition
 from aiokafka import errors as kafka_errors
 
-from live_migration.common.errors import FormatError, LogGap
+from live_migration.common.errors import RECOPY, FormatError, LogGap
 from live_migration.common.kafka import translate
 from live_migration.common.kafka_clients import log_consumer
 from live_migration.common.segment import FRAGMENT, HEADER, Position, SegmentHeader, decode_header
@@ -20,10 +20,7 @@ RECORDS_AT_ONCE = 16
 POLL_MS = 1000
 _DELETED_HINT = (
     "Applied segments are deleted behind the checkpoints that are flushed on the target. If the target was restored or failed over, "
-    "go back to the newest state of it; else run `live-migration clean` and start again, with --keep-changes for such a target."
-)
-_LOST_HINT = (
-    "The broker has lost the end of its log, or the topic was made again. Run `live-migration clean` and start again."
+    f"go back to the newest state of it; else: {RECOPY} Such a target needs --keep-changes."
 )
 
 
@@ -184,7 +181,7 @@ class LogReader:
         needed = f"{topic}-{lane}-{offset}: the broker does not have this offset, which the lane needs next"
         if offset < first:
             return LogGap(f"{needed}: it begins at {first}, what was before is deleted", hint=_DELETED_HINT)
-        return LogGap(f"{needed}: it ends at {end}", hint=_LOST_HINT)
+        return LogGap(f"{needed}: it ends at {end}")
 
     async def take(self, record: ConsumerRecord[bytes, bytes]) -> Segment | None:
         """Give the segment that a record completes, once its bytes fit into the budget."""

@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, suppress
 import asyncpg
 
 from live_migration.common.errors import ConnectionLost, Fenced, LaneStopped, LiveMigrationError, Retry, TargetError
-from live_migration.common.postgres import asking, connect, session
+from live_migration.common.postgres import asking, connect, end_with, session
 from live_migration.common.segment import START
 from live_migration.common.settings import Settings
 from live_migration.common.state import Migration
@@ -83,7 +83,7 @@ class PartitionTask:
             Fenced: another consumer holds it. It may be the group's choice, or we may be; whose session ends first tells.
         """
         async with AsyncExitStack() as stack:
-            connection = await self._connect(stack, f"live-migration lane {self._lane}")
+            connection = await self._connect(stack, f"live-migration lane {self._lane}", sends_bulk=True)
             with asking("target", f"taking lane {self._lane}"):
                 if not self._must_take and await checkpoints.is_taken_over(connection, self._lane, self._worker):
                     raise Fenced(f"lane {self._lane} was taken over by another consumer")
@@ -93,6 +93,7 @@ class PartitionTask:
             self._checkpoint = held
             self._must_take = False
             beside = await self._connect(stack, f"live-migration lane {self._lane} tables")
+            end_with(connection, beside)
             reader = LogReader(
                 self._settings,
                 self._lane,
@@ -136,9 +137,13 @@ class PartitionTask:
         self._backoff = _FIRST_BACKOFF_SECONDS
         self._on_progress(self._lane, reached.next_offset)
 
-    async def _connect(self, stack: AsyncExitStack, application: str) -> asyncpg.Connection:
+    async def _connect(
+        self, stack: AsyncExitStack, application: str, *, sends_bulk: bool = False
+    ) -> asyncpg.Connection:
         """Open a session that ends at once with the stack: what it was at is rolled back."""
-        connection = await connect(self._settings.target_uri(), "target", application=application)
+        connection = await connect(
+            self._settings.target_uri(), "target", application=application, sends_bulk=sends_bulk
+        )
         stack.callback(connection.terminate)
         return connection
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum
 from typing import Final, Literal
 
@@ -195,6 +195,17 @@ def insert_as_text_row(message: Message) -> CopyRow:
         else:
             raise FormatError("insert message: a value that is not text in a text stream")
     return b"\t".join(parts) + b"\n"
+
+
+def in_blocks(messages: Sequence[Message], encode: Callable[[Message], CopyRow]) -> Iterator[CopyRow]:
+    """Encode messages, joining rows where many of them are small: what takes them then works by the block."""
+    for start in range(0, len(messages), _BLOCK_ROWS):
+        block = messages[start : start + _BLOCK_ROWS]
+        rows = map(encode, block)
+        if sum(map(len, block)) < _PIECE_BYTES:
+            yield b"".join(rows)  # type: ignore[arg-type]  # none is in pieces, for none is big
+        else:
+            yield from rows
 
 
 def insert_text_blocks(messages: Sequence[Message]) -> Iterator[CopyRow]:

@@ -44,7 +44,7 @@ class CopySession:
 
 async def open_session(uri: str, side: Side) -> CopySession:
     """Open a session; errors are those of `postgres.connect`."""
-    connection = await connect(uri, side, application="live-migration copy")
+    connection = await connect(uri, side, application="live-migration copy", sends_bulk=side == "target")
     try:
         with server_errors(side, "opening a session"):
             started = await connection.fetchval(_BACKEND)

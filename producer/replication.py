@@ -10,6 +10,7 @@ import asyncio
 import struct
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import NoReturn, Self
 
@@ -45,9 +46,9 @@ class ReplicationConnection:
     def __init__(self, connection: asyncpg.Connection, address: str) -> None:
         self._connection = connection
         self._address = address
-        self._transport: asyncio.Transport = connection._transport  # asyncpg offers no other way to it
-        self._input = ReceiveBuffer(self._transport)
-        self._transport.set_protocol(self._input)
+        transport: asyncio.Transport = connection._transport  # asyncpg offers no other way to it
+        self._input = ReceiveBuffer(transport)
+        transport.set_protocol(self._input)
         self._doing = ""
         self._error: LiveMigrationError | None = None
 
@@ -69,7 +70,8 @@ class ReplicationConnection:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._connection.terminate()
+        with suppress(RuntimeError):  # asyncpg says goodbye, which uvloop refuses on a transport that is closed already
+            self._connection.terminate()
 
     async def query(self, command: str) -> list[tuple[bytes | None, ...]]:
         """Run a command and give its rows.
@@ -79,7 +81,7 @@ class ReplicationConnection:
         """
         rows: list[tuple[bytes | None, ...]] = []
         failure: LiveMigrationError | None = None
-        self._send_query(command, command)
+        self._send_query(command)
         while (message := await self._next_message(command)).kind != _READY:
             if message.kind == _DATA_ROW:
                 rows.append(data_row(message.body))
@@ -99,7 +101,7 @@ class ReplicationConnection:
         listed = ", ".join(f"{name} {_literal(value)}" for name, value in options.items())
         command = f"START_REPLICATION SLOT {quote_identifier(slot)} LOGICAL {Lsn(lsn)} ({listed})"
         doing = f"START_REPLICATION of slot {slot} at {Lsn(lsn)}"
-        self._send_query(command, doing)
+        self._send_query(command)
         while (message := await self._next_message(doing)).kind != _COPY_BOTH:
             if message.kind == _ERROR:
                 raise _server_error(message.body, doing, self._address, streaming=True)
@@ -135,16 +137,14 @@ class ReplicationConnection:
 
     async def send_status(self, received_lsn: int, flushed_lsn: int) -> None:
         """Tell the walsender what was received and what the slot need not keep any more. Raises ConnectionLost."""
-        if self._input.is_lost:
-            self._raise_lost("sending a status reply")
         clock = int((time.time() - _POSTGRES_EPOCH_SECONDS) * 1_000_000)
         message = _STATUS.pack(ord("r"), max(received_lsn, flushed_lsn), flushed_lsn, flushed_lsn, clock, 0)
-        self._transport.write(frame(b"d", message))
+        if not self._input.send(frame(b"d", message)):
+            self._raise_lost("sending a status reply")
 
-    def _send_query(self, command: str, doing: str) -> None:
-        if self._input.is_lost:  # since the last command: uvloop's transport then fails in its own way
-            self._raise_lost(doing)
-        self._transport.write(frame(b"Q", command.encode() + b"\0"))
+    def _send_query(self, command: str) -> None:
+        if not self._input.send(frame(b"Q", command.encode() + b"\0")):
+            self._raise_lost(command.split(" ")[0])
 
     async def _next_message(self, doing: str) -> ServerMessage:
         try:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import asyncpg
 import pytest
@@ -162,3 +163,112 @@ async def test_a_broker_away_for_longer_than_the_walsenders_patience(
         assert peaks["producer"] < 160 * MIB
         assert peaks["consumer"] < 200 * MIB
         await assert_equal(source.uri(), target_database)
+
+
+SLOW_TARGET = """
+create table public.slowness (seconds float8);
+insert into public.slowness values (0.05);
+create function public.slow() returns trigger language plpgsql as $$
+begin
+    perform pg_sleep(s.seconds) from public.slowness s;
+    return new;
+end $$;
+"""
+
+
+async def make_slow(target: str, tables: list[str]) -> None:
+    """Let each row take 50 ms, until `public.slowness` is emptied: a running transaction notices that too."""
+    connection = await asyncpg.connect(target)
+    await connection.execute(SLOW_TARGET)
+    for table in tables:
+        await connection.execute(f"""
+            create trigger slow before insert on {table} for each row execute function public.slow();
+            alter table {table} enable always trigger slow;
+        """)
+    await connection.close()
+
+
+async def test_a_target_that_crawls(
+    source_database: str, target_database: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    """A backlog of many times what consumers may hold, at twenty rows a second and lane instead of thousands."""
+    tables = [f"public.slow_{number}" for number in range(8)]
+    source = await asyncpg.connect(source_database)
+    for table in tables:
+        await source.execute(f"create table {table} (id bigserial primary key, v text)")
+        await source.execute(f"alter table {table} alter v set storage external")
+    cli = Cli(source_database, target_database, kafka_bootstrap, unique_name, tmp_path / "data")
+    options = ("--memory", str(32 * MIB), "--batch-bytes", str(4 * MIB))
+    async with migrating(cli, *options) as migrate, watched_memory(migrate) as peaks:
+        await make_slow(target_database, tables)
+        for _ in range(2):
+            for table in tables:
+                await source.execute(
+                    f"insert into {table} (v) select repeat(md5(i::text), 32) from generate_series(1, 5000) i"
+                )
+        lag = await lag_of(cli, 64 * MIB)
+        assert lag["state"] != "caught up", lag
+        slot = await source.fetchrow(
+            "select active, pg_current_wal_lsn() - confirmed_flush_lsn as behind from pg_replication_slots where slot_name = $1",
+            unique_name,
+        )
+        assert slot["active"]
+        assert slot["behind"] < 32 * MIB, "the backlog is Kafka's, not the source's"
+        target = await asyncpg.connect(target_database)
+        await target.execute("delete from public.slowness")
+        await target.close()
+        await finish(cli, migrate)
+    await source.close()
+    assert peaks["producer"] < 160 * MIB
+    assert peaks["consumer"] < 200 * MIB
+    columns = tuple(f"(select count(*), sum(hashtextextended(x::text, 0)) from {table} x)" for table in tables)
+    assert not differences(await read_rows(source_database, columns), await read_rows(target_database, columns))
+
+
+async def lag_of(cli: Cli, least_bytes: int) -> dict[str, Any]:
+    """Give what `status` says of the lag once the log holds that much that is not applied."""
+    async with asyncio.timeout(120):
+        while True:
+            code, out, err = await cli.run("status", "--json")
+            assert code == 0, err
+            lag: dict[str, Any] = json.loads(out)["lag"] or {"replay_lag_bytes": 0}
+            if lag["replay_lag_bytes"] >= least_bytes:
+                return lag
+
+
+async def test_a_thousand_tables(
+    source_database: str, target_database: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    count = int(os.environ.get("LIVE_MIGRATION_TEST_TABLES", "1000"))
+    source = await asyncpg.connect(source_database)
+    for first in range(0, count, 100):
+        await source.execute(
+            "".join(
+                f"create table public.t{n} (id int primary key, v text); create index on public.t{n} (v);"
+                f"insert into public.t{n} select i, 'row ' || i from generate_series(1, 10) i;"
+                for n in range(first, min(first + 100, count))
+            )
+        )
+    change = "".join(
+        f"insert into public.t{n} values (11, 'new'); update public.t{n} set v = 'changed' where id = 3; delete from public.t{n} where id = 4;"
+        for n in range(count)
+    )
+    cli = Cli(source_database, target_database, kafka_bootstrap, unique_name, tmp_path / "data")
+    migrate = await cli.migrate("--consumers", "2")
+    began = time.monotonic()
+    try:
+        async with watched_memory(migrate) as peaks:
+            took = {}
+            for phase in ("copy", "replay"):
+                await migrate.until_phase(phase, timeout=300)
+                took[phase] = time.monotonic() - began
+            await source.execute(change)  # one transaction over all of them
+            await finish(cli, migrate)
+            took["done"] = time.monotonic() - began
+    finally:
+        await migrate.close()
+    print(f"{count} tables:", ", ".join(f"{phase} after {seconds:.0f} s" for phase, seconds in took.items()))
+    await source.close()
+    tables = tuple(f"public.t{n}" for n in range(count))
+    assert not differences(await read_rows(source_database, tables), await read_rows(target_database, tables))
+    assert max(peaks.values()) < 250 * MIB

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+
 import asyncpg
 import pytest
 
+from live_migration.common import postgres
 from live_migration.common.errors import ConnectionLost, SourceError
-from live_migration.common.postgres import asking, session
+from live_migration.common.postgres import asking, connect, end_with, session, while_connected
+from tests.fixtures.change_log import wait_for
 
 pytestmark = pytest.mark.integration
 
@@ -43,3 +48,65 @@ async def test_a_target_in_recovery_or_read_only_is_one_to_come_back_to(target_d
             await connection.execute("create table refused (id int)")
     await owner.execute(f"alter database {database} reset default_transaction_read_only")
     await owner.close()
+
+
+SLOW = """
+    create table public.slow (id int, v text);
+    create function public.wait() returns trigger language plpgsql as
+        $$begin if new.id = 0 then perform pg_sleep(%s); end if; return new; end$$;
+    create trigger wait before insert on public.slow for each row execute function public.wait();
+"""
+
+
+async def rows(count: int) -> AsyncIterator[bytes]:
+    for number in range(count):
+        yield b"%d\t%s\n" % (number, b"x" * 65536)
+
+
+async def copy_in(connection: asyncpg.Connection, count: int) -> str:
+    with asking("target", "copying"):
+        status: str = await connection.copy_to_table(
+            "slow", schema_name="public", source=while_connected(connection, rows(count)), format="text"
+        )
+    return status
+
+
+@pytest.mark.parametrize("sends_bulk", [True, False])
+async def test_a_server_that_takes_nothing_for_long_is_not_given_up_in_a_copy(
+    target_database: str, monkeypatch: pytest.MonkeyPatch, sends_bulk: bool
+) -> None:
+    """Linux ends a connection whose peer answers all the while and only takes nothing, once TCP_USER_TIMEOUT is over."""
+    monkeypatch.setattr(postgres, "USER_TIMEOUT_MS", 1000)
+    connection = await connect(target_database, "target", sends_bulk=sends_bulk)
+    await connection.execute(SLOW % 8)
+    if sends_bulk:
+        assert await copy_in(connection, 400) == "COPY 400"
+    else:
+        with pytest.raises(ConnectionLost):
+            await copy_in(connection, 400)
+    connection.terminate()
+
+
+@pytest.mark.parametrize("how", ["backend ended", "other session lost"])
+async def test_a_copy_that_waits_for_the_server_ends_with_its_session(target_database: str, how: str) -> None:
+    watcher = await asyncpg.connect(target_database)
+    connection = await connect(target_database, "target", sends_bulk=True)
+    other = await connect(target_database, "target")
+    end_with(connection, other)
+    await connection.execute(SLOW % 120)
+    copying = asyncio.ensure_future(copy_in(connection, 400))
+
+    async def waits() -> bool:
+        query = "select wait_event = 'PgSleep' from pg_stat_activity where pid = $1"
+        return bool(await watcher.fetchval(query, connection.get_server_pid()))
+
+    await wait_for(waits)
+    while connection._transport.get_write_buffer_size() == 0:
+        await asyncio.sleep(0.01)
+    lost = connection if how == "backend ended" else other
+    await watcher.execute("select pg_terminate_backend($1)", lost.get_server_pid())
+    async with asyncio.timeout(20):
+        with pytest.raises(ConnectionLost):
+            await copying
+    await watcher.close()
+    other.terminate()

@@ -13,10 +13,11 @@ from live_migration.common.relation import QualifiedName
 from live_migration.common.visibility import CopySnapshot
 from live_migration.consumer.claim_endings import CopyOrigin, finish_part, finish_table
 from live_migration.consumer.claims import PartClaim, TableClaim
+from live_migration.consumer.copy_errors import AttemptOver
 from live_migration.consumer.copy_stream import CopyCount, CopyPlan
 from live_migration.consumer.parts import BlockRange
-from live_migration.consumer.table_snapshot import lock_table
-from tests.support.copying import consumers, contents, fetch_value, plan, run_sql, settings_for, until_ready
+from live_migration.consumer.table_snapshot import import_snapshot, lock_table
+from tests.support.copying import consumers, contents, fetch_value, plan, run_sql, settings_for, until, until_ready
 
 pytestmark = pytest.mark.integration
 
@@ -99,7 +100,7 @@ async def test_a_parts_done_mark_counts_only_for_its_own_attempt(
 
         def claim(attempt: int) -> PartClaim:
             return PartClaim(
-                oid, NAME, attempt, 0, BlockRange(0, None, 8192), "snapshot", CopyPlan(NAME, ("id",), True)
+                oid, NAME, attempt, 0, BlockRange(0, None, 8192), "snapshot", CopyPlan(NAME, ("id",), True), 1
             )
 
         if wrong == "state":
@@ -126,7 +127,7 @@ async def test_a_tables_done_mark_counts_only_for_its_own_attempt(
                 target,
                 TableClaim(oid, NAME, attempt, False),
                 owner,
-                CopyOrigin("1:1:", 1, "[]", True),
+                CopyOrigin("1:1:", 1, 1, "[]", True),
                 CopyCount(5, 50),
             )
         assert await target.fetchval("select state from _live_migration.tables") == "copying"
@@ -147,3 +148,40 @@ async def test_no_trigger_of_the_target_acts_on_what_is_copied(source_database: 
             await until_ready(target_database)
         assert await contents(target_database) == await contents(source_database)
         await run_sql(target_database, "update _live_migration.tables set state = 'planned'")
+
+
+@pytest.mark.parametrize("part_size", [1 << 30, 64 * 1024])
+async def test_no_table_is_copied_from_a_timeline_that_the_coordinator_does_not_know(
+    source_database: str, target_database: str, part_size: int
+) -> None:
+    """After a failover the coordinator compares what was published and copied first; and the former primary may still run."""
+    await run_sql(
+        source_database, "create table public.t (id int); insert into public.t select generate_series(1, 20000)"
+    )
+    await run_sql(target_database, "create table public.t (id int)")
+    await plan(source_database, target_database)
+    await run_sql(target_database, "update _live_migration.migration set source_timeline = 7")
+    async with consumers(settings_for(source_database, target_database, part_size=part_size)):
+        error = await until(target_database, "select error from _live_migration.tables where state = 'stopped'")
+        assert "timeline 1, the migration on 7" in error
+        await run_sql(target_database, "update _live_migration.migration set source_timeline = 1")
+        await until_ready(target_database)
+    assert await contents(target_database) == await contents(source_database)
+
+
+async def test_a_part_is_not_copied_under_another_timelines_snapshot(source_database: str) -> None:
+    """Two servers may each have a snapshot of the same name."""
+    await run_sql(source_database, "create table public.t (id int)")
+    oid = await fetch_value(source_database, "select 'public.t'::regclass::oid")
+    async with session(source_database, "source") as holder, session(source_database, "source") as other:
+        locked = await lock_table(holder, TableClaim(oid, NAME, 1, False), 5)
+        snapshot = await holder.fetchval("select pg_export_snapshot()")
+
+        def claim(timeline: int) -> PartClaim:
+            plan = CopyPlan(NAME, ("id",), True)
+            return PartClaim(oid, NAME, 1, 0, BlockRange(0, None, 8192), snapshot, plan, timeline)
+
+        with pytest.raises(AttemptOver, match="failed over"):
+            await import_snapshot(other, claim(locked.timeline + 1), 5)
+        await other.execute("rollback")
+        await import_snapshot(other, claim(locked.timeline), 5)
