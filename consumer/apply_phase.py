@@ -46,13 +46,13 @@ async def _run(settings: Settings, worker: str, stop: asyncio.Event, migration: 
     budget = MemoryBudget(settings.memory)
     async with TaskGroup() as group:
 
-        async def run_lane(lane: int) -> None:
-            await PartitionTask(settings, worker, migration, lane, budget, member.note_progress).run()
+        def make_lane(lane: int) -> PartitionTask:
+            return PartitionTask(settings, worker, migration, lane, budget, member.note_progress)
 
         def is_over(now: Migration | None) -> bool:
             return now is None or now.id != migration.id or now.phase is Phase.DONE
 
-        lanes = LaneTasks(group, run_lane)
+        lanes = LaneTasks(group, make_lane)
         member = GroupMember(settings, lanes)
         background = [
             group.create_task(member.run()),
