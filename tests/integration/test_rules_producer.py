@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from collections import deque
 from os import kill
@@ -11,11 +12,12 @@ import pytest
 from pydantic import SecretStr
 
 from live_migration.common.control import LogPosition
-from live_migration.common.errors import LiveMigrationError
+from live_migration.common.errors import LiveMigrationError, SourceError
 from live_migration.common.local_kafka import LocalKafka
 from live_migration.common.settings import KIB, Settings
 from live_migration.producer.batcher import Record
 from live_migration.producer.publisher import Publisher
+from live_migration.producer.service import run_producer
 from tests.fixtures.change_log import (
     prepare,
     read_position,
@@ -26,6 +28,7 @@ from tests.fixtures.change_log import (
     wait_for,
     wait_until_published,
 )
+from tests.fixtures.fix_postgres import DatabaseFactory, PostgresFactory
 
 pytestmark = pytest.mark.integration
 
@@ -107,3 +110,17 @@ async def test_the_slot_stays_where_the_log_is_while_the_broker_hangs(source_dat
                 kill(kafka.pid, signal.SIGCONT)
             await wait_until_published(settings, int(lsn))
         await source.close()
+
+
+async def test_a_stream_that_the_server_ends_twice_at_one_place_says_so_and_is_not_tried_for_ever(
+    postgres_server: PostgresFactory, fresh_database: DatabaseFactory, kafka_bootstrap: str, unique_name: str
+) -> None:
+    """Before 18 a server ends a stream of a publication that is not there: one of many ways in which it dies for good."""
+    settings = make_settings(await fresh_database(postgres_server(17)), kafka_bootstrap, unique_name)
+    await run_sql(settings, "create table public.t (id int primary key)")
+    await prepare(settings, ["public.t"])
+    await run_sql(settings, f"drop publication {settings.publication}", "insert into public.t values (1)")
+    with pytest.raises(SourceError, match="failed twice") as failed:
+        await asyncio.wait_for(run_producer(settings, asyncio.Event()), 60)
+    assert settings.publication in failed.value.message
+    assert failed.value.hint
