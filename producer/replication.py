@@ -49,6 +49,7 @@ class ReplicationConnection:
 
     def __init__(self, connection: pq.abc.PGconn, address: str) -> None:
         self._connection = connection
+        self._may_hold_input = False
         self._address = address
         self.get_copy_data = connection.get_copy_data
 
@@ -116,9 +117,17 @@ class ReplicationConnection:
             raise _result_error(
                 result, f"START_REPLICATION of slot {slot} at {Lsn(lsn)}", self._address, streaming=True
             )
+        self._may_hold_input = True
 
     async def readable(self) -> None:
-        """Wait until the server has sent something."""
+        """Wait until the server has sent something.
+
+        Not right after the start: what came together with the answer is in libpq's buffer, and be it the stream's end, nothing
+        would ever follow it.
+        """
+        if self._may_hold_input:
+            self._may_hold_input = False
+            return
         await _ready(self._connection.socket)
 
     def receive(self) -> None:

@@ -28,7 +28,6 @@ from tests.fixtures.change_log import (
     wait_for,
     wait_until_published,
 )
-from tests.fixtures.fix_postgres import DatabaseFactory, PostgresFactory
 
 pytestmark = pytest.mark.integration
 
@@ -113,14 +112,25 @@ async def test_the_slot_stays_where_the_log_is_while_the_broker_hangs(source_dat
 
 
 async def test_a_stream_that_the_server_ends_twice_at_one_place_says_so_and_is_not_tried_for_ever(
-    postgres_server: PostgresFactory, fresh_database: DatabaseFactory, kafka_bootstrap: str, unique_name: str
+    source_database: str, kafka_bootstrap: str, unique_name: str
 ) -> None:
-    """Before 18 a server ends a stream of a publication that is not there: one of many ways in which it dies for good."""
-    settings = make_settings(await fresh_database(postgres_server(17)), kafka_bootstrap, unique_name)
-    await run_sql(settings, "create table public.t (id int primary key)")
-    await prepare(settings, ["public.t"])
-    await run_sql(settings, f"drop publication {settings.publication}", "insert into public.t values (1)")
-    with pytest.raises(SourceError, match="failed twice") as failed:
-        await asyncio.wait_for(run_producer(settings, asyncio.Event()), 60)
-    assert settings.publication in failed.value.message
-    assert failed.value.hint
+    """Bytes that are no text in the stream's encoding, which a database without an encoding takes: it can never send them."""
+    admin = await asyncpg.connect(source_database)
+    name = f"ascii_{unique_name}"
+    await admin.execute(f"create database {name} encoding 'SQL_ASCII' locale 'C' template template0")
+    settings = make_settings(f"{source_database.rpartition('/')[0]}/{name}", kafka_bootstrap, unique_name)
+    try:
+        await run_sql(settings, "create table public.t (id int primary key, v text)")
+        await prepare(settings, ["public.t"])
+        await run_sql(settings, r"insert into public.t values (1, convert_from('\xff', 'SQL_ASCII'))")
+        with pytest.raises(SourceError, match="failed twice") as failed:
+            await asyncio.wait_for(run_producer(settings, asyncio.Event()), 60)
+        assert "invalid byte sequence" in failed.value.message
+        assert failed.value.hint
+    finally:
+        for slot in (settings.slot, f"{settings.slot}_ref"):
+            await admin.execute(
+                "select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = $1", slot
+            )
+        await admin.execute(f"drop database {name} with (force)")
+        await admin.close()
