@@ -25,9 +25,6 @@ class FakeTransport:
     def is_closing(self) -> bool:
         return self.is_closed
 
-    def is_closing(self) -> bool:
-        return False
-
     def pause_reading(self) -> None:
         self._check()
         assert self.is_reading
