@@ -195,7 +195,8 @@ def test_a_connection_that_breaks_while_it_gathers_is_a_lost_connection(
     """A write finds it broken: its transport is closed at once, but says so to its protocol only a turn later."""
 
     async def work() -> None:
-        server = await asyncio.start_server(lambda _reader, _writer: None, "127.0.0.1", 0)
+        writers: list[asyncio.StreamWriter] = []
+        server = await asyncio.start_server(lambda _reader, writer: writers.append(writer), "127.0.0.1", 0)
         loop = asyncio.get_running_loop()
         transport, _ = await loop.create_connection(asyncio.Protocol, *server.sockets[0].getsockname())
         buffer = ReceiveBuffer(transport)
@@ -208,6 +209,8 @@ def test_a_connection_that_breaks_while_it_gathers_is_a_lost_connection(
             await gathering
         await buffer.received()
         assert buffer.is_lost
+        for writer in writers:
+            writer.close()
         server.close()
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
