@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 import struct
+from collections.abc import Callable
 
 import pytest
+import uvloop
 
 from live_migration.common.errors import FormatError
 from live_migration.producer import wire
@@ -184,3 +186,32 @@ async def test_what_came_before_the_wait_is_not_waited_for() -> None:
 def test_rows_and_errors_are_read() -> None:
     assert data_row(struct.pack(">Hi2sii", 3, 2, b"ab", -1, 0)) == (b"ab", None, b"")
     assert error_fields(b"SERROR\0C55006\0Mslot is active\0\0") == {"S": "ERROR", "C": "55006", "M": "slot is active"}
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_connection_that_breaks_while_it_gathers_is_a_lost_connection(
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    """A write finds it broken: its transport is closed at once, but says so to its protocol only a turn later."""
+
+    async def work() -> None:
+        writers: list[asyncio.StreamWriter] = []
+        server = await asyncio.start_server(lambda _reader, writer: writers.append(writer), "127.0.0.1", 0)
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.create_connection(asyncio.Protocol, *server.sockets[0].getsockname())
+        buffer = ReceiveBuffer(transport)
+        transport.set_protocol(buffer)
+        gathering = asyncio.create_task(buffer.gather(60))
+        await asyncio.sleep(0)
+        transport.abort()
+        gathering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gathering
+        await buffer.received()
+        assert buffer.is_lost
+        for writer in writers:
+            writer.close()
+        server.close()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(work())
