@@ -64,6 +64,8 @@ async def _soak(arguments: argparse.Namespace) -> int:
     plan = replace(
         make_plan(arguments.seed),
         steps=(),
+        options={},
+        partitions=4,
         own_workers=False,
         consumers=2,
         latency=0.0,
