@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import tempfile
 from pathlib import Path
 
@@ -20,6 +21,9 @@ def main() -> None:
     if arguments.list:
         for case in CASES.values():
             print(f"{case.name:20} {case.about}")
+        return
+    if arguments.table:
+        print(report.to_table(json.loads(arguments.results.read_text())["cases"]))
         return
     unknown = set(arguments.cases) - CASES.keys()
     if unknown:
@@ -54,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help="all by default")
     parser.add_argument("--list", action="store_true", help="name the cases and end")
+    parser.add_argument("--table", action="store_true", help="print the results that are there as a table, and end")
     parser.add_argument("--rounds", type=int, default=3, help="measured runs of each contestant")
     parser.add_argument("--scale", type=float, default=1.0, help="shrinks row counts, for a quick try")
     parser.add_argument("--no-warm-up", action="store_true", help="count the first round too")

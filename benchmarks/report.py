@@ -80,7 +80,7 @@ def to_table(cases: dict[str, Any]) -> str:
             if ratio and case["aim"] and entry is case["contestants"][1]:
                 ratio += f" (aim {case['aim']:g})"
             cells = (
-                name,
+                name if case.get("scale", 1.0) == 1.0 else f"{name} × {case['scale']:g}",
                 entry["contestant"],
                 f"{entry['median_seconds']:.2f}",
                 f"{entry['rows_per_second']:,.0f}",

@@ -46,14 +46,14 @@ async def _run(settings: Settings, worker: str, stop: asyncio.Event, migration: 
     budget = MemoryBudget(settings.memory)
     async with TaskGroup() as group:
 
-        async def run_lane(lane: int) -> None:
-            await PartitionTask(settings, worker, migration, lane, budget, member.note_progress).run()
+        def make_lane(lane: int) -> PartitionTask:
+            return PartitionTask(settings, worker, migration, lane, budget, member.note_progress)
 
         def is_over(now: Migration | None) -> bool:
             is_same = now is not None and (now.id, now.topic_id) == (migration.id, migration.topic_id)
             return now is None or not is_same or now.phase not in (Phase.REPLAY, Phase.CUTOVER)
 
-        lanes = LaneTasks(group, run_lane)
+        lanes = LaneTasks(group, make_lane)
         member = GroupMember(settings, lanes)
         background = [
             group.create_task(member.run()),

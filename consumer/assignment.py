@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection
 from contextlib import suppress
+from typing import Protocol
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka import errors as kafka_errors
@@ -24,44 +25,64 @@ SESSION_SECONDS = 10.0
 log = get_logger(__name__)
 
 
+class Lane(Protocol):
+    """One lane in this process."""
+
+    async def run(self) -> None:
+        """Apply the lane until cancelled."""
+
+    def assigned_again(self) -> None:
+        """Take note that the group gave us the lane once more."""
+
+
 @ConsumerRebalanceListener.register
 class LaneTasks:
-    """Runs a task for each assigned lane; as the group's listener, it starts and ends them."""
+    """Runs a task for each assigned lane; as the group's listener, it starts and ends them.
 
-    def __init__(self, group: TaskGroup, run_lane: Callable[[int], Coroutine[None, None, None]]) -> None:
+    Lanes go on through a rebalance, which may wait for a dead member as long as its session lasts: only the next assignment tells
+    which are another's now. That one need not wait for us: it takes a lane by its checkpoint.
+    """
+
+    def __init__(self, group: TaskGroup, make_lane: Callable[[int], Lane]) -> None:
         self._group = group
-        self._run_lane = run_lane
+        self._make_lane = make_lane
+        self._lanes: dict[int, Lane] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._is_closed = False
         self.member: AIOKafkaConsumer | None = None
 
     async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
-        """End the lanes' tasks and wait for them, so that the next owner finds them free."""
-        await self.stop([partition.partition for partition in revoked])
+        """Do nothing: a rebalance begins."""
 
     async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
-        """Start the lanes' tasks. The member itself reads nothing: each lane has a client of its own."""
+        """Start the lanes' tasks and end the others. The member itself reads nothing: each lane has a client of its own.
+
+        Nothing is waited for: the member sends no heartbeat in here.
+        """
         lanes = sorted(partition.partition for partition in assigned)
         log.info("lanes assigned", lanes=lanes)
+        self._cancel([lane for lane in self._tasks if lane not in lanes])
         for lane in lanes:
-            if not self._is_closed and lane not in self._tasks:
-                self._tasks[lane] = self._group.create_task(self._run_lane(lane), name=f"lane {lane}")
+            if lane in self._tasks:
+                self._lanes[lane].assigned_again()
+            elif not self._is_closed:
+                self._lanes[lane] = self._make_lane(lane)
+                self._tasks[lane] = self._group.create_task(self._lanes[lane].run(), name=f"lane {lane}")
         if self.member is not None:
             for partition in assigned:
                 self.member.seek(partition, 0)  # a partition without a position would look for a committed one
             self.member.pause(*assigned)
 
-    async def stop(self, lanes: Collection[int]) -> None:
-        """End the tasks of these lanes; errors of theirs are the task group's."""
-        tasks = [self._tasks.pop(lane) for lane in list(lanes) if lane in self._tasks]
+    def _cancel(self, lanes: Collection[int]) -> list[asyncio.Task[None]]:
+        tasks = [self._tasks.pop(lane) for lane in lanes]
         for task in tasks:
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        return tasks
 
     async def stop_all(self) -> None:
-        """End all tasks."""
-        await self.stop(list(self._tasks))
+        """End all tasks and wait for them; errors of theirs are the task group's."""
+        if tasks := self._cancel(list(self._tasks)):
+            await asyncio.wait(tasks)
 
     async def close(self) -> None:
         """End all tasks and start no more."""

@@ -26,13 +26,13 @@ _STATE_AFTER_COPY = """case when exists (select from _live_migration.indexes i w
 _FINISH_TABLE = f"""
     update _live_migration.tables t
     set state = {_STATE_AFTER_COPY}, snapshot = $4, horizon = $5, columns = $6, binary_copy = $7, row_count = $8, byte_count = $9,
-        copied_at = clock_timestamp(), error = null, hint = null, {_FREE_SOURCE}
+        timeline = $10, copied_at = clock_timestamp(), error = null, hint = null, {_FREE_SOURCE}
     where oid = $1 and attempt = $2 and owner = $3 and state = 'copying'
 """
 
 _SHARE_SNAPSHOT = """
     update _live_migration.tables t
-    set snapshot = $4, horizon = $5, columns = $6, binary_copy = $7, snapshot_id = $8, error = null, hint = null
+    set snapshot = $4, horizon = $5, columns = $6, binary_copy = $7, snapshot_id = $8, timeline = $9, error = null, hint = null
     where oid = $1 and attempt = $2 and owner = $3 and state = 'copying'
 """
 
@@ -68,6 +68,7 @@ class CopyOrigin:
 
     snapshot: str
     horizon: int
+    timeline: int
     columns: str
     is_binary: bool
 
@@ -87,6 +88,7 @@ async def finish_table(
         origin.is_binary,
         count.rows,
         count.bytes,
+        origin.timeline,
     )
     _require_one(status, claim)
 
@@ -110,6 +112,7 @@ async def share_snapshot(
         origin.columns,
         origin.is_binary,
         snapshot_id,
+        origin.timeline,
     )
     _require_one(status, claim)
     await connection.execute("delete from _live_migration.parts where oid = $1", claim.oid)

@@ -46,6 +46,7 @@ class PartClaim:
     blocks: BlockRange
     snapshot_id: str
     plan: CopyPlan
+    timeline: int
 
     def __str__(self) -> str:
         return f"{self.name}, part {self.part}"
@@ -92,7 +93,7 @@ _CLAIM_TABLE = f"""
         limit 1 for update skip locked
     )
     update _live_migration.tables t
-    set state = 'copying', attempt = attempt + 1, snapshot_id = null, snapshot = null, horizon = null, row_count = 0, byte_count = 0,
+    set state = 'copying', attempt = attempt + 1, snapshot_id = null, snapshot = null, horizon = null, timeline = null, row_count = 0, byte_count = 0,
         started_at = clock_timestamp(), copied_at = null, retry_at = null, {_LEASE}, {_SOURCE}
     from candidate c where t.oid = c.oid
     returning t.oid, schema_name, table_name, attempt,
@@ -111,7 +112,7 @@ _CLAIM_PART = f"""
     from candidate c, _live_migration.tables t
     where p.oid = c.oid and p.part = c.part and t.oid = c.oid and t.snapshot_id is not null
     returning p.oid, t.schema_name, t.table_name, p.attempt, p.part, p.first_block, p.end_block, p.size_bytes, t.snapshot_id,
-              t.columns, t.binary_copy
+              t.columns, t.binary_copy, t.timeline
 """
 
 _IS_EXCLUSIVE = r"exists (select from unnest({}.statements) s where s !~* '^\s*create\s+(unique\s+)?index\s')"
@@ -158,6 +159,7 @@ async def claim_part(connection: asyncpg.Connection, who: Claimant) -> PartClaim
         BlockRange(row["first_block"], row["end_block"], row["size_bytes"]),
         row["snapshot_id"],
         CopyPlan(name, columns, row["binary_copy"]),
+        row["timeline"],
     )
 
 

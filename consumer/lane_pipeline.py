@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import asyncpg
 
-from live_migration.common.errors import LaneStopped, LiveMigrationError
+from live_migration.common.errors import ConnectionLost, LaneStopped, LiveMigrationError
 from live_migration.common.postgres import asking
 from live_migration.common.segment import START, Position
 from live_migration.common.settings import Settings
@@ -96,7 +96,7 @@ class LanePipeline:
         failure: LiveMigrationError | None = None
         try:
             async with TaskGroup() as group:
-                helpers = [group.create_task(self._read()), group.create_task(self._decode())]
+                helpers = [group.create_task(each) for each in (self._read(), self._decode(), self._watch_session())]
                 try:
                     await self._apply()
                 except LiveMigrationError as error:
@@ -109,6 +109,20 @@ class LanePipeline:
             self._held_bytes = 0
         if failure is not None:
             raise failure
+
+    async def _watch_session(self) -> None:
+        """End the pipeline with the session, also while nothing comes that would be written over it.
+
+        A target that crashed has undone commits of ours which it had not flushed: they must not wait for the lane's next change.
+        """
+        ended = asyncio.Event()
+        self._connection.add_termination_listener(lambda _: ended.set())
+        if not self._connection.is_closed():
+            await ended.wait()
+        async with self._changed:
+            lane = self._checkpoint.lane
+            self._decoding_error = ConnectionLost(f"target: lane {lane}: its session has ended")
+            self._changed.notify_all()
 
     # reading
 

@@ -12,7 +12,13 @@ from live_migration.consumer.copy_stream import stream_copy
 from live_migration.consumer.lease_keeper import Lease
 from live_migration.consumer.sessions import CopySession, SessionPair
 from live_migration.consumer.snapshot_holder import hold_snapshot
-from live_migration.consumer.table_snapshot import check_target, end_earlier_parts, import_snapshot, lock_table
+from live_migration.consumer.table_snapshot import (
+    check_target,
+    end_earlier_parts,
+    import_snapshot,
+    lock_table,
+    require_known_timeline,
+)
 
 _TARGET_LOCK_TIMEOUT = "30s"
 """For emptying a table on the target: whoever uses it there must not keep our lock on the source for ever."""
@@ -104,6 +110,7 @@ class CopyWorker:
         if claim.has_parts:
             await end_earlier_parts(target.connection, claim)
         table = await lock_table(source.connection, claim, settings.lock_timeout)
+        await require_known_timeline(target.connection, table)
         plan, origin = await check_target(target.connection, table)
         await self._context.watch.flush_barrier()
         ranges = table.parts(settings.part_size)

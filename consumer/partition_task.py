@@ -76,6 +76,10 @@ class PartitionTask:
                 else:
                     await self._pause(error)
 
+    def assigned_again(self) -> None:
+        """Take the lane from whoever holds it, should it not be ours any more: he may be one that hangs."""
+        self._must_take = True
+
     async def _run_once(self) -> None:
         """Take the lane and apply it until something happens.
 

@@ -30,6 +30,7 @@ _NAME = """
 
 _UNDER_LOCK = """
     select pg_current_snapshot()::text as snapshot, pg_current_wal_insert_lsn() as horizon,
+           ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int as timeline,
            exists (select from pg_locks l
                    where l.pid = pg_backend_pid() and l.locktype = 'relation' and l.granted and l.mode = 'AccessShareLock'
                      and l.relation = $1 and l.database = (select d.oid from pg_database d where d.datname = current_database())
@@ -73,6 +74,7 @@ class LockedTable:
     name: QualifiedName
     snapshot: str
     horizon: int
+    timeline: int
     size_bytes: int
     is_heap: bool
     block_size: int
@@ -103,6 +105,7 @@ async def lock_table(connection: asyncpg.Connection, claim: TableClaim, lock_tim
         claim.name,
         seen["snapshot"],
         seen["horizon"],
+        seen["timeline"],
         seen["size_bytes"],
         seen["is_heap"],
         seen["block_size"],
@@ -129,6 +132,8 @@ async def import_snapshot(connection: asyncpg.Connection, claim: PartClaim, lock
         raise AttemptOver(f"the snapshot of {claim.name} cannot be had any more: {error.message}") from error
     if not seen["is_locked"]:
         raise AttemptOver(f"{claim.name} changed places with another table while it was copied")
+    if seen["timeline"] != claim.timeline:  # another server may have a snapshot of the same name
+        raise AttemptOver(f"the source failed over while {claim.name} was copied")
 
 
 async def _begin_locked(connection: asyncpg.Connection, name: QualifiedName, lock_timeout: float) -> None:
@@ -171,6 +176,25 @@ async def read_definitions(connection: asyncpg.Connection, oid: int) -> tuple[Co
     return tuple(definitions)
 
 
+async def require_known_timeline(connection: asyncpg.Connection, table: LockedTable) -> None:
+    """Compare the timeline that a table's snapshot was taken on with the one that the coordinator knows.
+
+    A coordinator that follows the source to a new one later ends all attempts that are under way, and looks at the horizons
+    of those that are over.
+
+    Raises:
+        TableStopped: the source failed over, and the coordinator has not seen it yet; or this is the former primary.
+    """
+    with server_errors("target", f"looking at {table.name}"):
+        known = await connection.fetchval("select source_timeline from _live_migration.migration")
+    if known != table.timeline:
+        raise TableStopped(
+            f"source: {table.name}: the server is on timeline {table.timeline}, the migration on {known}",
+            hint="After a failover `live-migration migrate` follows the source by itself; where this lasts, SOURCE leads a "
+            "consumer to another server than the coordinator.",
+        )
+
+
 async def check_target(connection: asyncpg.Connection, table: LockedTable) -> tuple[CopyPlan, CopyOrigin]:
     """Compare the source's table with the target's as it is now, and give how the rows are to travel.
 
@@ -196,7 +220,7 @@ async def check_target(connection: asyncpg.Connection, table: LockedTable) -> tu
         )
     is_binary = travels_binary(table.columns, target)
     columns = tuple(column.name for column in copied_columns(table.columns))
-    origin = CopyOrigin(table.snapshot, table.horizon, _columns_json(table.columns), is_binary)
+    origin = CopyOrigin(table.snapshot, table.horizon, table.timeline, _columns_json(table.columns), is_binary)
     return CopyPlan(table.name, columns, is_binary), origin
 
 

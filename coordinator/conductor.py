@@ -29,6 +29,7 @@ from live_migration.coordinator.recopy import begin_recopy
 from live_migration.coordinator.run import APPLICATION, Run
 from live_migration.coordinator.schema import restore_schema
 from live_migration.coordinator.slot_watch import watch_slot
+from live_migration.coordinator.timeline_watch import follow_timeline, watch_timeline
 from live_migration.coordinator.trimming import watch_trimming
 from live_migration.coordinator.waiting import await_copy, await_cutover_request
 from live_migration.coordinator.workers import WorkerPool
@@ -157,11 +158,14 @@ class _Conductor:
             self._show(run)
         elif run.phase is not Phase.DONE:
             await self._require_whole(run)
+            await follow_timeline(run)
+            self._show(run)
             # An earlier coordinator may have died before it told the producer what it had prepared or published.
             await run.publications_changed(run.target)
         if run.phase is not Phase.DONE:
             await self._pool.start()
-            await beside(self._lead_to_done(run), [self._pool.watch(), watch_identities(run), watch_slot(run)])
+            watchers = [self._pool.watch(), watch_identities(run), watch_slot(run), watch_timeline(run)]
+            await beside(self._lead_to_done(run), watchers)
         await self._pool.stop()
         await finish_after_handover(run)
 

@@ -13,10 +13,13 @@ from live_migration.common.kafka import check_topics, read_control
 from live_migration.common.lsn import Lsn
 from live_migration.common.postgres import asking
 from live_migration.common.segment import START, Position
+from live_migration.coordinator.control_topic import producer_config
 from live_migration.coordinator.findings import name_list
 from live_migration.coordinator.run import Run
+from live_migration.producer.resume import check_timeline, published_lsn
 from live_migration.producer.slot import SlotState, read_slot
 from live_migration.producer.tail_check import LaneTail, check_tails, read_tails
+from live_migration.producer.timeline import read_timeline
 
 _MARKERS_SECONDS = 10.0
 
@@ -72,8 +75,22 @@ async def _require_whole(run: Run) -> None:
             f"replication slot {settings.slot} is ahead of the log: confirmed up to {Lsn(slot.confirmed_lsn)}, the log ends at "
             f"{Lsn(recorded)}; somebody else has read from it or made it anew, or the broker has lost the log's tail"
         )
+    await _check_branch(run, position)
     lanes = [(row["next_offset"], Position(int(row["commit_lsn"]), row["ordinal"])) for row in checkpoints]
     await _check_log(run, position, lanes)
+
+
+async def _check_branch(run: Run, position: LogPosition | None) -> None:
+    """Raise SlotLost when the source failed over and lacks what was published, or does not come from where we were."""
+    if run.migration.start_lsn is None or run.migration.binary_stream is None:
+        return
+    source = await read_timeline(run.settings.source_uri())
+    config = producer_config(run.settings, run.migration)
+    recorded = position.timeline if position else config.timeline
+    for timeline in {recorded, config.timeline} - {source.timeline}:
+        check_timeline(
+            source.left, source.timeline, timeline, published_lsn(config, position) if timeline == recorded else 0
+        )
 
 
 async def _check_log(run: Run, position: LogPosition | None, checkpoints: list[tuple[int, Position]]) -> None:

@@ -8,13 +8,12 @@ __all__ = ["FOLLOWERS", "Phase", "is_transition_allowed"]
 
 FOLLOWERS: dict[Phase, frozenset[Phase]] = {
     Phase.PREPARE: frozenset({Phase.SCHEMA}),
-    # back to prepare by `migrate --recopy`
+    # back to prepare by `migrate --recopy`, to copy when a failover of the source undid what was copied
     Phase.SCHEMA: frozenset({Phase.COPY, Phase.PREPARE}),
     Phase.COPY: frozenset({Phase.REPLAY, Phase.PREPARE}),
-    Phase.REPLAY: frozenset({Phase.CUTOVER, Phase.PREPARE}),
-    Phase.CUTOVER: frozenset(
-        {Phase.REPLAY, Phase.DONE, Phase.PREPARE}
-    ),  # to replay when the source is still written to
+    Phase.REPLAY: frozenset({Phase.CUTOVER, Phase.COPY, Phase.PREPARE}),
+    # to replay when the source is still written to
+    Phase.CUTOVER: frozenset({Phase.REPLAY, Phase.DONE, Phase.COPY, Phase.PREPARE}),
     Phase.DONE: frozenset(),
 }
 

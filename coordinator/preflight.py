@@ -10,7 +10,6 @@ from importlib.resources import files
 
 import asyncpg
 from aiokafka import errors as kafka_errors
-from psycopg import conninfo, pq
 
 from live_migration.common import kafka, postgres, state
 from live_migration.common.catalog import list_tables
@@ -19,6 +18,7 @@ from live_migration.common.postgres import CONNECTION_ERRORS, Side
 from live_migration.common.settings import Settings
 from live_migration.coordinator import client_programs, findings, source_findings
 from live_migration.coordinator.findings import Finding
+from live_migration.producer.replication import ReplicationConnection
 
 _SERVER = """
     select current_setting('server_version_num')::int as version,
@@ -239,15 +239,16 @@ class _Preflight:
 
     async def _check_walsender(self) -> list[Finding]:
         """Open a replication connection, which a pooler or pg_hba.conf may refuse where it lets others in."""
-        reason = await asyncio.to_thread(_try_walsender, self._settings.source_uri())
-        if reason is None:
-            return []
-        return [
-            findings.error(
-                f"the source refuses a replication connection: {reason}",
-                "Connect to the server itself, not to a pooler; see pg_hba.conf and max_wal_senders.",
-            )
-        ]
+        try:
+            async with await ReplicationConnection.open(self._settings.source_uri()):
+                return []
+        except LiveMigrationError as error:
+            return [
+                findings.error(
+                    f"the source refuses a replication connection: {error.message}",
+                    "Connect to the server itself, not to a pooler; see pg_hba.conf and max_wal_senders.",
+                )
+            ]
 
     async def _check_programs(self) -> list[Finding]:
         await client_programs.find(self._settings, self._servers["source"].major)
@@ -318,15 +319,3 @@ class _Preflight:
 
 def _query(name: str) -> str:
     return files("live_migration.coordinator").joinpath(f"sql/{name}.sql").read_text()
-
-
-def _try_walsender(uri: str) -> str | None:
-    """Open and close a replication connection; give the server's reason where it refuses."""
-    parameters = conninfo.make_conninfo(uri, replication="database", connect_timeout=15)
-    connection = pq.PGconn.connect(parameters.encode())
-    try:
-        if connection.status == pq.ConnStatus.OK:
-            return None
-        return " ".join(connection.get_error_message().split())
-    finally:
-        connection.finish()

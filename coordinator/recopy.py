@@ -26,13 +26,15 @@ _FREE = "owner = null, backend_pid = null, backend_start = null, lease_until = n
 VOID = f"""
     update _live_migration.tables
     set state = 'stopped', retry_at = null, attempt = attempt + 1, snapshot_id = null, snapshot = null, horizon = null,
-        row_count = 0, byte_count = 0, started_at = null, copied_at = null, error = null, hint = null, copy_again = false,
+        timeline = null, row_count = 0, byte_count = 0, started_at = null, copied_at = null, error = null, hint = null, copy_again = false,
         source_pid = null, source_start = null, {_FREE};
     delete from _live_migration.parts;
     update _live_migration.indexes set state = 'pending', error = null, retry_at = null, {_FREE} where state = 'building';
     update _live_migration.checkpoints
     set next_offset = 0, commit_lsn = '0/0', ordinal = 0, barrier = null, epoch = epoch + 1, owner = null, backend_pid = null,
-        backend_start = null, change_count = 0, byte_count = 0, commit_time = null, updated_at = null, error = null, hint = null;
+        backend_start = null, change_count = 0, byte_count = 0, commit_time = null, updated_at = null, error = null, hint = null,
+        refused = null;
+    delete from _live_migration.skips;
     update _live_migration.requests set handled_at = clock_timestamp(), result = 'refused: every table is copied again'
     where handled_at is null;
     update _live_migration.steps set is_done = false where name = 'prepare';
@@ -96,7 +98,7 @@ async def _is_under_way(target: asyncpg.Connection) -> bool:
 
 async def _void(run: Run) -> None:
     """Fence everybody and forget what was copied. Whoever wakes up later hits no row: attempts and epochs were raised."""
-    await _end_work(run.target)  # a stopped consumer keeps its locks on the rows that we are to change
+    await end_work(run.target)  # a stopped consumer keeps its locks on the rows that we are to change
     async with run.target_transaction("voiding what was copied") as target:
         await target.execute(VOID)
         await target.execute(
@@ -109,7 +111,8 @@ async def _void(run: Run) -> None:
     await run.reload()
 
 
-async def _end_work(target: asyncpg.Connection) -> None:
+async def end_work(target: asyncpg.Connection) -> None:
+    """End the target sessions of all that is claimed: copies, index builds, lanes."""
     with asking("target", "ending the consumers' sessions"):
         for row in await target.fetch(_BACKENDS):
             await terminate_backend(target, row["backend_pid"], row["backend_start"])

@@ -45,9 +45,9 @@ class ReplicationConnection:
     def __init__(self, connection: asyncpg.Connection, address: str) -> None:
         self._connection = connection
         self._address = address
-        self._transport: asyncio.Transport = connection._transport  # asyncpg offers no other way to it
-        self._input = ReceiveBuffer(self._transport)
-        self._transport.set_protocol(self._input)
+        transport: asyncio.Transport = connection._transport  # asyncpg offers no other way to it
+        self._input = ReceiveBuffer(transport)
+        transport.set_protocol(self._input)
         self._doing = ""
         self._error: LiveMigrationError | None = None
 
@@ -135,14 +135,14 @@ class ReplicationConnection:
 
     async def send_status(self, received_lsn: int, flushed_lsn: int) -> None:
         """Tell the walsender what was received and what the slot need not keep any more. Raises ConnectionLost."""
-        if self._input.is_lost:
-            self._raise_lost("sending a status reply")
         clock = int((time.time() - _POSTGRES_EPOCH_SECONDS) * 1_000_000)
         message = _STATUS.pack(ord("r"), max(received_lsn, flushed_lsn), flushed_lsn, flushed_lsn, clock, 0)
-        self._transport.write(frame(b"d", message))
+        if not self._input.send(frame(b"d", message)):
+            self._raise_lost("sending a status reply")
 
     def _send_query(self, command: str) -> None:
-        self._transport.write(frame(b"Q", command.encode() + b"\0"))
+        if not self._input.send(frame(b"Q", command.encode() + b"\0")):
+            self._raise_lost(command.split(" ")[0])
 
     async def _next_message(self, doing: str) -> ServerMessage:
         try:

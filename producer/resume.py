@@ -27,12 +27,17 @@ _SLOT = """
 """
 
 
+class TimelineUnknown(ConnectionLost):
+    """The source is on a timeline that the coordinator has not named yet."""
+
+
 async def check_system(stream: ReplicationConnection, config: ProducerConfig, position: LogPosition | None) -> int:
     """Check that this is the server that the log was made from, or its rightful successor; give its timeline.
 
     Raises:
         SlotError: another server.
         SlotLost: a timeline that left ours below what is in the log.
+        TimelineUnknown: one that leads on from ours, and that the coordinator has not compared with the copied tables yet.
     """
     row = (await stream.query("IDENTIFY_SYSTEM"))[0]
     system, timeline = (row[0] or b"").decode(), int(row[1] or b"0")
@@ -47,6 +52,11 @@ async def check_system(stream: ReplicationConnection, config: ProducerConfig, po
         history = parse_timeline_history((content or b"").decode(errors="replace"))
         check_timeline(history, timeline, recorded, published_lsn(config, position))
         log.info("source is on a new timeline", timeline=timeline, before=recorded)
+    if timeline != config.timeline:
+        raise TimelineUnknown(
+            f"the source failed over to timeline {timeline}: waiting for `live-migration migrate`, which compares it with what was "
+            f"copied on timeline {config.timeline}"
+        )
     return timeline
 
 
@@ -98,6 +108,8 @@ async def check_slot(uri: str, config: ProducerConfig, position: LogPosition | N
     recorded = position.confirm_lsn if position else config.start_lsn
     try:
         async with session(uri, "source", application="live-migration producer") as connection:
+            if await connection.fetchval("select pg_is_in_recovery()"):
+                raise ConnectionLost("the source is a standby, or recovers: waiting until it is a primary")
             slot = await _free_slot(connection, config.slot)
     except (*CONNECTION_ERRORS, asyncpg.InterfaceError) as error:
         raise ConnectionLost(f"the source at {describe(uri)} cannot be asked about its slot: {error!r}") from error

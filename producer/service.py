@@ -169,6 +169,7 @@ class _Service:
         """Wait before the source is tried again, and let everybody see why."""
         await publisher.publish(deque(), None, self._report.make(error.message))
         await self._source_backoff.pause(error)
+        await publisher.watch()  # the coordinator may have spoken meanwhile
 
     async def _say_farewell(self, publisher: Publisher, error: LiveMigrationError) -> None:
         if publisher.is_superseded:

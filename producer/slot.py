@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import asyncpg
-from psycopg import conninfo, pq
 
-from live_migration.common.errors import ConnectionLost, SlotError, SourceError
+from live_migration.common.errors import SlotError, SourceError
 from live_migration.common.lsn import Lsn
 from live_migration.common.postgres import asking, session
+from live_migration.producer.replication import ReplicationConnection
 
 PLUGIN = "pgoutput"
 _REPORT_SECONDS = 2.0
@@ -101,30 +101,18 @@ async def identify_system(uri: str) -> SystemIdentity:
     """Ask the source who it is, over a replication connection.
 
     Raises:
+        ConnectionLost: it cannot be reached.
         SourceError: the role may not replicate, or the server takes no walsender.
     """
-    return await asyncio.to_thread(_identify_system, uri)
-
-
-def _identify_system(uri: str) -> SystemIdentity:
-    parameters = conninfo.make_conninfo(uri, replication="database", connect_timeout=20)
-    connection = pq.PGconn.connect(parameters.encode())
     try:
-        if connection.status != pq.ConnStatus.OK:
-            said = connection.error_message.decode(errors="replace").strip()
-            raise SourceError(
-                f"the source takes no replication connection: {said}",
-                hint="The role needs the REPLICATION attribute, and max_wal_senders room for one more.",
-            )
-        result = connection.exec_(b"IDENTIFY_SYSTEM")
-        values = [result.get_value(0, column) for column in range(4)] if result.ntuples else []
-        if len(values) < 4 or values[0] is None or values[1] is None:
-            raise ConnectionLost(
-                f"IDENTIFY_SYSTEM failed on the source: {result.error_message.decode(errors='replace')}"
-            )
-        return SystemIdentity(values[0].decode(), int(values[1]), (values[3] or b"").decode())
-    finally:
-        connection.finish()
+        async with await ReplicationConnection.open(uri) as stream:
+            row = (await stream.query("IDENTIFY_SYSTEM"))[0]
+    except SourceError as error:
+        raise SourceError(
+            f"the source takes no replication connection: {error.message}",
+            hint="The role needs the REPLICATION attribute, and max_wal_senders room for one more.",
+        ) from error
+    return SystemIdentity((row[0] or b"").decode(), int(row[1] or b"0"), (row[3] or b"").decode())
 
 
 async def open_transactions(connection: asyncpg.Connection, *, database: str | None = None) -> list[OpenTransaction]:
@@ -168,8 +156,10 @@ async def create_slot(uri: str, name: str, *, timeout: float, on_wait: Callable[
         session(uri, "source", application="live-migration slot") as creator,
     ):
         pid = creator.get_server_pid()
+        # so that a standby with sync_replication_slots has it, too, should the source fail over
+        options = ", failover => true" if creator.get_server_version().major >= 17 else ""
         creation = asyncio.ensure_future(
-            creator.fetchval("select lsn from pg_create_logical_replication_slot($1, $2)", name, PLUGIN)
+            creator.fetchval(f"select lsn from pg_create_logical_replication_slot($1, $2{options})", name, PLUGIN)
         )
         try:
             await _watch_creation(creation, watcher, pid, timeout, on_wait)

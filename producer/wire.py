@@ -81,21 +81,30 @@ class ReceiveBuffer(asyncio.BufferedProtocol):
         self._start, self._end = 0, held
 
     def _pause(self) -> None:
-        if not self._is_paused and not self.is_lost:
+        if not self._is_paused and not self._transport.is_closing():
             self._is_paused = True
             self._transport.pause_reading()
 
     def _resume(self) -> None:
-        if self._is_paused and not self.is_lost:
+        if self._is_paused:
             self._is_paused = False
-            self._transport.resume_reading()
+            if not self._transport.is_closing():
+                self._transport.resume_reading()
 
     # our side
 
     async def received(self) -> None:
-        """Wait until something has come since the last call, or the connection was lost."""
-        await self._news.wait()
-        self._news.clear()
+        """Wait until there is a whole message, or the connection was lost."""
+        while not (self._has_message() or self.is_lost):
+            self._news.clear()
+            await self._news.wait()
+
+    def send(self, data: bytes) -> bool:
+        """Send; False when the connection is lost. A transport that is closed already may say so by an error of its own."""
+        if self.is_lost or self._transport.is_closing():
+            return False
+        self._transport.write(data)
+        return True
 
     async def gather(self, seconds: float) -> None:
         """Let the kernel gather what comes for so long: reading each message of a walsender by itself costs it all its time."""

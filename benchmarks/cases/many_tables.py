@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from benchmarks.cases.case import Case
 from benchmarks.contestants.ours_copy import OursCopy
 from benchmarks.contestants.tools import DumpRestore
@@ -27,7 +29,8 @@ async def run(plan: Plan) -> CaseResult:
         rows=count,
     )
     copiers = [OursCopy(), DumpRestore(schema_only=True)]
-    result = await measure_snapshot("many_tables", ABOUT, plan, database, copiers)
+    once = replace(plan, rounds=1, warm_up=False)  # the copy of so many tables, not wanted here, takes minutes
+    result = await measure_snapshot("many_tables", ABOUT, once, database, copiers)
     ours, peer = result.entries
     for each in ours.rounds:
         each.figures["start_up_beyond_dump_seconds"] = each.figures["until_copy_seconds"] - peer.median_seconds

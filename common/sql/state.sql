@@ -46,6 +46,7 @@ create table _live_migration.tables (
     snapshot_id text,                       -- exported by the holder, while state = 'copying'
     snapshot text,                          -- pg_current_snapshot() of the copy
     horizon pg_lsn,                         -- insert position right after the snapshot
+    timeline integer,                       -- on which both were taken
     row_count bigint not null default 0,    -- copied
     byte_count bigint not null default 0,
     started_at timestamptz,

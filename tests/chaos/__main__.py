@@ -14,11 +14,13 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from tests.chaos.disks import enter_namespace
 from tests.chaos.plan import make_plan
 from tests.chaos.round import Outcome, Round
+from tests.chaos.soak import Soak
 from tests.chaos.world import World
 
 
@@ -29,6 +31,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="begin no round after so many minutes")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "live-migration-chaos")
     parser.add_argument("--log", type=Path, help="JSON lines of the rounds; by default rounds.jsonl in the folder")
+    parser.add_argument(
+        "--soak", type=float, metavar="MINUTES", help="no rounds, but one migration in replay for so long"
+    )
+    parser.add_argument("--rate", type=int, default=4000, help="changes a second in a soak, beside the random workload")
     parser.add_argument("--again", action="store_true", help="run seeds that have passed, too")
     parser.add_argument("--stop", action="store_true", help="stop at the first failure")
     return parser.parse_args()
@@ -59,6 +65,28 @@ def _report(outcome: Outcome, world: World, folder: Path) -> None:
     print(f"  logs: {folder}\n  again: make chaos ROUNDS=1 SEED={outcome.seed}", flush=True)
 
 
+async def _soak(arguments: argparse.Namespace) -> int:
+    folder = arguments.folder / f"soak-{time.strftime('%d%H%M%S')}"
+    plan = replace(
+        make_plan(arguments.seed),
+        steps=(),
+        own_workers=False,
+        consumers=2,
+        latency=0.0,
+        has_clocks=False,
+        verifies=True,
+    )
+    async with World(small_disks=False) as world:
+        soak = Soak(world, plan, folder, minutes=arguments.soak, rows_per_second=arguments.rate)
+        outcome = await soak.run()
+        _report(outcome, world, folder)
+    print(json.dumps(soak.samples.summary(), indent=1))
+    with (arguments.log or arguments.folder / "soaks.jsonl").open("a") as lines:
+        found = {"at": time.strftime("%F %T"), "minutes": arguments.soak, **soak.samples.summary(), **outcome.as_dict()}
+        lines.write(json.dumps(found) + "\n")
+    return 0 if outcome.verdict == "ok" else 1
+
+
 async def _main(arguments: argparse.Namespace) -> int:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     log: Path = arguments.log or arguments.folder / "rounds.jsonl"
@@ -69,6 +97,8 @@ async def _main(arguments: argparse.Namespace) -> int:
     assert task is not None
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    if arguments.soak is not None:
+        return await _soak(arguments)
     async with World() as world:
         for seed in seeds:
             if arguments.minutes is not None and time.monotonic() - began > arguments.minutes * 60:

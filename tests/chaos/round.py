@@ -105,6 +105,7 @@ class Round:
             self.source, plan.seed, connections=plan.writers, pause=plan.pause, reconnects=True, wild=True
         )
         await workload.create(rows=plan.rows)
+        await self._prepare()
         fleet = Fleet(
             self._environment(),
             self.folder,
@@ -127,10 +128,7 @@ class Round:
                 finally:
                     await self._end_faults()
                     self.outcome.exits = fleet.exits
-                found = await checks.compare(
-                    self.source, self.target, source_crashed_late=scene.source_restarts > restarts
-                )
-                if found:
+                if found := await self._compare(source_crashed_late=scene.source_restarts > restarts):
                     raise RoundFailed("; ".join(found))
                 await self._verify_and_clean(fleet)
         except RoundFailed:
@@ -140,6 +138,12 @@ class Round:
         finally:
             self._watching.cancel()
             self._set_latency(0.0)
+
+    async def _prepare(self) -> None:
+        """Make on the source what the migration is to find beside the workload's tables."""
+
+    async def _compare(self, *, source_crashed_late: bool) -> list[str]:
+        return await checks.compare(self.source, self.target, source_crashed_late=source_crashed_late)
 
     def _set_latency(self, seconds: float) -> None:
         for side in ("source", "target"):

@@ -49,7 +49,7 @@ sys.exit(run(sys.argv[4:]))
 
 COORDINATOR = "live_migration.coordinator"
 STEPS = (
-    (f"{COORDINATOR}.recopy", "_end_work", 1),
+    (f"{COORDINATOR}.recopy", "end_work", 1),
     (f"{COORDINATOR}.recopy", "_void", 1),
     (f"{COORDINATOR}.recopy", "_drop", 2),
     (f"{COORDINATOR}.prepare", "drop_built_indexes", 1),

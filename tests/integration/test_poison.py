@@ -15,13 +15,14 @@ import orjson
 import pytest
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
-from live_migration.common import kafka
+from live_migration.common import kafka, state
 from live_migration.common.errors import TargetError
 from live_migration.common.segment import Position
 from live_migration.consumer import skips
 from live_migration.consumer.apply_phase import run_apply_phase
 from live_migration.consumer.skips import LaneSkips
 from live_migration.coordinator.dead_letters import read_letters
+from live_migration.coordinator.recopy import VOID
 from live_migration.coordinator.skip import describe_skips, parse_position, read_skips, request_skip
 from tests.support.lanes import Replay, describe, grow, make_table, replay
 from tests.support.segments import INT4, TEXT, delete, insert, relation, truncate, update
@@ -478,6 +479,32 @@ async def test_a_consumer_that_dies_around_the_letter_skips_once_and_never_witho
         assert [each.state for each in await read_skips(it.target)] == ["skipped"]
 
 
+async def test_attempts_that_fail_behind_a_letter_write_no_second_one(
+    target_database: str, kafka_bootstrap: str, unique_name: str
+) -> None:
+    """One source transaction over two segments, which is one target transaction: what is skipped in the first waits for the second."""
+    async with replay(target_database, kafka_bootstrap, unique_name, lane_count=1) as it, it.consumer():
+        await it.target.execute("insert into t0 values (5, 'hand'), (15, 'hand')")
+        it.lanes[0].transaction([insert("t0", str(n), "v") for n in range(20)], cut_after=10)
+        it.lanes[0].cut()
+        await it.send()
+        first = await refused_at(it)
+        await skip(it, first)
+        second = await refused_at(it, after=first["position"])
+        epoch = (await it.checkpoint(0))["epoch"]
+
+        async def is_tried_again() -> bool:
+            return (await it.checkpoint(0))["epoch"] >= epoch + 4  # type: ignore[no-any-return]
+
+        await it.until(is_tried_again)
+        assert len(await letters(it)) == 1
+        assert sorted(await it.rows(0)) == [5, 15]
+        await skip(it, second)
+        await it.until_applied()
+        assert [letter["new"]["id"] for letter in await letters(it)] == ["5", "15"]
+        assert await it.rows(0) == {n: "hand" if n in (5, 15) else "v" for n in range(20)}
+
+
 async def test_without_a_place_for_letters_nothing_is_skipped(
     target_database: str, kafka_bootstrap: str, unique_name: str
 ) -> None:
@@ -506,6 +533,21 @@ async def test_without_a_place_for_letters_nothing_is_skipped(
         await it.until_applied(60)
         assert await it.rows(0) == {49: "v", 50: "in the way", 51: "v"}
         assert len(await letters(it)) == 1
+
+
+async def test_tables_that_are_copied_again_lack_no_row_that_was_skipped(target_database: str) -> None:
+    connection = await asyncpg.connect(target_database)
+    await state.create_schema(connection)
+    await connection.execute("""
+        insert into _live_migration.checkpoints (lane, commit_lsn, ordinal, error, refused) values (0, '0/900', 3, 'stopped', '{}');
+        insert into _live_migration.skips (lane, commit_lsn, ordinal, relation, kind, reason, skipped_at)
+        values (0, '0/800', 1, 'public.t', 'INSERT', 'said', now()), (0, '0/1000', 1, 'public.t', 'INSERT', 'said', null);
+    """)
+    assert [each.state for each in await read_skips(connection)] == ["skipped", "requested"]
+    await connection.execute(VOID)
+    assert await read_skips(connection) == ()
+    assert await connection.fetchval("select refused is null from _live_migration.checkpoints")
+    await connection.close()
 
 
 # random

@@ -34,7 +34,7 @@ async def test_a_consumer_that_slept_through_it_can_neither_end_nor_begin_a_copy
         assert before is not None
         await coordinator.execute(recopy.VOID)
         assert await claim_table(sleeper, who) is None, "claimed before there was a slot"
-        origin = CopyOrigin("1:1:", 0, "[]", True)
+        origin = CopyOrigin("1:1:", 0, 1, "[]", True)
         with pytest.raises(Fenced):
             await finish_table(sleeper, before, "sleeper", origin, CopyCount(1, 1))
         # should it have claimed in a moment that we did not think of, entering phase copy ends that

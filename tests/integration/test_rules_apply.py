@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from live_migration.common import pgoutput, postgres, state
-from live_migration.common.errors import Fenced, LaneStopped
+from live_migration.common.errors import Fenced, KafkaError, LaneStopped
+from live_migration.common.kafka import admin, check_topics, delete_topics, topic_exists
+from live_migration.common.local_postgres import LocalPostgres
 from live_migration.common.segment import Position
 from live_migration.consumer import checkpoint as checkpoints
+from live_migration.consumer.apply_phase import run_apply_phase
 from live_migration.consumer.checkpoint import Advance, Checkpoint
 from live_migration.consumer.target_tables import TargetTables
+from tests.fixtures.fix_postgres import SETTINGS
 from tests.integration.test_applier import Pair
 from tests.support.lanes import grow, replay
+from tests.support.segments import insert, update
 from tests.support.wal import read_messages
 
 pytestmark = pytest.mark.integration
@@ -140,6 +147,25 @@ async def test_no_trigger_or_foreign_key_of_the_target_acts_on_what_is_applied(p
     await in_one_batch(pair)
     await pair.assert_equal(("t",))
     assert await target.fetchval("select count(*) from audit") == 0
+    await target.close()
+    await pair.close()
+
+
+SWALLOWS = """
+    create function public.swallow() returns trigger language plpgsql as 'begin return null; end';
+    create trigger swallow before insert on public.t for each row when (new.id = 2) execute function public.swallow();
+    alter table public.t enable always trigger swallow;
+"""
+
+
+async def test_a_row_that_the_target_swallows_stops_the_lane(pair: Pair) -> None:
+    await pair.prepare("create table t (id int primary key, v int)")
+    target = await asyncpg.connect(pair.target_uri)
+    await target.execute(SWALLOWS)
+    await pair.source.execute("insert into t values (1, 1), (2, 2), (3, 3)")
+    with pytest.raises(LaneStopped, match="COPY took 2 of 3 rows"):
+        await in_one_batch(pair)
+    assert await target.fetch("select from t") == []
     await target.close()
     await pair.close()
 
@@ -306,3 +332,91 @@ async def test_what_the_copy_holds_is_passed_over_and_the_rest_is_applied(pair: 
     await open_one.close()
     await target.close()
     await pair.close()
+
+
+async def test_a_commit_that_the_copy_did_not_see_is_applied_although_it_stands_before_the_horizon(
+    target_database: str, unique_name: str
+) -> None:
+    """A commit is in the WAL before it is visible, for long when it waits for a standby: positions alone do not tell."""
+    async with LocalPostgres(settings=SETTINGS) as server:
+        pair = Pair(server.uri(), target_database, unique_name)
+        await pair.prepare("create table t (id int primary key, v int)")
+        await pair.source.execute("set synchronous_commit = local")
+        await pair.source.execute("alter system set synchronous_standby_names = 'nobody'")
+        await pair.source.execute("select pg_reload_conf()")
+        hanging = await asyncpg.connect(server.uri())
+        while not await hanging.fetchval("show synchronous_standby_names"):
+            await asyncio.sleep(0.02)
+        committing = asyncio.ensure_future(hanging.execute("insert into t values (1, 1)"))
+        waits = "select wait_event = 'SyncRep' from pg_stat_activity where pid = $1"
+        async with asyncio.timeout(30):
+            while not await pair.source.fetchval(waits, hanging.get_server_pid()):
+                await asyncio.sleep(0.02)
+        await pair.source.execute("insert into t values (2, 2)")
+        snapshot, horizon = await pair.source.fetchrow(
+            "select pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text"
+        )
+        rows = await pair.source.fetch("select id, v from t")
+        assert [tuple(row) for row in rows] == [(2, 2)]
+        await pair.source.execute("alter system reset synchronous_standby_names")
+        await pair.source.execute("select pg_reload_conf()")
+        await committing
+        async with postgres.session(target_database, "target") as target:
+            await target.executemany("insert into public.t values ($1, $2)", rows)
+            await target.execute(
+                "update _live_migration.tables set snapshot = $1, horizon = $2::text::pg_lsn", snapshot, horizon
+            )
+        await in_one_batch(pair)
+        await pair.assert_equal(("t",))
+        await hanging.close()
+        await pair.close()
+
+
+async def test_a_lane_commits_between_the_sources_commits_only_where_constraints_may_be_broken_within(
+    target_database: str, kafka_bootstrap: str, unique_name: str
+) -> None:
+    """A deferrable constraint holds at the source's commits alone: with several lanes too, half a transaction must not be committed."""
+    async with replay(target_database, kafka_bootstrap, unique_name, lane_count=2, batch_rows=4) as it:
+        await it.target.execute("alter table t0 add constraint once unique (v) deferrable initially deferred")
+        lane, count = it.lanes[0], 40
+        lane.transaction([insert("t0", str(n), f"v{n}") for n in range(count)])
+        lane.cut()
+        # each row takes its neighbour's value: true at the end alone
+        lane.transaction([update("t0", str(n), f"v{(n + 1) % count}") for n in range(count)], cut_after=3)
+        lane.cut()
+        await it.send()
+        async with it.consumer():
+            await it.until_applied()
+        assert await it.rows(0) == {n: f"v{(n + 1) % count}" for n in range(count)}
+        assert (await it.checkpoint(0))["error"] is None
+
+
+async def test_a_topic_that_is_gone_is_told_and_not_made_anew_by_asking_for_it(
+    target_database: str, kafka_bootstrap: str, unique_name: str
+) -> None:
+    """A client that asks a broker for a topic makes it: empty, as if there were nothing to apply."""
+    async with replay(target_database, kafka_bootstrap, unique_name, lane_count=2) as it:
+        await delete_topics(it.settings)
+        async with admin(it.settings) as client, asyncio.timeout(30):
+            while await topic_exists(client, it.settings.changes_topic):
+                await asyncio.sleep(0.1)
+            with pytest.raises(KafkaError, match="does not exist any more"):
+                await run_apply_phase(it.settings, "worker-1", asyncio.Event())
+            assert not await topic_exists(client, it.settings.changes_topic)
+
+
+@pytest.mark.parametrize("wrong", [{"retention.ms": "60000"}, {"cleanup.policy": "compact"}])
+async def test_a_topic_that_could_lose_changes_is_refused(
+    target_database: str, kafka_bootstrap: str, unique_name: str, wrong: dict[str, str]
+) -> None:
+    async with replay(target_database, kafka_bootstrap, unique_name, lane_count=2) as it:
+        async with admin(it.settings) as client:
+            await client.alter_configs([ConfigResource(ConfigResourceType.TOPIC, it.settings.changes_topic, wrong)])
+
+        async def checking() -> None:
+            while True:  # the broker tells of it a moment later
+                await check_topics(it.settings, 2)
+                await asyncio.sleep(0.1)
+
+        with pytest.raises(KafkaError, match=next(iter(wrong))):
+            await asyncio.wait_for(checking(), 60)

@@ -11,12 +11,13 @@ from live_migration.common.errors import Fenced
 from live_migration.common.postgres import session
 from live_migration.common.relation import QualifiedName
 from live_migration.common.visibility import CopySnapshot
-from live_migration.consumer.claim_endings import CopyOrigin, finish_part, finish_table
+from live_migration.consumer.claim_endings import CopyOrigin, finish_part, finish_table, share_snapshot
 from live_migration.consumer.claims import PartClaim, TableClaim
+from live_migration.consumer.copy_errors import AttemptOver
 from live_migration.consumer.copy_stream import CopyCount, CopyPlan
 from live_migration.consumer.parts import BlockRange
-from live_migration.consumer.table_snapshot import lock_table
-from tests.support.copying import consumers, contents, fetch_value, plan, run_sql, settings_for, until_ready
+from live_migration.consumer.table_snapshot import import_snapshot, lock_table
+from tests.support.copying import consumers, contents, fetch_value, plan, run_sql, settings_for, until, until_ready
 
 pytestmark = pytest.mark.integration
 
@@ -99,7 +100,7 @@ async def test_a_parts_done_mark_counts_only_for_its_own_attempt(
 
         def claim(attempt: int) -> PartClaim:
             return PartClaim(
-                oid, NAME, attempt, 0, BlockRange(0, None, 8192), "snapshot", CopyPlan(NAME, ("id",), True)
+                oid, NAME, attempt, 0, BlockRange(0, None, 8192), "snapshot", CopyPlan(NAME, ("id",), True), 1
             )
 
         if wrong == "state":
@@ -126,10 +127,30 @@ async def test_a_tables_done_mark_counts_only_for_its_own_attempt(
                 target,
                 TableClaim(oid, NAME, attempt, False),
                 owner,
-                CopyOrigin("1:1:", 1, "[]", True),
+                CopyOrigin("1:1:", 1, 1, "[]", True),
                 CopyCount(5, 50),
             )
         assert await target.fetchval("select state from _live_migration.tables") == "copying"
+
+
+@pytest.mark.parametrize(("attempt", "owner"), [(1, "me"), (2, "you")])
+async def test_a_table_is_emptied_only_for_its_own_attempt(
+    source_database: str, target_database: str, attempt: int, owner: str
+) -> None:
+    oid = await plan_one(source_database, target_database)
+    async with session(target_database, "target") as target:
+        await target.execute("update _live_migration.tables set state = 'copying', attempt = 2, owner = 'me'")
+        await target.execute(
+            """insert into _live_migration.parts (oid, part, attempt, first_block, end_block, size_bytes, state)
+               values ($1, 0, 2, 0, null, 8192, 'done')""",
+            oid,
+        )
+        origin = CopyOrigin("1:1:", 1, "[]", True)
+        claim = TableClaim(oid, NAME, attempt, False)
+        async with target.transaction():  # the one that empties the table
+            with pytest.raises(Fenced):
+                await share_snapshot(target, claim, owner, origin, "snapshot", [BlockRange(0, None, 8192)])
+        assert await target.fetchval("select state from _live_migration.parts") == "done"
 
 
 async def test_no_trigger_of_the_target_acts_on_what_is_copied(source_database: str, target_database: str) -> None:
@@ -147,3 +168,89 @@ async def test_no_trigger_of_the_target_acts_on_what_is_copied(source_database: 
             await until_ready(target_database)
         assert await contents(target_database) == await contents(source_database)
         await run_sql(target_database, "update _live_migration.tables set state = 'planned'")
+
+
+@pytest.mark.parametrize("part_size", [1 << 30, 64 * 1024])
+async def test_no_table_is_copied_from_a_timeline_that_the_coordinator_does_not_know(
+    source_database: str, target_database: str, part_size: int
+) -> None:
+    """After a failover the coordinator compares what was published and copied first; and the former primary may still run."""
+    await run_sql(
+        source_database, "create table public.t (id int); insert into public.t select generate_series(1, 20000)"
+    )
+    await run_sql(target_database, "create table public.t (id int)")
+    await plan(source_database, target_database)
+    await run_sql(target_database, "update _live_migration.migration set source_timeline = 7")
+    async with consumers(settings_for(source_database, target_database, part_size=part_size)):
+        error = await until(target_database, "select error from _live_migration.tables where state = 'stopped'")
+        assert "timeline 1, the migration on 7" in error
+        await run_sql(target_database, "update _live_migration.migration set source_timeline = 1")
+        await until_ready(target_database)
+    assert await contents(target_database) == await contents(source_database)
+
+
+async def test_a_part_is_not_copied_under_another_timelines_snapshot(source_database: str) -> None:
+    """Two servers may each have a snapshot of the same name."""
+    await run_sql(source_database, "create table public.t (id int)")
+    oid = await fetch_value(source_database, "select 'public.t'::regclass::oid")
+    async with session(source_database, "source") as holder, session(source_database, "source") as other:
+        locked = await lock_table(holder, TableClaim(oid, NAME, 1, False), 5)
+        snapshot = await holder.fetchval("select pg_export_snapshot()")
+
+        def claim(timeline: int) -> PartClaim:
+            plan = CopyPlan(NAME, ("id",), True)
+            return PartClaim(oid, NAME, 1, 0, BlockRange(0, None, 8192), snapshot, plan, timeline)
+
+        with pytest.raises(AttemptOver, match="failed over"):
+            await import_snapshot(other, claim(locked.timeline + 1), 5)
+        await other.execute("rollback")
+        await import_snapshot(other, claim(locked.timeline), 5)
+
+
+async def test_parts_are_of_the_table_alone_and_cut_by_its_real_size(
+    source_database: str, target_database: str
+) -> None:
+    """A table that nobody has analysed yet has no pages by its statistics; one that others inherit from shows their rows too."""
+    for uri in (source_database, target_database):
+        await run_sql(uri, "create table public.t (id int, v text); create table public.u () inherits (public.t)")
+    await run_sql(
+        source_database,
+        """insert into public.t select i, repeat('x', 50) from generate_series(1, 9000) i;
+           insert into public.u select i, repeat('y', 50) from generate_series(1, 9000) i""",
+    )
+    await plan(source_database, target_database)
+    assert await fetch_value(source_database, "select max(relpages) from pg_class where relname in ('t', 'u')") <= 0
+    async with consumers(settings_for(source_database, target_database, part_size=64 * 1024), 2):
+        await until_ready(target_database)
+    assert (
+        await fetch_value(
+            target_database, "select min(count) from (select count(*) from _live_migration.parts group by oid)"
+        )
+        > 5
+    )
+    assert await contents(target_database) == await contents(source_database)
+
+
+@pytest.mark.parametrize("part_size", [1 << 30, 64 * 1024])
+async def test_a_row_that_the_target_swallows_stops_the_table(
+    source_database: str, target_database: str, part_size: int
+) -> None:
+    for uri in (source_database, target_database):
+        await run_sql(uri, "create table public.t (id int not null, v text)")
+    await run_sql(source_database, "insert into public.t select i, repeat('x', 50) from generate_series(1, 3000) i")
+    await run_sql(
+        target_database,
+        """create function public.swallow() returns trigger language plpgsql as 'begin return null; end';
+           create trigger swallow before insert on public.t for each row when (new.id = 2000) execute function public.swallow();
+           alter table public.t enable always trigger swallow""",
+    )
+    await plan(source_database, target_database)
+    async with consumers(settings_for(source_database, target_database, part_size=part_size)):
+        error = await until(target_database, "select error from _live_migration.tables where error is not null")
+        assert "rows, the target took" in error
+        assert not await fetch_value(
+            target_database, "select count(*) from _live_migration.tables where state = 'ready'"
+        )
+        await run_sql(target_database, "drop trigger swallow on public.t")
+        await until_ready(target_database)
+    assert await contents(target_database) == await contents(source_database)

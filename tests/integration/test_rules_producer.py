@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from collections import deque
 from os import kill
@@ -11,11 +12,12 @@ import pytest
 from pydantic import SecretStr
 
 from live_migration.common.control import LogPosition
-from live_migration.common.errors import LiveMigrationError
+from live_migration.common.errors import LiveMigrationError, SourceError
 from live_migration.common.local_kafka import LocalKafka
 from live_migration.common.settings import KIB, Settings
 from live_migration.producer.batcher import Record
 from live_migration.producer.publisher import Publisher
+from live_migration.producer.service import run_producer
 from tests.fixtures.change_log import (
     prepare,
     read_position,
@@ -107,3 +109,28 @@ async def test_the_slot_stays_where_the_log_is_while_the_broker_hangs(source_dat
                 kill(kafka.pid, signal.SIGCONT)
             await wait_until_published(settings, int(lsn))
         await source.close()
+
+
+async def test_a_stream_that_the_server_ends_twice_at_one_place_says_so_and_is_not_tried_for_ever(
+    source_database: str, kafka_bootstrap: str, unique_name: str
+) -> None:
+    """Bytes that are no text in the stream's encoding, which a database without an encoding takes: it can never send them."""
+    admin = await asyncpg.connect(source_database)
+    name = f"ascii_{unique_name}"
+    await admin.execute(f"create database {name} encoding 'SQL_ASCII' locale 'C' template template0")
+    settings = make_settings(f"{source_database.rpartition('/')[0]}/{name}", kafka_bootstrap, unique_name)
+    try:
+        await run_sql(settings, "create table public.t (id int primary key, v text)")
+        await prepare(settings, ["public.t"])
+        await run_sql(settings, r"insert into public.t values (1, convert_from('\xff', 'SQL_ASCII'))")
+        with pytest.raises(SourceError, match="failed twice") as failed:
+            await asyncio.wait_for(run_producer(settings, asyncio.Event()), 60)
+        assert "invalid byte sequence" in failed.value.message
+        assert failed.value.hint
+    finally:
+        for slot in (settings.slot, f"{settings.slot}_ref"):
+            await admin.execute(
+                "select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = $1", slot
+            )
+        await admin.execute(f"drop database {name} with (force)")
+        await admin.close()

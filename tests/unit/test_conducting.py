@@ -71,6 +71,7 @@ def test_phases_go_on_and_back_only_from_cutover_and_to_copy_again() -> None:
             is_next = order.index(other) == at + 1
             is_back = (phase, other) == (Phase.CUTOVER, Phase.REPLAY)
             is_recopy = other is Phase.PREPARE and phase is not Phase.DONE
+            is_recopy |= other is Phase.COPY and phase in (Phase.REPLAY, Phase.CUTOVER)
             assert is_transition_allowed(phase, other) is (is_next or is_back or is_recopy or phase is other)
 
 

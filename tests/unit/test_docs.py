@@ -11,6 +11,7 @@ from live_migration.common.settings import Settings
 from live_migration.coordinator.commands import commands
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
+TEST_LINK = re.compile(r"\[`?([^`\]]+?)`?\]\(\.\./(?:\.\./)?(tests/[\w/]+\.py)\)")
 ROW = re.compile(r"^\| `(\w+)` \| (.+?) \| (.+?) \| (.+?) \| (.*?) \| (.+) \|$", re.MULTILINE)
 ROWS = {row[0]: row[1:] for row in ROW.findall((DOCS / "configuration.md").read_text())}
 
@@ -39,6 +40,38 @@ def test_every_option_is_one_of_some_command() -> None:
     known |= {word for command in commands.commands.values() for each in command.params for word in each.secondary_opts}
     documented = {word for option, *_ in ROWS.values() for word in option.strip("`").split("/")}
     assert documented - known == set()
+
+
+PROMISES = [
+    line
+    for line in (DOCS / "delivery.md").read_text().splitlines()
+    if line.startswith("| ") and not line.startswith(("| promise", "| sentence"))
+]
+
+
+@pytest.mark.parametrize("page", sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")))
+def test_a_linked_test_is_there_by_its_name(page: str) -> None:
+    for name, path in TEST_LINK.findall((DOCS / page).read_text()):
+        if (page != "delivery.md" and not name.startswith("test_")) or (
+            name == Path(path).name and page != "delivery.md"
+        ):
+            assert (DOCS.parent / path).exists(), f"{page}: {path}"
+            continue
+        assert re.search(rf"^(async )?def {name}\(", (DOCS.parent / path).read_text(), re.MULTILINE), (
+            f"{page}: {path}: {name}"
+        )
+
+
+@pytest.mark.parametrize("line", PROMISES)
+def test_every_promise_of_delivery_names_the_test_that_breaks_something(line: str) -> None:
+    assert TEST_LINK.search(line.split("|")[-2]), line
+
+
+def test_every_paragraph_about_order_and_durability_names_its_tests() -> None:
+    _, _, rest = (DOCS / "delivery.md").read_text().partition("## Order")
+    paragraphs = [p for p in rest.split("\n\n")[1:] if not p.startswith(("#", "|"))]
+    assert len(paragraphs) >= 5
+    assert [p for p in paragraphs if not TEST_LINK.search(p)] == []
 
 
 @pytest.mark.parametrize("page", sorted(path.name for path in DOCS.glob("*.md")))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import struct
+from collections.abc import Callable
 
 import pytest
+import uvloop
 
 from live_migration.common.errors import FormatError
 from live_migration.producer import wire
@@ -13,16 +16,31 @@ from live_migration.producer.wire import ReceiveBuffer, data_row, error_fields
 
 
 class FakeTransport:
+    """One that refuses everything once it is closed, as uvloop's does, before the protocol hears of it."""
+
     def __init__(self) -> None:
         self.is_reading = True
+        self.is_closed = False
+
+    def is_closing(self) -> bool:
+        return self.is_closed
 
     def pause_reading(self) -> None:
+        self._check()
         assert self.is_reading
         self.is_reading = False
 
     def resume_reading(self) -> None:
+        self._check()
         assert not self.is_reading
         self.is_reading = True
+
+    def write(self, data: bytes) -> None:
+        self._check()
+
+    def _check(self) -> None:
+        if self.is_closed:
+            raise RuntimeError("the handler is closed")
 
 
 def message(kind: bytes, body: bytes) -> bytes:
@@ -138,6 +156,62 @@ async def test_a_lost_connection_wakes_who_waits() -> None:
     assert isinstance(buffer.reason, ConnectionResetError)
 
 
+async def test_a_transport_that_closes_under_our_hands_is_a_lost_connection() -> None:
+    transport = FakeTransport()
+    buffer = ReceiveBuffer(transport)  # type: ignore[arg-type]
+    stream = message(b"d", bytes(100)) * 20_000
+    at = 0
+    while transport.is_reading:
+        at += receive(buffer, memoryview(stream)[at:], 1 << 20)
+    transport.is_closed = True
+    assert not buffer.send(b"x")
+    assert buffer.take_copy_data(whole_messages, 1 << 18)
+    await buffer.gather(0)
+    buffer.connection_lost(None)
+    while buffer.take_copy_data(whole_messages, 1 << 18):
+        pass
+    await buffer.received()
+    assert buffer.is_lost
+
+
+async def test_what_came_before_the_wait_is_not_waited_for() -> None:
+    buffer = ReceiveBuffer(FakeTransport())  # type: ignore[arg-type]
+    receive(buffer, message(b"W", b"") + message(b"c", b""), 100)
+    await buffer.received()
+    assert buffer.take_message() is not None
+    await asyncio.wait_for(buffer.received(), 5)  # the second came with the first
+    assert buffer.next_kind() == ord("c")
+
+
 def test_rows_and_errors_are_read() -> None:
     assert data_row(struct.pack(">Hi2sii", 3, 2, b"ab", -1, 0)) == (b"ab", None, b"")
     assert error_fields(b"SERROR\0C55006\0Mslot is active\0\0") == {"S": "ERROR", "C": "55006", "M": "slot is active"}
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_connection_that_breaks_while_it_gathers_is_a_lost_connection(
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    """A write finds it broken: its transport is closed at once, but says so to its protocol only a turn later."""
+
+    async def work() -> None:
+        writers: list[asyncio.StreamWriter] = []
+        server = await asyncio.start_server(lambda _reader, writer: writers.append(writer), "127.0.0.1", 0)
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.create_connection(asyncio.Protocol, *server.sockets[0].getsockname())
+        buffer = ReceiveBuffer(transport)
+        transport.set_protocol(buffer)
+        gathering = asyncio.create_task(buffer.gather(60))
+        await asyncio.sleep(0)
+        transport.abort()
+        gathering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gathering
+        await buffer.received()
+        assert buffer.is_lost
+        for writer in writers:
+            writer.close()
+        server.close()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(work())

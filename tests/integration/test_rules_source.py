@@ -1,0 +1,208 @@
+"""Rules of looking at the source: what is visible may not last, and a snapshot protects only what is under our lock."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+import asyncpg
+import pytest
+
+from live_migration.common.catalog import list_tables
+from live_migration.common.local_postgres import LocalPostgres
+from live_migration.common.postgres import connect, session
+from live_migration.common.relation import QualifiedName
+from live_migration.consumer.claims import PartClaim, TableClaim
+from live_migration.consumer.copy_errors import AttemptOver
+from live_migration.consumer.copy_stream import CopyPlan
+from live_migration.consumer.parts import BlockRange
+from live_migration.consumer.table_snapshot import import_snapshot, lock_table
+from live_migration.coordinator.planning import has_identity
+from live_migration.coordinator.prepare import prepare
+from live_migration.coordinator.schema import restore_schema
+from tests.fixtures.fix_postgres import SETTINGS, DatabaseFactory, PostgresFactory
+from tests.integration.test_conductor import MakeSettings, bench, make_settings  # noqa: F401
+from tests.support.copying import consumers, contents, plan, run_sql, settings_for, until_ready
+
+pytestmark = pytest.mark.integration
+
+
+# what is visible and not on disk
+
+
+async def test_no_row_is_copied_whose_commit_a_crash_undoes(target_database: str) -> None:
+    """An asynchronous commit is visible before it is flushed; after a crash its xid comes again, with another row."""
+    async with LocalPostgres(settings={**SETTINGS, "fsync": "on", "autovacuum": "off"}) as server:
+        for uri in (server.uri(), target_database):
+            await run_sql(uri, "create table public.t (id int not null)")
+        await plan(server.uri(), target_database)
+        writer = await asyncpg.connect(server.uri())
+        await writer.execute("checkpoint; set synchronous_commit = off")
+        walwriter = await writer.fetchval("select pid from pg_stat_activity where backend_type = 'walwriter'")
+        os.kill(walwriter, signal.SIGSTOP)
+        try:
+            await writer.execute("insert into public.t values (1)")
+            is_flushed = "select pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn()"
+            assert not await writer.fetchval(is_flushed), "the case that this is about did not come up"
+            async with consumers(settings_for(server.uri(), target_database)):
+                await until_ready(target_database)
+        finally:
+            os.kill(walwriter, signal.SIGKILL)  # the server takes it for a crash: whatever it has not flushed is gone
+        await until_recovered(server.uri())
+        assert await contents(target_database) == await contents(server.uri())
+        writer.terminate()
+
+
+async def until_recovered(uri: str) -> None:
+    async with asyncio.timeout(60):
+        while True:
+            try:
+                connection = await asyncpg.connect(uri)
+                if await connection.fetchval(
+                    "select pg_postmaster_start_time() is not null and not pg_is_in_recovery()"
+                ):
+                    await connection.close()
+                    return
+            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                await asyncio.sleep(0.1)
+
+
+# a snapshot without the lock
+
+
+async def shared_snapshot(source: str, holder: asyncpg.Connection) -> PartClaim:
+    """Make a table, take its lock and a snapshot by `holder`, and give a part to be copied with it."""
+    await run_sql(
+        source,
+        "create table public.t (id int, v int); insert into public.t select i, i from generate_series(1, 1000) i",
+    )
+    name = QualifiedName("public", "t")
+    async with session(source, "source") as connection:
+        oid = await connection.fetchval("select 'public.t'::regclass::oid")
+    await lock_table(holder, TableClaim(oid, name, 1, False), 5)
+    snapshot_id = await holder.fetchval("select pg_export_snapshot()")
+    return PartClaim(oid, name, 1, 0, BlockRange(0, None, 8192), snapshot_id, CopyPlan(name, ("id", "v"), True))
+
+
+REWRITE = "alter table public.t alter v type bigint"
+
+
+async def test_who_imports_a_snapshot_holds_the_lock_too(source_database: str) -> None:
+    """The holder dies while a part is copied: a rewrite must still wait, or the part would find an empty table."""
+    holder = await connect(source_database, "source")
+    async with session(source_database, "source") as importer, session(source_database, "source") as other:
+        claim = await shared_snapshot(source_database, holder)
+        await import_snapshot(importer, claim, 5)
+        holder.terminate()
+        with pytest.raises(asyncpg.LockNotAvailableError):
+            await other.execute(f"set lock_timeout = '1s'; {REWRITE}")
+        assert await importer.fetchval("select count(*) from public.t") == 1000
+        await importer.execute("rollback")
+
+
+async def test_who_gets_the_lock_after_a_rewrite_gets_no_snapshot_of_before(source_database: str) -> None:
+    """The lock comes first: that the snapshot can still be imported then shows that nobody rewrote the table meanwhile."""
+    holder = await connect(source_database, "source")
+    async with session(source_database, "source") as importer, session(source_database, "source") as other:
+        claim = await shared_snapshot(source_database, holder)
+        rewriting = asyncio.ensure_future(other.execute(REWRITE))
+        await until_waiting(source_database, other.get_server_pid())
+        importing = asyncio.ensure_future(import_snapshot(importer, claim, 30))
+        await until_waiting(source_database, importer.get_server_pid())
+        holder.terminate()
+        await rewriting
+        with pytest.raises(AttemptOver, match="cannot be had any more"):
+            await importing
+
+
+async def until_waiting(uri: str, pid: int) -> None:
+    async with session(uri, "source") as watcher, asyncio.timeout(30):
+        while not await watcher.fetchval("select exists (select from pg_locks where pid = $1 and not granted)", pid):
+            await asyncio.sleep(0.02)
+
+
+# who was published while it was being written to
+
+
+async def test_a_newcomer_is_planned_only_when_nobody_who_missed_its_publication_is_left(
+    make_settings: MakeSettings,  # noqa: F811
+) -> None:
+    """A transaction that was open while the table was published may miss it for good: the stream has none of its rows."""
+    settings = make_settings()
+    async with bench(settings) as b:
+        await prepare(b.run)
+        await b.source("create table public.late (id int primary key)")
+        writer = await asyncpg.connect(settings.source_uri())
+        await writer.execute("begin; insert into public.late values (1)")
+        restoring = asyncio.ensure_future(restore_schema(b.run))
+        await b.observer.until_note("publishing new tables waits for open transactions")
+        assert not restoring.done()
+        assert await b.target("select from _live_migration.tables") == []
+        await writer.execute("insert into public.late values (2); commit")
+        await restoring
+        assert await b.target("select table_name from _live_migration.tables") == [("late",)]
+        await writer.close()
+
+
+# on which tables UPDATE and DELETE would fail
+
+IDENTITIES = {
+    "primary key": ("create table t (id int primary key, v int)", True),
+    "no key": ("create table t (id int, v int)", False),
+    "deferrable primary key": ("create table t (id int primary key deferrable, v int)", False),
+    "unique index alone": ("create table t (id int not null unique, v int)", False),
+    "identity index": (
+        "create table t (id int not null unique, v int); alter table t replica identity using index t_id_key",
+        True,
+    ),
+    "dropped identity index": (
+        "create table t (id int not null, v int); create unique index i on t (id); alter table t replica identity using index i; drop index i",
+        False,
+    ),
+    "nothing": ("create table t (id int primary key, v int); alter table t replica identity nothing", False),
+    "full": ("create table t (id int, v int); alter table t replica identity full", True),
+    "full, generated": (
+        "create table t (id int, v int, g int generated always as (v * 2) stored); alter table t replica identity full",
+        None,
+    ),
+    "full, virtual": (
+        "create table t (id int, v int, g int generated always as (v * 2) virtual); alter table t replica identity full",
+        None,
+    ),
+    "partition of a root that is full": (
+        """create table r (id int, v int) partition by list (id); alter table r replica identity full;
+           create table t partition of r for values in (1)""",
+        False,
+    ),
+    "attached to a root that is full": (
+        """create table r (id int, v int) partition by list (id); alter table r replica identity full;
+           create table t (id int, v int); alter table r attach partition t for values in (1)""",
+        False,
+    ),
+}
+"""What makes table `t`, and whether it may be published with all operations; None: as the version has it."""
+
+
+@pytest.mark.parametrize("version", [14, 18])
+@pytest.mark.parametrize("kind", IDENTITIES)
+async def test_an_identity_is_what_the_server_takes_for_one(
+    kind: str, version: int, postgres_server: PostgresFactory, fresh_database: DatabaseFactory
+) -> None:
+    """A published table without identity refuses UPDATE and DELETE, on the source, to its users: none may be published so."""
+    if kind == "full, virtual" and version < 18:
+        pytest.skip("there are no virtual columns before 18")
+    uri = await fresh_database(postgres_server(version))
+    script, expected = IDENTITIES[kind]
+    async with session(uri, "source") as connection:
+        await connection.execute(f"set search_path = public; {script}; insert into t (id, v) values (1, 1)")
+        (table,) = [each for each in await list_tables(connection) if each.name.name == "t"]
+        found = has_identity(table, version * 10_000)
+        await connection.execute("create publication p for table only t")
+        try:
+            await connection.execute("update t set v = 2")
+            is_taken = True
+        except asyncpg.PostgresError:
+            is_taken = False
+        assert found == is_taken
+        assert expected in (None, found)
