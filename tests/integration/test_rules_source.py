@@ -152,7 +152,8 @@ async def test_a_newcomer_is_planned_only_when_nobody_who_missed_its_publication
 async def test_nobody_queues_for_long_behind_a_lock_that_we_wait_for(source_database: str) -> None:
     """A reader holds the table, we want it for ourselves, and all who come after us would wait for both."""
     reader, other = await asyncpg.connect(source_database), await asyncpg.connect(source_database)
-    await reader.execute("create table public.t (id int); begin; select from public.t")
+    await reader.execute("create table public.t (id int)")
+    await reader.execute("begin; select from public.t")
     async with session(source_database, "source") as ours:
         oid = await ours.fetchval("select 'public.t'::regclass::oid")
         table = PublishedTable(oid, QualifiedName("public", "t"))

@@ -225,11 +225,9 @@ def test_with_one_lane_a_segment_ends_where_a_long_transaction_does() -> None:
     """The target commits there: under a steady stream of long transactions it would find no other place."""
     router = make_router([START])
     oid = OIDS[0]
-    for commit_lsn in (50, 60):
-        feed(
-            router,
-            [put_begin(commit_lsn), put_relation(oid), *[put_insert(oid, b"x" * 1000)] * 6, put_commit(commit_lsn)],
-        )
+    for commit_lsn, sizes in ((50, [1000] * 4), (60, [10])):
+        inserts = [put_insert(oid, b"x" * size) for size in sizes]
+        feed(router, [put_begin(commit_lsn), put_relation(oid), *inserts, put_commit(commit_lsn)])
     ends = [decode_header(value).last for record in router.take() for value in record.values]
     assert Position(50, COMMIT_ORDINAL) in ends
 
