@@ -75,6 +75,7 @@ async def test_settings_of_the_databases_change_no_value(
             "intervalstyle": "postgres",
             "timezone": "UTC",
             "extra_float_digits": "3",
+            "bytea_output": "hex",
             "search_path": "",
         }
         connection = await asyncpg.connect(uri, server_settings=plain)

@@ -203,6 +203,20 @@ async def test_rows_change_places_in_one_batch(pair: Pair) -> None:
     await pair.close()
 
 
+@pytest.mark.parametrize("constraint", ["unique (u)", "exclude using btree (u with =)"])
+async def test_rows_swap_a_value_that_must_be_unique_through_a_third(pair: Pair, constraint: str) -> None:
+    """The net effect alone would break the constraint half way: such a batch goes in source order."""
+    await pair.prepare(f"create table t (id int primary key, u int, v int, {constraint})")
+    await pair.source.execute("insert into t values (1, 1), (2, 2), (3, 3)")
+    await in_one_batch(pair)
+    await pair.source.execute("""
+        update t set u = -1 where id = 1; update t set u = 1 where id = 2; update t set u = 2 where id = 1; update t set v = 9;
+    """)
+    await in_one_batch(pair)
+    await pair.assert_equal(("t",))
+    await pair.close()
+
+
 # keys that are equal though their bytes are not
 
 UNEQUAL_BYTES = """
@@ -288,10 +302,11 @@ async def test_one_of_several_equal_rows_is_deleted(pair: Pair, most_changes: in
         delete from t where ctid = (select min(ctid) from t);
         delete from t where ctid = (select min(ctid) from t);
         update t set a = 2 where ctid = (select min(ctid) from t);
+        delete from t where b::text = '1.00';
     """)
     await pair.replay(binary=False, most_changes=most_changes, segments_per_batch=1)
     await pair.assert_equal(("t",))
-    assert await pair.source.fetchval("select count(*) from t") == 4
+    assert await pair.source.fetchval("select count(*) from t") == 3
     await pair.close()
 
 
