@@ -10,6 +10,7 @@ import asyncio
 import struct
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import NoReturn, Self
 
@@ -69,7 +70,8 @@ class ReplicationConnection:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._connection.terminate()
+        with suppress(RuntimeError):  # asyncpg says goodbye, which uvloop refuses on a transport that is closed already
+            self._connection.terminate()
 
     async def query(self, command: str) -> list[tuple[bytes | None, ...]]:
         """Run a command and give its rows.

@@ -17,6 +17,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from tests.chaos import journal
 from tests.chaos.disks import enter_namespace
 from tests.chaos.plan import make_plan
 from tests.chaos.round import Outcome, Round
@@ -35,17 +36,10 @@ def _arguments() -> argparse.Namespace:
         "--soak", type=float, metavar="MINUTES", help="no rounds, but one migration in replay for so long"
     )
     parser.add_argument("--rate", type=int, default=4000, help="changes a second in a soak, beside the random workload")
+    parser.add_argument("--summary", action="store_true", help="run nothing, but say what the log holds")
     parser.add_argument("--again", action="store_true", help="run seeds that have passed, too")
     parser.add_argument("--stop", action="store_true", help="stop at the first failure")
     return parser.parse_args()
-
-
-def passed_seeds(log: Path) -> set[int]:
-    """Give the seeds that the log has as passed."""
-    if not log.exists():
-        return set()
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    return {line["seed"] for line in lines if line["verdict"] == "ok"}
 
 
 def _report(outcome: Outcome, world: World, folder: Path) -> None:
@@ -81,16 +75,18 @@ async def _soak(arguments: argparse.Namespace) -> int:
         outcome = await soak.run()
         _report(outcome, world, folder)
     print(json.dumps(soak.samples.summary(), indent=1))
-    with (arguments.log or arguments.folder / "soaks.jsonl").open("a") as lines:
-        found = {"at": time.strftime("%F %T"), "minutes": arguments.soak, **soak.samples.summary(), **outcome.as_dict()}
-        lines.write(json.dumps(found) + "\n")
+    found = {"at": time.strftime("%F %T"), "minutes": arguments.soak, **soak.samples.summary(), **outcome.as_dict()}
+    journal.append(arguments.log or arguments.folder / "soaks.jsonl", found)
     return 0 if outcome.verdict == "ok" else 1
 
 
 async def _main(arguments: argparse.Namespace) -> int:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     log: Path = arguments.log or arguments.folder / "rounds.jsonl"
-    done = set() if arguments.again else passed_seeds(log)
+    if arguments.summary:
+        print(journal.summary(journal.read(log)))
+        return 0
+    done = set() if arguments.again else journal.passed_seeds(log)
     seeds = [seed for seed in range(arguments.seed, arguments.seed + arguments.rounds) if seed not in done]
     began, failed = time.monotonic(), 0
     task = asyncio.current_task()
@@ -106,8 +102,7 @@ async def _main(arguments: argparse.Namespace) -> int:
             folder = arguments.folder / f"seed-{seed}-{time.strftime('%d%H%M%S')}"
             outcome = await Round(world, make_plan(seed), folder).run()
             _report(outcome, world, folder)
-            with log.open("a") as lines:
-                lines.write(json.dumps({"at": time.strftime("%F %T"), **outcome.as_dict()}) + "\n")
+            journal.append(log, {"at": time.strftime("%F %T"), **outcome.as_dict()})
             await world.drop_databases(f"chaos_{seed}")
             failed += outcome.verdict != "ok"
             if failed and arguments.stop:

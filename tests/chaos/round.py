@@ -16,7 +16,7 @@ from tests.chaos import checks
 from tests.chaos.faults import Scene
 from tests.chaos.fleet import Fleet
 from tests.chaos.plan import PHASES, Plan, Step
-from tests.chaos.world import World
+from tests.chaos.world import GONE, World
 from tests.support.workload import Workload
 
 _STUCK_SECONDS = 240.0
@@ -234,7 +234,7 @@ class Round:
                         await asyncio.sleep(0.05)
                 finally:
                     connection.terminate()
-            except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            except GONE:
                 await asyncio.sleep(0.1)
 
     async def _look(self, connection: asyncpg.Connection) -> None:
@@ -249,6 +249,8 @@ class Round:
     async def _until_phase(self, phase: str) -> None:
         deadline = time.monotonic() + _STUCK_SECONDS
         while _ORDER.index(self._phase) < _ORDER.index(phase):
+            if self._watching and self._watching.done():
+                self._watching.result()
             if time.monotonic() > deadline:
                 raise RoundFailed(f"phase {phase} not reached within {_STUCK_SECONDS:g} s: {await self._state_of()}")
             await asyncio.sleep(0.03)
@@ -268,7 +270,7 @@ class Round:
                 return f"phase {self._phase}; " + "; ".join(row[0] for row in rows)
             finally:
                 connection.terminate()
-        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        except GONE as error:
             return f"phase {self._phase}; no state to be read: {error}"
 
     async def _verify_and_clean(self, fleet: Fleet) -> None:

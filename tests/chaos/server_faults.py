@@ -11,10 +11,8 @@ from typing import ClassVar
 import asyncpg
 
 from tests.chaos.faults import Fault, Scene
-from tests.chaos.world import Disk, Side
+from tests.chaos.world import GONE, Disk, Side
 from tests.support.workload import TABLES
-
-_GONE = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
 
 
 @asynccontextmanager
@@ -25,7 +23,7 @@ async def direct(scene: Scene, side: Side, database: str | None = None) -> Async
             try:
                 connection = await asyncpg.connect(scene.world.uri(side, database or scene.database), timeout=5)
                 break
-            except _GONE:
+            except GONE:
                 await asyncio.sleep(0.1)
     try:
         yield connection
@@ -47,7 +45,7 @@ class _Lock(Fault):
                 await connection.execute(f"begin; set local lock_timeout = '4s'; lock table {table} in {mode} mode")
                 await asyncio.sleep(seconds)
                 await connection.execute("rollback")
-        except _GONE as error:
+        except GONE as error:
             return f"{table}: {type(error).__name__}"
         return f"{table} in {mode} mode for {seconds:.1f} s"
 
@@ -85,7 +83,7 @@ class NoConnections(Fault):
                         scene.world.proxies["target"].cut()
                         is_cut = True
                     await asyncio.sleep(0.05)
-                except _GONE:
+                except GONE:
                     await asyncio.sleep(0.1)
         return f"{most} taken for {seconds:.1f} s"
 
@@ -147,7 +145,7 @@ class EndSessions(Fault):
         share, times = self.rng.random(), self.rng.randrange(1, 6)
         hit = 0
         for _ in range(times):
-            with suppress(*_GONE):
+            with suppress(*GONE):
                 async with direct(scene, side) as connection:
                     hit += await connection.fetchval(
                         f"""select count({function}(pid)) from pg_stat_activity where datname = current_database()

@@ -15,6 +15,7 @@ import asyncpg
 
 from live_migration.common.local_kafka import LocalKafka
 from live_migration.common.local_postgres import LocalPostgres, server_account
+from live_migration.common.postgres import CONNECTION_ERRORS
 from tests.chaos.disks import mount, unmount, why_no_disks
 from tests.chaos.proxy import Proxy
 from tests.fixtures.fix_postgres import drop_slots
@@ -23,6 +24,8 @@ Side = Literal["source", "target"]
 Endpoint = Literal["source", "target", "broker"]
 Disk = Literal["target", "broker"]
 
+GONE = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, *CONNECTION_ERRORS)
+"""What the harness's own sessions meet when a fault has hit their server."""
 DISKS: tuple[Disk, ...] = ("target", "broker")
 
 SERVER = {
