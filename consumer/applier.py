@@ -23,6 +23,7 @@ from live_migration.consumer import statements
 from live_migration.consumer.decoder import Batch, TableRun, TruncateStep, all_runs
 from live_migration.consumer.folding import NotFoldable, decode_change, fold, fold_whole_rows
 from live_migration.consumer.layouts import FIXED_SIZES, Span
+from live_migration.consumer.plain_updates import plain_updates
 from live_migration.consumer.refusal import BatchRefused, said
 from live_migration.consumer.row_code import binary_row_encoder
 from live_migration.consumer.row_encoding import (
@@ -176,8 +177,10 @@ class Applier:
     async def _apply_folded(self, run: TableRun) -> None:
         table = run.table
         messages = run.messages()
-        net = fold(messages, [column.index for column in table.key])
         binary = _is_binary(messages)
+        if await self._update_whole_rows(run, messages, binary=binary):
+            return
+        net = fold(messages, [column.index for column in table.key])
         if net.deletes:
             stage = await self._stage(table, "d", statements.key_stage_columns(table))
             await self._copy(
@@ -212,6 +215,20 @@ class Applier:
         if table.has_always_identity and _row_count(status) != len(updates):
             raise NotFoldable("an identity column that is generated always may have changed")
         self._expect_rows(run, "UPDATE", status, len(updates))
+
+    async def _update_whole_rows(self, run: TableRun, messages: Sequence[Message], *, binary: bool) -> bool:
+        """Apply a run that is nothing but updates of whole rows; tell whether it was one."""
+        table = run.table
+        every = statements.value_stage_columns(table, range(len(table.columns)))
+        updates = plain_updates(table, messages, binary=binary) if statements.assigns_beside_key(table) else None
+        if updates is None:
+            return False
+        count, rows = updates
+        stage = await self._stage(table, "a", every)
+        await self._copy(stage, None, rows, count, binary=binary)
+        status = await self._connection.execute(statements.update_whole_rows(table, stage.sql))
+        self._expect_rows(run, "UPDATE", status, count)
+        return True
 
     async def _apply_whole_rows(self, run: TableRun) -> None:
         table = run.table

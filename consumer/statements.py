@@ -63,6 +63,23 @@ def update_staged(table: TargetTable, stage: str, present: Sequence[int]) -> str
     return f"update {table.sql} t set {assignments} from {stage} s where {_staged_match(table, present)}"
 
 
+def _beside_key(table: TargetTable) -> list[int]:
+    keys = {column.index for column in table.key}
+    return assigned(table, [i for i in range(len(table.columns)) if i not in keys])
+
+
+def assigns_beside_key(table: TargetTable) -> bool:
+    """Tell whether an UPDATE of a whole row under its key has a column to assign."""
+    return bool(_beside_key(table))
+
+
+def update_whole_rows(table: TargetTable, stage: str) -> str:
+    """Set every column beside the key of the rows that are staged whole, under the names c0, c1 … of all columns."""
+    assignments = ", ".join(f"{quote_identifier(table.columns[i].name)} = s.c{i}" for i in _beside_key(table))
+    matches = " and ".join(f"t.{quote_identifier(c.name)} {c.equals} s.c{c.index}" for c in table.key)
+    return f"update {table.sql} t set {assignments} from {stage} s where {matches}"
+
+
 def count_staged(table: TargetTable, stage: str, present: Sequence[int]) -> str:
     """Count the rows that `update_staged` would hit: for updates that assign nothing."""
     return f"select count(*) from {table.sql} t join {stage} s on {_staged_match(table, present)}"

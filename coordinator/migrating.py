@@ -38,7 +38,7 @@ async def migrate(settings: Settings, *, recopy: bool = False) -> int:
     has_keys = sys.stdin is not None and sys.stdin.isatty()
     async with Display(Console(stderr=True), stop_hint(has_keys=has_keys)) as display:
         async with _signals(stop, ask_cutover, display), _keys(ask_cutover if has_keys else None):
-            async with _broker(settings, display.note, may_be_new=recopy) as reachable:
+            async with _broker(settings, display.note) as reachable:
                 await _conduct_with_display(reachable, display, stop, ask_cutover, recopy=recopy)
     if display.phase is Phase.DONE and not stop.is_set():
         return 0
@@ -115,17 +115,12 @@ async def _keys(ask_cutover: asyncio.Event | None) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def _broker(
-    settings: Settings, note: Callable[[str], None], *, may_be_new: bool = False
-) -> AsyncIterator[Settings]:
-    """Give settings with a broker: the one that is given, the one that the migration has, else one of our own in `dir`.
-
-    `may_be_new`: the one that the migration had was our own, and is gone with its folder: another takes its place.
-    """
+async def _broker(settings: Settings, note: Callable[[str], None]) -> AsyncIterator[Settings]:
+    """Give settings with a broker: the one that is given, the one that the migration has, else one of our own in `dir`."""
     folder = settings.dir / "kafka"
     if settings.kafka is None:
         migration, is_over = await _look_up(settings)
-        if migration is not None and (is_over or not (folder.exists() or (may_be_new and _had_own_broker(migration)))):
+        if migration is not None and (is_over or not folder.exists()):
             settings = settings.model_copy(update={"kafka": migration.kafka})
     if settings.kafka is not None:
         yield settings
@@ -133,10 +128,6 @@ async def _broker(
     note(f"starting a broker of our own in {folder}")
     async with LocalKafka(folder, flush_each_append=True) as broker:
         yield settings.model_copy(update={"kafka": broker.bootstrap})
-
-
-def _had_own_broker(migration: Migration) -> bool:
-    return migration.settings.get("workers") is True and migration.kafka.startswith("127.0.0.1:")
 
 
 async def _look_up(settings: Settings) -> tuple[Migration | None, bool]:

@@ -97,6 +97,22 @@ async def applied(target: str, rows: int, *, seconds: float = 120) -> None:
 
 
 @asynccontextmanager
+async def away(broker: LocalKafka, how: str) -> AsyncIterator[None]:
+    """Let the broker hang, or be gone."""
+    if how == "stopped":
+        os.kill(broker.pid, signal.SIGSTOP)
+    else:
+        await broker.kill()
+    try:
+        yield
+    finally:
+        if how == "stopped":
+            os.kill(broker.pid, signal.SIGCONT)
+        else:
+            await broker.start()
+
+
+@asynccontextmanager
 async def migrating(cli: Cli, *options: str) -> AsyncIterator[Migrate]:
     migrate = await cli.migrate("--consumers", "2", *options)
     try:
@@ -137,21 +153,14 @@ async def test_a_broker_away_for_longer_than_the_walsenders_patience(
                 await applied(target_database, 3 * 1024)
                 before, written = await walsender(source.uri(), unique_name), bulk.transactions
                 assert before is not None
-                if how == "stopped":
-                    os.kill(broker.pid, signal.SIGSTOP)
-                else:
-                    await broker.kill()
                 seen, began = set(), time.monotonic()
-                while (passed := time.monotonic() - began) < AWAY_SECONDS:
-                    seen.add(await walsender(source.uri(), unique_name))
-                    if passed < CLIENT_SECONDS:
-                        assert seen == {before}
-                    await asyncio.sleep(AWAY_SECONDS / 100)
-                written = bulk.transactions - written
-                if how == "stopped":
-                    os.kill(broker.pid, signal.SIGCONT)
-                else:
-                    await broker.start()
+                async with away(broker, how):
+                    while (passed := time.monotonic() - began) < AWAY_SECONDS:
+                        seen.add(await walsender(source.uri(), unique_name))
+                        if passed < CLIENT_SECONDS:
+                            assert seen == {before}
+                        await asyncio.sleep(AWAY_SECONDS / 100)
+                    written = bulk.transactions - written
             await workload.stop()
             began = time.monotonic()
             await finish(cli, migrate)

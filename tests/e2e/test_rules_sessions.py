@@ -75,6 +75,7 @@ async def test_settings_of_the_databases_change_no_value(
             "intervalstyle": "postgres",
             "timezone": "UTC",
             "extra_float_digits": "3",
+            "bytea_output": "hex",
             "search_path": "",
         }
         connection = await asyncpg.connect(uri, server_settings=plain)
@@ -94,7 +95,7 @@ async def test_rows_that_a_policy_hides_are_not_left_out(
     await admin.execute(
         f"""create role {role} login replication password 'pw'; create table public.t (id int primary key);
             insert into public.t select generate_series(1, 100); grant all on public.t to {role};
-            alter table public.t enable row level security; create policy some on public.t using (id < 10)"""
+            alter table public.t enable row level security; create policy few on public.t using (id < 10)"""
     )
     restricted = await asyncpg.connect(source_database.replace("postgres@", f"{role}:pw@"))
     try:

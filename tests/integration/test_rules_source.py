@@ -21,6 +21,7 @@ from live_migration.consumer.table_snapshot import import_snapshot, lock_table
 from live_migration.coordinator.planning import has_identity
 from live_migration.coordinator.prepare import prepare
 from live_migration.coordinator.schema import restore_schema
+from live_migration.producer.publication import PublishedTable, set_identity_full
 from tests.fixtures.fix_postgres import SETTINGS, DatabaseFactory, PostgresFactory
 from tests.integration.test_conductor import MakeSettings, bench, make_settings  # noqa: F401
 from tests.support.copying import consumers, contents, plan, run_sql, settings_for, until_ready
@@ -143,6 +144,28 @@ async def test_a_newcomer_is_planned_only_when_nobody_who_missed_its_publication
         await restoring
         assert await b.target("select table_name from _live_migration.tables") == [("late",)]
         await writer.close()
+
+
+# locks
+
+
+async def test_nobody_queues_for_long_behind_a_lock_that_we_wait_for(source_database: str) -> None:
+    """A reader holds the table, we want it for ourselves, and all who come after us would wait for both."""
+    reader, other = await asyncpg.connect(source_database), await asyncpg.connect(source_database)
+    await reader.execute("create table public.t (id int)")
+    await reader.execute("begin; select from public.t")
+    async with session(source_database, "source") as ours:
+        oid = await ours.fetchval("select 'public.t'::regclass::oid")
+        table = PublishedTable(oid, QualifiedName("public", "t"))
+        altering = asyncio.ensure_future(set_identity_full(ours, table, lock_timeout=0.5))
+        await until_waiting(source_database, ours.get_server_pid())
+        await other.execute("set lock_timeout = '20s'; insert into public.t values (1)")
+        assert not altering.done()
+        await reader.execute("commit")
+        await altering
+        assert await ours.fetchval("select relreplident = 'f' from pg_class where oid = $1", oid)
+    await reader.close()
+    await other.close()
 
 
 # on which tables UPDATE and DELETE would fail

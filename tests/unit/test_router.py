@@ -15,7 +15,7 @@ from live_migration.common.control import WalMessage
 from live_migration.common.errors import FormatError
 from live_migration.common.lanes import lane_of
 from live_migration.common.relation import QualifiedName
-from live_migration.common.segment import COMMIT_ORDINAL, START, Position
+from live_migration.common.segment import COMMIT_ORDINAL, START, Position, decode_header
 from live_migration.producer.ack_tracker import AckTracker
 from live_migration.producer.batcher import Record
 from live_migration.producer.router import Router
@@ -213,6 +213,17 @@ def test_a_relation_that_changes_is_described_anew_in_a_segment_of_its_own() -> 
     assert after.index(changed) < after.index(put_insert(oid, b"3"))
     numbers = [each.position.ordinal for each in decode_lane(lane(oid), [before, after])]
     assert numbers == [1, 2, 3, COMMIT_ORDINAL]
+
+
+def test_with_one_lane_a_segment_ends_where_a_long_transaction_does() -> None:
+    """The target commits there: under a steady stream of long transactions it would find no other place."""
+    router = make_router([START])
+    oid = OIDS[0]
+    for commit_lsn, sizes in ((50, [1000] * 4), (60, [10])):
+        inserts = [put_insert(oid, b"x" * size) for size in sizes]
+        feed(router, [put_begin(commit_lsn), put_relation(oid), *inserts, put_commit(commit_lsn)])
+    ends = [decode_header(value).last for record in router.take() for value in record.values]
+    assert Position(50, COMMIT_ORDINAL) in ends
 
 
 def test_the_key_names_the_table_where_there_is_one() -> None:
