@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
 from typing import ClassVar
 
 import asyncpg
@@ -166,14 +168,28 @@ class _Full(Fault):
         spare, seconds = round(10 ** self.rng.uniform(3, 6)), self.rng.uniform(0.5, 6)
         filler = folder / "filler"
         async with scene.world.busy[self.disk]:
-            free = os.statvfs(folder)
-            with filler.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, max(free.f_bavail * free.f_frsize - spare, 4096))
             try:
+                _fill(filler, spare)
                 await asyncio.sleep(seconds)
             finally:
-                filler.unlink()
+                filler.unlink(missing_ok=True)
         return f"{spare} bytes free for {seconds:.1f} s"
+
+
+def _fill(filler: Path, spare: int) -> None:
+    """Make a file that leaves `spare` bytes of its disk free."""
+    with filler.open("wb") as file:
+        while True:
+            disk = os.statvfs(filler.parent)
+            try:
+                os.posix_fallocate(file.fileno(), 0, max(disk.f_bavail * disk.f_frsize - spare, 4096))
+                return
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                if disk.f_bavail * disk.f_frsize <= spare:
+                    return  # full enough already
+                # The server has just taken what was free a moment ago.
 
 
 class TargetDiskFull(_Full):
