@@ -137,6 +137,7 @@ class _Preflight:
             await self._check("target", self._check_target, target)
         if source:
             await self._check("source", self._check_server, source, "source")
+        if source and "source" in self._servers:  # else it has gone away meanwhile, which is a finding by now
             for check in (self._check_source, self._check_role, self._check_tables, self._check_leftovers):
                 await self._check("source", check, source)
             await self._check("source", self._check_walsender)

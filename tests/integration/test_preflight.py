@@ -16,7 +16,9 @@ import pytest
 from live_migration.common import kafka, state
 from live_migration.common.errors import LiveMigrationError
 from live_migration.common.local_postgres import LocalPostgres
+from live_migration.common.postgres import Side
 from live_migration.common.settings import Settings, load_settings
+from live_migration.coordinator import preflight
 from live_migration.coordinator.findings import Finding
 from live_migration.coordinator.preflight import require_clean, validate
 from tests.fixtures.fix_postgres import SETTINGS, PostgresFactory, run_apart
@@ -365,3 +367,19 @@ async def test_extension_that_the_target_lacks_is_an_error_only_where_it_is_used
 
 async def test_client_programs_that_are_too_old_are_named(settings: Settings, tmp_path: Path) -> None:
     assert "--pg-bin" in await only_error(with_(settings, pg_bin=tmp_path))
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+async def test_a_server_that_goes_away_in_the_midst_of_the_checks_is_told(
+    settings: Settings, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = preflight._Preflight._check_server
+
+    async def cut(self: preflight._Preflight, connection: asyncpg.Connection, of: Side) -> list[Finding]:
+        if of == side:
+            connection.terminate()
+        return await check(self, connection, of)
+
+    monkeypatch.setattr(preflight._Preflight, "_check_server", cut)
+    found = errors(await validate(settings))
+    assert any(f"the connection to the {side} broke" in error for error in found), found
