@@ -33,7 +33,7 @@ _DATA_ROW, _ERROR, _READY = ord("D"), ord("E"), ord("Z")
 
 
 class StreamFailed(ConnectionLost):
-    """The server ended the stream with an error of its own. Once may be chance; twice at one LSN is not."""
+    """The server ended the stream with an error of its own. Once may be chance; again and again at one LSN is not."""
 
 
 class SlotInUse(ConnectionLost):

@@ -175,10 +175,10 @@ def stream_options(config: ProducerConfig, quoted_publications: Sequence[str]) -
     return options
 
 
-def explain_repeated_failure(lsn: int, reason: str) -> SourceError:
-    """Give the error for a stream that the server ended twice at the same LSN."""
+def explain_repeated_failure(lsn: int, times: int, reason: str) -> SourceError:
+    """Give the error for a stream that the server ended several times at the same LSN."""
     return SourceError(
-        f"the source cannot stream the changes after {Lsn(lsn)}; it failed twice there: {reason}",
+        f"the source cannot stream the changes after {Lsn(lsn)}; it failed {times} times there: {reason}",
         hint="The source's log tells the table. A value that is too big as text, bytes that are not text in the "
         "database's encoding, or a type without binary output stop decoding: mend the cause or take the table out "
         "of the publication, then start the producer again.",

@@ -31,6 +31,8 @@ _LONGEST_DELAY_SECONDS = 10.0
 _DRAIN_SECONDS = 20.0
 _FAREWELL_SECONDS = 10.0
 _REPORT_SECONDS = 2.0
+_MOST_FAILURES = 5
+"""Of the stream at one LSN, by errors of the server's own: some seconds in all."""
 
 
 async def run_producer(settings: Settings, stop: asyncio.Event) -> None:
@@ -75,6 +77,7 @@ class _Service:
         self._broker_backoff = _Backoff(stop)
         self._source_backoff = _Backoff(stop)
         self._failed_at: int | None = None
+        self._failures = 0
 
     async def run(self) -> None:
         while not self._stop.is_set():
@@ -157,13 +160,17 @@ class _Service:
                     self._broker_backoff.reset()
 
     def _check_repetition(self, error: ConnectionLost, publisher: Publisher, config: ProducerConfig) -> None:
-        """Raise SourceError when the server ended the stream by an error of its own twice at one LSN."""
+        """Raise SourceError when the server ended the stream by errors of its own again and again at one LSN.
+
+        Not at the second time: decoding that failed once, and once more, was seen to pass later.
+        """
         if not isinstance(error, StreamFailed):
             return
         lsn = publisher.position.confirm_lsn if publisher.position else config.start_lsn
-        if self._failed_at == lsn:
-            raise explain_repeated_failure(lsn, error.message) from error
+        self._failures = self._failures + 1 if self._failed_at == lsn else 1
         self._failed_at = lsn
+        if self._failures >= _MOST_FAILURES:
+            raise explain_repeated_failure(lsn, self._failures, error.message) from error
 
     async def _pause(self, publisher: Publisher, error: ConnectionLost) -> None:
         """Wait before the source is tried again, and let everybody see why."""

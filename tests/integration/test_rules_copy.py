@@ -145,7 +145,7 @@ async def test_a_table_is_emptied_only_for_its_own_attempt(
                values ($1, 0, 2, 0, null, 8192, 'done')""",
             oid,
         )
-        origin = CopyOrigin("1:1:", 1, "[]", True)
+        origin = CopyOrigin("1:1:", 1, 1, "[]", True)
         claim = TableClaim(oid, NAME, attempt, False)
         async with target.transaction():  # the one that empties the table
             with pytest.raises(Fenced):

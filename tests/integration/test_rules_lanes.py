@@ -75,7 +75,7 @@ async def test_a_lane_that_comes_back_is_taken_from_an_owner_that_hangs(
                 return await checkpoints.is_taken_over(it.target, 0, "me")
 
             await it.until(is_mine)
-            await checkpoints.acquire(frozen, 0, "frozen")
+            await checkpoints.acquire(frozen, 0, "frozen", migration.topic_id)
             lane.assigned_again()
             grow(it.lanes[0], expected, range(5))
             await it.send()
@@ -84,7 +84,7 @@ async def test_a_lane_that_comes_back_is_taken_from_an_owner_that_hangs(
 
             # without the group's word it stays with the other
             other = await asyncpg.connect(target_database)
-            await checkpoints.acquire(other, 0, "other")
+            await checkpoints.acquire(other, 0, "other", migration.topic_id)
             grow(it.lanes[0], {}, range(5, 10))
             await it.send()
             with pytest.raises(TimeoutError):

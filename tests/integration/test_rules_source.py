@@ -81,9 +81,10 @@ async def shared_snapshot(source: str, holder: asyncpg.Connection) -> PartClaim:
     name = QualifiedName("public", "t")
     async with session(source, "source") as connection:
         oid = await connection.fetchval("select 'public.t'::regclass::oid")
-    await lock_table(holder, TableClaim(oid, name, 1, False), 5)
+    locked = await lock_table(holder, TableClaim(oid, name, 1, False), 5)
     snapshot_id = await holder.fetchval("select pg_export_snapshot()")
-    return PartClaim(oid, name, 1, 0, BlockRange(0, None, 8192), snapshot_id, CopyPlan(name, ("id", "v"), True))
+    plan = CopyPlan(name, ("id", "v"), True)
+    return PartClaim(oid, name, 1, 0, BlockRange(0, None, 8192), snapshot_id, plan, locked.timeline)
 
 
 REWRITE = "alter table public.t alter v type bigint"
