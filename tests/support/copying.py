@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import sys
+import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -93,7 +94,9 @@ async def consumers(settings: Settings, count: int = 1) -> AsyncIterator[list[as
     finally:
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(outcome, Exception):  # the test fails for what the consumer did not do: here is why
+                print("a consumer failed:", *traceback.format_exception(outcome))
 
 
 @asynccontextmanager
