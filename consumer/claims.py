@@ -18,7 +18,6 @@ from live_migration.consumer.copy_stream import CopyPlan
 from live_migration.consumer.parts import BlockRange
 from live_migration.consumer.sessions import Backend
 
-_INDEX_CLAIM_LOCK = 5_069_837_231_101_002
 """Advisory lock: indexes are claimed one after another, as the rule for one table's looks at several rows."""
 
 
@@ -115,23 +114,7 @@ _CLAIM_PART = f"""
               t.columns, t.binary_copy, t.timeline
 """
 
-_IS_EXCLUSIVE = r"exists (select from unnest({}.statements) s where s !~* '^\s*create\s+(unique\s+)?index\s')"
-"""Whether an index's statements lock its table against other builds (ALTER TABLE), as CREATE INDEX does not."""
-
-_CLAIM_INDEX = f"""
-    with candidate as (
-        select i.oid from _live_migration.indexes i join _live_migration.tables t on t.oid = i.table_oid
-        where t.state = 'copied' and i.state = 'pending' and coalesce(i.retry_at <= clock_timestamp(), true)
-          and not exists (select from _live_migration.indexes o
-                          where o.table_oid = i.table_oid and o.state = 'building'
-                            and ({_IS_EXCLUSIVE.format("o")} or {_IS_EXCLUSIVE.format("i")}))
-        order by i.is_primary desc, i.is_unique desc, i.size_bytes desc, i.oid
-        limit 1 for update of i skip locked
-    )
-    update _live_migration.indexes i set state = 'building', retry_at = null, {_LEASE}
-    from candidate c, _live_migration.tables t where i.oid = c.oid and t.oid = i.table_oid
-    returning i.oid, i.table_oid, t.schema_name, t.table_name, i.name, i.statements
-"""
+_CLAIM_INDEX = "select * from _live_migration.claim_index($1, $2, $3, $4)"
 
 
 async def claim_table(connection: asyncpg.Connection, who: Claimant) -> TableClaim | None:
@@ -166,14 +149,10 @@ async def claim_part(connection: asyncpg.Connection, who: Claimant) -> PartClaim
 async def claim_index(connection: asyncpg.Connection, who: Claimant) -> IndexClaim | None:
     """Claim an index of a copied table: primary keys first, then unique ones, then the biggest.
 
-    What locks its table (a constraint) is never claimed beside another of the same table. The transaction ends by itself
-    should we be stopped in it, as every claim waits for its lock.
+    What locks its table (a constraint) is never claimed beside another of the same table: claims wait for one another, in a
+    function, since a consumer that is stopped between two statements would keep that lock and hold up everybody.
     """
-    await connection.execute(
-        f"begin; set local idle_in_transaction_session_timeout = '5s'; select pg_advisory_xact_lock({_INDEX_CLAIM_LOCK})"
-    )
     row = await connection.fetchrow(_CLAIM_INDEX, *_fields(who))
-    await connection.execute("commit")
     if row is None:
         return None
     table = QualifiedName(row["schema_name"], row["table_name"])

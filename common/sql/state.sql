@@ -190,3 +190,33 @@ create table _live_migration.foreign_keys (
     is_valid boolean not null,                  -- on the source
     state text not null default 'pending' check (state in ('pending', 'added', 'valid', 'failed'))
 );
+
+-- Whether an index's statements lock its table against other builds (ALTER TABLE), as CREATE INDEX does not.
+create function _live_migration.is_exclusive(statements text[]) returns boolean language sql immutable as $function$
+    select exists (select from unnest(statements) s where s !~* '^\s*create\s+(unique\s+)?index\s')
+$function$;
+
+-- Claims one after the other; the lock is taken and let go within one statement, whatever becomes of who claims.
+create function _live_migration.claim_index(text, integer, timestamptz, double precision)
+returns table (oid oid, table_oid oid, schema_name text, table_name text, name text, statements text[])
+language plpgsql set lock_timeout = '2s' as $function$
+#variable_conflict use_column
+begin
+    perform pg_advisory_xact_lock(5069837231101002);
+    return query
+        with candidate as (
+            select i.oid from _live_migration.indexes i join _live_migration.tables t on t.oid = i.table_oid
+            where t.state = 'copied' and i.state = 'pending' and coalesce(i.retry_at <= clock_timestamp(), true)
+              and not exists (select from _live_migration.indexes o
+                              where o.table_oid = i.table_oid and o.state = 'building'
+                                and (_live_migration.is_exclusive(o.statements) or _live_migration.is_exclusive(i.statements)))
+            order by i.is_primary desc, i.is_unique desc, i.size_bytes desc, i.oid
+            limit 1 for update of i skip locked
+        )
+        update _live_migration.indexes i
+        set state = 'building', retry_at = null, owner = $1, backend_pid = $2, backend_start = $3,
+            lease_until = clock_timestamp() + make_interval(secs => $4)
+        from candidate c, _live_migration.tables t where i.oid = c.oid and t.oid = i.table_oid
+        returning i.oid, i.table_oid, t.schema_name, t.table_name, i.name, i.statements;
+end
+$function$;

@@ -101,6 +101,33 @@ async def test_a_consumer_that_dies_or_hangs_is_succeeded(
         assert await fetch_value(target_database, gone) > 0
 
 
+async def test_whoever_holds_the_lock_of_index_claims_holds_up_no_succession(
+    source_database: str, target_database: str
+) -> None:
+    """Claims of all kinds are made one at a time in a consumer, and the dead are succeeded between them: none may wait for ever."""
+    await make(source_database, target_database, stall="small")
+    settings = settings_for(source_database, target_database, part_size=PART)
+    blocker, other = await asyncpg.connect(target_database), await asyncpg.connect(target_database)
+    try:
+        await blocker.execute("select pg_advisory_lock(1)")
+        async with consumer_process(settings, "first") as first:
+            await until_stalled(target_database)
+            first.kill()
+            await other.execute("select pg_advisory_lock(5069837231101002)")
+            async with consumers(settings, 1):
+                taken_over = (
+                    "select attempt > 1 and owner = 'consumer-0' from _live_migration.tables where table_name = 'small'"
+                )
+                await until(target_database, taken_over)
+                await other.execute("select pg_advisory_unlock_all()")
+                await blocker.execute("select pg_advisory_unlock(1)")
+                await until_ready(target_database)
+    finally:
+        await blocker.close()
+        await other.close()
+    await assert_equal(source_database, target_database)
+
+
 async def test_a_dead_consumer_s_part_is_done_by_another_while_the_holder_goes_on(
     source_database: str, target_database: str
 ) -> None:
