@@ -95,6 +95,10 @@ _TABLES = """
 """
 
 
+CURRENT_TIMELINE = "('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int"
+"""The timeline that a primary writes on, from the name of its WAL file: an expression, which fails on a standby."""
+
+
 async def read_columns(connection: asyncpg.Connection, oids: Iterable[int]) -> dict[int, tuple[ColumnInfo, ...]]:
     """Give the columns of relations by oid, in attnum order; a relation that is gone, or has no column, is absent."""
     columns: dict[int, list[ColumnInfo]] = {}

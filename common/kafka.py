@@ -15,7 +15,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.protocol.admin import DeleteGroupsRequest
 
 from live_migration.common.errors import RECOPY, ConnectionLost, KafkaError, LiveMigrationError, LogGap
-from live_migration.common.kafka_clients import AdminClient, client_options, log_consumer
+from live_migration.common.kafka_clients import AdminClient, LogProducer, client_options, log_consumer
 from live_migration.common.settings import Settings
 
 CHANGES_CONFIG = {
@@ -158,19 +158,23 @@ async def check_topics(settings: Settings, lane_count: int) -> None:
                 hint=f"Partitions must never be added to this topic. {RECOPY}",
             )
         await _check_config(client, settings.changes_topic)
-    await check_dead_letter_topic(settings)
+        await _check_dead_letters(client, settings.dead_letter_topic)
 
 
 async def check_dead_letter_topic(settings: Settings) -> None:
     """Raise KafkaError unless the topic is there and keeps what is in it."""
     async with admin(settings) as client:
-        if not await topic_exists(client, settings.dead_letter_topic):
-            config = ", ".join(f"{key}={value}" for key, value in CHANGES_CONFIG.items())
-            raise KafkaError(
-                f"topic {settings.dead_letter_topic} does not exist any more",
-                hint=f"Somebody deleted it, and the letters in it are lost. Create it with one partition and {config}.",
-            )
-        await _check_config(client, settings.dead_letter_topic)
+        await _check_dead_letters(client, settings.dead_letter_topic)
+
+
+async def _check_dead_letters(client: AdminClient, topic: str) -> None:
+    if not await topic_exists(client, topic):
+        config = ", ".join(f"{key}={value}" for key, value in CHANGES_CONFIG.items())
+        raise KafkaError(
+            f"topic {topic} does not exist any more",
+            hint=f"Somebody deleted it, and the letters in it are lost. Create it with one partition and {config}.",
+        )
+    await _check_config(client, topic)
 
 
 async def _check_config(client: AdminClient, topic: str) -> None:
@@ -198,6 +202,24 @@ async def _await_leaders(client: AdminClient, settings: Settings) -> None:
             if len(partitions) == settings.partitions + 1 and all(p["leader"] >= 0 for p in partitions):
                 return
             await asyncio.sleep(0.1)
+
+
+@asynccontextmanager
+async def sending(settings: Settings, topic: str) -> AsyncIterator[LogProducer]:
+    """Give a client for a few records, each of which is there, on all replicas in sync, once `send_and_wait` returns.
+
+    Raises:
+        ConnectionLost | KafkaError: the broker cannot be reached, or refuses; `topic` is named in it.
+    """
+    try:
+        producer = LogProducer(**client_options(settings), acks="all", enable_idempotence=True)
+        await producer.start()
+        try:
+            yield producer
+        finally:
+            await producer.stop()
+    except kafka_errors.KafkaError as error:
+        raise translate(error, f"writing {topic}") from error
 
 
 async def read_control(settings: Settings) -> dict[bytes, bytes]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 
 from live_migration.common.errors import FormatError
 from live_migration.common.relation import Column, QualifiedName, Relation, ReplicaIdentity
@@ -23,6 +24,9 @@ UPDATE = 0x55  # 'U'
 DELETE = 0x44  # 'D'
 TRUNCATE = 0x54  # 'T'
 MESSAGE = 0x4D  # 'M'
+
+EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
+"""What PostgreSQL counts its times from."""
 
 _BEGIN = struct.Struct(">BQqI")
 _COMMIT = struct.Struct(">BBQQq")
@@ -79,6 +83,11 @@ def _text(body: bytes, start: int, what: str) -> tuple[str, int]:
             f"{what} message: string at byte {start} is not UTF-8",
             hint="The source's database must have an encoding that converts to UTF-8; SQL_ASCII does not.",
         ) from error
+
+
+def timestamp(microseconds: int) -> datetime:
+    """Give a time of the stream, µs since `EPOCH`."""
+    return EPOCH + timedelta(microseconds=microseconds)
 
 
 def decode_begin(message: bytes) -> Begin:

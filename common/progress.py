@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -11,6 +11,7 @@ CAUGHT_UP_BYTES = 512_000
 """Below this lag the target counts as caught up, as in the original program."""
 CAUGHT_UP_SECONDS = 10.0
 """So it does where the lag would be gone in this time at the present rates."""
+_NAMES_SHOWN = 10
 
 
 def format_bytes(count: float) -> str:
@@ -32,6 +33,13 @@ def format_count(count: float) -> str:
 def format_number_of(count: int, noun: str) -> str:
     """Give a number with its noun, which takes an s in the plural: `1 table`, `2,000 tables`."""
     return f"{format_count(count)} {noun}{'' if count == 1 else 's'}"
+
+
+def name_list(names: Iterable[object]) -> str:
+    """Give names for a message, the first ten of them."""
+    given = [str(name) for name in names]
+    more = len(given) - _NAMES_SHOWN
+    return ", ".join(given[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def format_duration(seconds: float) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import struct
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from uuid import UUID
 
-_EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
+from live_migration.common.pgoutput import EPOCH, timestamp
 
 JsonValue = str | None | dict[str, str] | dict[str, bool]
 
@@ -30,14 +30,14 @@ def _timestamp(value: bytes) -> str:
     microseconds = int.from_bytes(value, "big", signed=True)
     if microseconds in (2**63 - 1, -(2**63)):
         return "infinity" if microseconds > 0 else "-infinity"
-    return str((_EPOCH + timedelta(microseconds=microseconds)).replace(tzinfo=None))
+    return str(timestamp(microseconds).replace(tzinfo=None))
 
 
 def _date(value: bytes) -> str:
     days = int.from_bytes(value, "big", signed=True)
     if days in (2**31 - 1, -(2**31)):
         return "infinity" if days > 0 else "-infinity"
-    return str((_EPOCH + timedelta(days=days)).date())
+    return str((EPOCH + timedelta(days=days)).date())
 
 
 _NUMERIC_SPECIAL = {0xC000: "NaN", 0xD000: "Infinity", 0xF000: "-Infinity"}

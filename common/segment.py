@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from live_migration.common import pgoutput
 from live_migration.common.errors import FormatError
@@ -89,12 +89,15 @@ class SegmentHeader(NamedTuple):
     fragment_count: int
 
 
-class Frame(NamedTuple):
+Body = TypeVar("Body", bytes, memoryview)
+
+
+class Frame(NamedTuple, Generic[Body]):
     """One message of a segment. `ordinal` is 0 for messages that are not changes."""
 
     kind: int
     ordinal: int
-    message: bytes
+    message: Body
 
 
 def encode_header(header: SegmentHeader) -> bytes:
@@ -142,7 +145,7 @@ def frame(message: bytes, relative_ordinal: int = 0) -> bytes:
     return FRAME.pack(len(message), relative_ordinal) + message
 
 
-def iterate_frames(body: bytes) -> Iterator[Frame]:
+def iterate_frames(body: bytes) -> Iterator[Frame[bytes]]:
     """Give a segment's frames in order, Begin frames without their base.
 
     This is the readable form, for people's tools and tests; the consumer's decoder has a faster loop of its own.
@@ -150,11 +153,18 @@ def iterate_frames(body: bytes) -> Iterator[Frame]:
     Raises:
         FormatError: the body ends within a frame.
     """
+    for _, each in iterate_placed_frames(body):
+        yield each
+
+
+def iterate_placed_frames(body: Body) -> Iterator[tuple[int, Frame[Body]]]:
+    """Give `iterate_frames`, each with the byte that its frame begins at; those of a view hold views."""
     at, end, base = 0, len(body), 0
     while at < end:
         if at + FRAME.size > end:
             raise FormatError(f"segment ends within a frame at byte {at}")
         length, relative = FRAME.unpack_from(body, at)
+        begin = at
         at += FRAME.size
         message = body[at : at + length]
         if not length or len(message) != length:
@@ -165,6 +175,6 @@ def iterate_frames(body: bytes) -> Iterator[Frame]:
             if length <= BASE.size:
                 raise FormatError(f"begin frame at byte {at - length} is too short")
             (base,) = BASE.unpack_from(message, length - 8)
-            yield Frame(kind, 0, message[:-8])
+            yield begin, Frame(kind, 0, message[:-8])
         else:
-            yield Frame(kind, base + relative if relative else 0, message)
+            yield begin, Frame(kind, base + relative if relative else 0, message)

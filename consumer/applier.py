@@ -22,10 +22,10 @@ from live_migration.common.relation import QualifiedName
 from live_migration.consumer import statements
 from live_migration.consumer.decoder import Batch, TableRun, TruncateStep, all_runs
 from live_migration.consumer.folding import NotFoldable, decode_change, fold, fold_whole_rows
-from live_migration.consumer.layouts import FIXED_SIZES, Span
+from live_migration.consumer.layouts import Span
 from live_migration.consumer.plain_updates import plain_updates
 from live_migration.consumer.refusal import BatchRefused, said
-from live_migration.consumer.row_code import binary_row_encoder
+from live_migration.consumer.row_code import copy_rows
 from live_migration.consumer.row_encoding import (
     UNCHANGED,
     CopyRow,
@@ -33,8 +33,6 @@ from live_migration.consumer.row_encoding import (
     Value,
     binary_row,
     copy_chunks,
-    in_blocks,
-    insert_text_blocks,
     is_binary,
     text_row,
 )
@@ -219,12 +217,12 @@ class Applier:
     async def _update_whole_rows(self, run: TableRun, messages: Sequence[Message], *, binary: bool) -> bool:
         """Apply a run that is nothing but updates of whole rows; tell whether it was one."""
         table = run.table
-        every = statements.value_stage_columns(table, range(len(table.columns)))
         updates = plain_updates(table, messages, binary=binary) if statements.assigns_beside_key(table) else None
         if updates is None:
             return False
         count, rows = updates
-        stage = await self._stage(table, "a", every)
+        every_column = statements.value_stage_columns(table, range(len(table.columns)))
+        stage = await self._stage(table, "a", every_column)
         await self._copy(stage, None, rows, count, binary=binary)
         status = await self._connection.execute(statements.update_whole_rows(table, stage.sql))
         self._expect_rows(run, "UPDATE", status, count)
@@ -314,19 +312,16 @@ class Applier:
 
 def _insert_rows(run: TableRun) -> tuple[Iterator[CopyRow], bool]:
     """Give a run of inserts as rows of COPY, spans as blocks of rows, and whether they are binary."""
-    columns = run.table.relation.columns
-    encode = binary_row_encoder(tuple([FIXED_SIZES.get(column.type_oid) for column in columns]))
-    lists = [piece for piece in run.pieces() if not isinstance(piece, Span)]
-    binary = len(lists) < sum(1 for _ in run.pieces()) or _is_binary(chain.from_iterable(lists))
+    pieces = list(run.pieces())
+    lists = [piece for piece in pieces if not isinstance(piece, Span)]
+    binary = len(lists) < len(pieces) or _is_binary(chain.from_iterable(lists))
 
     def rows() -> Iterator[CopyRow]:
-        for piece in run.pieces():
+        for piece in pieces:
             if isinstance(piece, Span):
                 yield piece.rows()
-            elif binary:
-                yield from in_blocks(piece, encode)
             else:
-                yield from insert_text_blocks(piece)
+                yield from copy_rows(run.table.relation, piece, binary=binary)
 
     return rows(), binary
 

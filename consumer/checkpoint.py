@@ -7,17 +7,15 @@ that wakes up later hits no row any more and writes nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import asyncpg
 
 from live_migration.common.errors import Fenced, TargetError
 from live_migration.common.lsn import Lsn
+from live_migration.common.pgoutput import timestamp
 from live_migration.common.postgres import terminate_backend
 from live_migration.common.segment import Position
-
-_EPOCH_BEGIN = datetime(2000, 1, 1, tzinfo=UTC)
 
 _IS_APPLIED = """exists (select from _live_migration.migration m
                           where m.topic_id = ${} and m.phase in ('replay', 'cutover', 'done'))"""
@@ -109,7 +107,7 @@ async def advance(connection: asyncpg.Connection, checkpoint: Checkpoint, by: Ad
     Raises:
         Fenced: a successor holds the lane; roll back.
     """
-    commit_time = None if by.commit_time is None else _EPOCH_BEGIN + timedelta(microseconds=by.commit_time)
+    commit_time = None if by.commit_time is None else timestamp(by.commit_time)
     status = await connection.execute(
         _ADVANCE,
         checkpoint.lane,

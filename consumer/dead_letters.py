@@ -9,15 +9,12 @@ from __future__ import annotations
 import base64
 import codecs
 from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
 import orjson
-from aiokafka import errors as kafka_errors
 
 from live_migration.common import pgoutput
-from live_migration.common.kafka import check_dead_letter_topic, translate
-from live_migration.common.kafka_clients import LogProducer, client_options
+from live_migration.common.kafka import check_dead_letter_topic, sending
 from live_migration.common.readable import readable
 from live_migration.common.relation import Relation, ReplicaIdentity
 from live_migration.common.settings import Settings
@@ -28,7 +25,6 @@ from live_migration.consumer.segment_walk import LoggedChange
 PIECE_BYTES = 512 * 1024
 _SLICE_BYTES = 384 * 1024  # a multiple of 3, for base64
 _SMALL_BYTES = 64 * 1024
-_EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 _TEXT_TYPES = frozenset((19, 25, 114, 1042, 1043))
 _JSONB = 3802
 
@@ -42,19 +38,12 @@ async def send_letter(settings: Settings, key: str, letter: Iterable[bytes]) -> 
     """
     await check_dead_letter_topic(settings)
     letter_id = uuid4().bytes
-    try:
-        producer = LogProducer(**client_options(settings), acks="all", enable_idempotence=True)
-        await producer.start()
-        try:
-            for number, (piece, is_last) in enumerate(_pieces(letter)):
-                headers = [("letter", letter_id), ("piece", str(number).encode()), *[("last", b"")] * is_last]
-                await producer.send_and_wait(
-                    settings.dead_letter_topic, piece, key=key.encode(), partition=0, headers=headers
-                )
-        finally:
-            await producer.stop()
-    except kafka_errors.KafkaError as error:
-        raise translate(error, f"writing {settings.dead_letter_topic}") from error
+    async with sending(settings, settings.dead_letter_topic) as producer:
+        for number, (piece, is_last) in enumerate(_pieces(letter)):
+            headers = [("letter", letter_id), ("piece", str(number).encode()), *[("last", b"")] * is_last]
+            await producer.send_and_wait(
+                settings.dead_letter_topic, piece, key=key.encode(), partition=0, headers=headers
+            )
 
 
 def _pieces(chunks: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
@@ -81,7 +70,7 @@ def write_letter(head: dict[str, object], change: LoggedChange) -> Iterator[byte
         **head,
         "position": str(change.position),
         "xid": change.begin.xid,
-        "commit_time": (_EPOCH + timedelta(microseconds=change.begin.commit_time)).isoformat(),
+        "commit_time": pgoutput.timestamp(change.begin.commit_time).isoformat(),
         "table": ", ".join(str(relation.name) for relation in change.relations),
         "op": OPERATIONS[change.kind].lower(),
     }

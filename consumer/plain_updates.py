@@ -11,9 +11,8 @@ from struct import Struct
 
 from live_migration.common import pgoutput
 from live_migration.common.errors import FormatError
-from live_migration.consumer.layouts import FIXED_SIZES
-from live_migration.consumer.row_code import binary_row_encoder
-from live_migration.consumer.row_encoding import CopyRow, Message, in_blocks, insert_text_blocks
+from live_migration.consumer.row_code import copy_rows
+from live_migration.consumer.row_encoding import CopyRow, Message
 from live_migration.consumer.target_tables import TargetTable
 
 _SIZE = Struct(">I")
@@ -36,10 +35,7 @@ def plain_updates(table: TargetTable, messages: Sequence[Message], *, binary: bo
     if last is None:
         return None
     try:
-        if binary:
-            sizes = tuple([FIXED_SIZES.get(column.type_oid) for column in table.relation.columns])
-            return len(last), list(in_blocks(last, binary_row_encoder(sizes)))
-        return len(last), list(insert_text_blocks(last))
+        return len(last), list(copy_rows(table.relation, last, binary=binary))
     except FormatError:  # a TOASTed value that was left alone
         return None
 

@@ -7,10 +7,12 @@ Measured: 0.6 µs for a row of four columns one of which is variable, where the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
-from live_migration.consumer.row_encoding import CopyRow, Message, insert_as_binary_row
+from live_migration.common.relation import Relation
+from live_migration.consumer.layouts import FIXED_SIZES
+from live_migration.consumer.row_encoding import CopyRow, Message, in_blocks, insert_as_binary_row, insert_text_blocks
 
 Encoder = Callable[[Message], CopyRow]
 
@@ -19,6 +21,18 @@ _FIRST_TAG = 8
 """Where an Insert message's first value begins; the count of columns stands before it."""
 _HEAD_BYTES = 5
 """Of a value: its tag and size."""
+
+
+def copy_rows(relation: Relation, messages: Sequence[Message], *, binary: bool) -> Iterator[CopyRow]:
+    """Give messages whose tuple stands where an Insert's does as rows of COPY: all columns of the relation.
+
+    Raises:
+        FormatError: a value is not in the stream, or of the other form.
+    """
+    if not binary:
+        return insert_text_blocks(messages)
+    sizes = tuple([FIXED_SIZES.get(column.type_oid) for column in relation.columns])
+    return in_blocks(messages, binary_row_encoder(sizes))
 
 
 @lru_cache(maxsize=256)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from live_migration.common import pgoutput
 from live_migration.common.errors import FormatError
 from live_migration.common.relation import Relation
-from live_migration.common.segment import BASE, FRAME, Position
+from live_migration.common.segment import FRAME, Position, iterate_placed_frames
 from live_migration.consumer.refusal import OPERATIONS, ChangeRefused, Place, describe_key
 from live_migration.consumer.target_tables import RelationRefused
 
@@ -33,20 +33,10 @@ def walk(body: bytes) -> Iterator[LoggedChange]:
     Raises:
         FormatError: the segment is malformed.
     """
-    view = memoryview(body)
     relations: dict[int, Relation] = {}
-    begin, base, at = pgoutput.Begin(0, 0, 0), 0, 0
-    while at < len(body):
-        if at + FRAME.size > len(body):
-            raise FormatError(f"segment ends within a frame at byte {at}")
-        length, relative = FRAME.unpack_from(body, at)
-        message = view[at + FRAME.size : at + FRAME.size + length]
-        frame, at = at, at + FRAME.size + length
-        if not length or len(message) != length:
-            raise FormatError(f"segment ends within a frame at byte {frame}")
-        kind = message[0]
+    begin = pgoutput.Begin(0, 0, 0)
+    for at, (kind, ordinal, message) in iterate_placed_frames(memoryview(body)):
         if kind == pgoutput.BEGIN:
-            (base,) = BASE.unpack_from(message, length - BASE.size)
             begin = pgoutput.decode_begin(bytes(message))
         elif kind == pgoutput.RELATION:
             relation = pgoutput.decode_relation(bytes(message))
@@ -54,9 +44,9 @@ def walk(body: bytes) -> Iterator[LoggedChange]:
         elif kind in OPERATIONS:
             oids = _relation_oids(kind, message)
             if missing := [oid for oid in oids if oid not in relations]:
-                raise FormatError(f"segment has a change at byte {frame} before its relation, oid {missing[0]}")
-            position = Position(begin.commit_lsn, base + relative)
-            yield LoggedChange(frame, at, kind, begin, position, tuple(relations[oid] for oid in oids), message)
+                raise FormatError(f"segment has a change at byte {at} before its relation, oid {missing[0]}")
+            end, position = at + FRAME.size + len(message), Position(begin.commit_lsn, ordinal)
+            yield LoggedChange(at, end, kind, begin, position, tuple(relations[oid] for oid in oids), message)
 
 
 def _relation_oids(kind: int, message: memoryview) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import asyncpg
 
-from live_migration.common.catalog import ColumnInfo
+from live_migration.common.catalog import CURRENT_TIMELINE, ColumnInfo
 from live_migration.common.postgres import terminate_backend
 from live_migration.common.relation import QualifiedName, quote_literal
 from live_migration.consumer.claim_endings import CopyOrigin, copying_backends
@@ -28,9 +28,9 @@ _NAME = """
     select n.nspname, c.relname, c.relkind::text from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = $1
 """
 
-_UNDER_LOCK = """
+_UNDER_LOCK = f"""
     select pg_current_snapshot()::text as snapshot, pg_current_wal_insert_lsn() as horizon,
-           ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int as timeline,
+           {CURRENT_TIMELINE} as timeline,
            exists (select from pg_locks l
                    where l.pid = pg_backend_pid() and l.locktype = 'relation' and l.granted and l.mode = 'AccessShareLock'
                      and l.relation = $1 and l.database = (select d.oid from pg_database d where d.datname = current_database())

@@ -171,9 +171,7 @@ class _Conductor:
 
     async def _require_whole(self, run: Run) -> None:
         """Raise what is lost of slot or log, before anybody works with what is left; nothing is after the last barrier."""
-        with asking("target", "reading the migration's state"):
-            is_needed = not await steps.is_done(run.target, steps.BARRIER)
-        if is_needed and (loss := await find_loss(run)) is not None:
+        if not await steps.has_passed_barrier(run.target) and (loss := await find_loss(run)) is not None:
             raise loss
 
     async def _lead_to_done(self, run: Run) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import asyncpg
-from aiokafka import errors as kafka_errors
 
 from live_migration.common.control import CONFIG, ProducerConfig
 from live_migration.common.errors import LiveMigrationError
-from live_migration.common.kafka import translate
-from live_migration.common.kafka_clients import LogProducer, client_options
+from live_migration.common.kafka import sending
 from live_migration.common.postgres import asking
 from live_migration.common.settings import Settings
 from live_migration.common.state import Migration
@@ -37,17 +35,10 @@ def producer_config(settings: Settings, migration: Migration) -> ProducerConfig:
 
 async def write_config(settings: Settings, config: ProducerConfig) -> None:
     """Put the configuration into the control topic; it is there when this returns."""
-    try:
-        producer = LogProducer(**client_options(settings), acks="all", enable_idempotence=True)
-        await producer.start()
-        try:
-            await producer.send_and_wait(
-                settings.control_topic, key=CONFIG, value=config.model_dump_json().encode(), partition=0
-            )
-        finally:
-            await producer.stop()
-    except kafka_errors.KafkaError as error:
-        raise translate(error, f"writing {settings.control_topic}") from error
+    async with sending(settings, settings.control_topic) as producer:
+        await producer.send_and_wait(
+            settings.control_topic, key=CONFIG, value=config.model_dump_json().encode(), partition=0
+        )
 
 
 async def announce_publication_change(

@@ -15,17 +15,16 @@ from live_migration.common.control import POSITION, LogPosition
 from live_migration.common.errors import LiveMigrationError, TargetError
 from live_migration.common.kafka import ControlReader
 from live_migration.common.postgres import asking, session
+from live_migration.common.progress import name_list
 from live_migration.common.settings import Settings
 from live_migration.common.state import Phase
 from live_migration.coordinator import steps
 from live_migration.coordinator.barrier import Barrier, await_barrier, changes_between, emit_barrier, emit_heartbeat
 from live_migration.coordinator.drift import find_drift, shape_differences
-from live_migration.coordinator.findings import name_list
 from live_migration.coordinator.handover import hand_over
 from live_migration.coordinator.identity_watch import reconcile
 from live_migration.coordinator.run import APPLICATION, Run
 from live_migration.coordinator.skip import describe_skips, read_skips
-from live_migration.coordinator.steps import BARRIER
 from live_migration.producer.slot import OpenTransaction, describe_transactions, open_transactions
 
 _QUIET_SECONDS = 10.0
@@ -124,7 +123,7 @@ async def cut_over(run: Run) -> None:
         CutoverRefused: tables are unaccounted for; the migration is back in phase replay.
     """
     async with run.source_session("cutover") as source:
-        if not await steps.is_done(run.target, BARRIER):
+        if not await steps.is_done(run.target, steps.BARRIER):
             try:
                 await _prove_everything_arrived(run, source)
             except (SourceBusy, CutoverRefused, TargetError) as error:
@@ -169,7 +168,7 @@ async def _prove_everything_arrived(run: Run, source: asyncpg.Connection) -> Non
 async def _record_barrier(run: Run, barrier: Barrier) -> None:
     async with run.target_transaction("recording the barrier") as target:
         await target.execute("update _live_migration.migration set cutover_lsn = $1", barrier.after_lsn)
-        await steps.finish(target, run.epoch, BARRIER)
+        await steps.finish(target, run.epoch, steps.BARRIER)
     run.reporter.note("the target holds every change of the source")
 
 

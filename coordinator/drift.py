@@ -10,8 +10,8 @@ import asyncpg
 
 from live_migration.common.catalog import ColumnInfo, list_tables
 from live_migration.common.postgres import asking
+from live_migration.common.progress import name_list
 from live_migration.common.relation import QualifiedName
-from live_migration.coordinator.findings import name_list
 from live_migration.coordinator.observer import Reporter
 from live_migration.coordinator.run import Run
 

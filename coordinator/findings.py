@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from live_migration.common.progress import format_number_of
+from live_migration.common.progress import format_number_of, name_list
 
 OLDEST_MAJOR = 14
 NEWEST_MAJOR = 18
-_NAMES_SHOWN = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +29,6 @@ def error(what: str, hint: str = "") -> Finding:
 def warning(what: str, hint: str = "") -> Finding:
     """Give a finding that the user should know of."""
     return Finding("warning", what, hint)
-
-
-def name_list(names: Iterable[object]) -> str:
-    """Give names for a message, the first ten of them."""
-    given = [str(name) for name in names]
-    more = len(given) - _NAMES_SHOWN
-    return ", ".join(given[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 @dataclass(frozen=True, slots=True)

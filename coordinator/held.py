@@ -8,8 +8,8 @@ import asyncpg
 
 from live_migration.common.errors import LiveMigrationError
 from live_migration.common.postgres import session
+from live_migration.common.progress import name_list
 from live_migration.common.settings import Settings
-from live_migration.coordinator.findings import name_list
 from live_migration.coordinator.observer import Reporter
 from live_migration.coordinator.run import APPLICATION
 from live_migration.producer.publication import publications_present

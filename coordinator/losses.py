@@ -12,9 +12,9 @@ from live_migration.common.errors import LiveMigrationError, LogGap, SlotLost
 from live_migration.common.kafka import check_topics, read_control
 from live_migration.common.lsn import Lsn
 from live_migration.common.postgres import asking
+from live_migration.common.progress import name_list
 from live_migration.common.segment import START, Position
 from live_migration.coordinator.control_topic import producer_config
-from live_migration.coordinator.findings import name_list
 from live_migration.coordinator.run import Run
 from live_migration.producer.resume import check_timeline, published_lsn
 from live_migration.producer.slot import SlotState, read_slot

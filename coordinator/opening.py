@@ -16,7 +16,8 @@ from live_migration.coordinator import preflight
 from live_migration.coordinator.handover import is_finished
 from live_migration.coordinator.observer import Reporter
 from live_migration.coordinator.run import APPLICATION
-from live_migration.producer.slot import SystemIdentity, identify_system
+from live_migration.producer.slot import identify_system
+from live_migration.producer.timeline import SystemIdentity
 
 _SECRETS = frozenset({"source", "target", "kafka_username", "kafka_password"})
 

@@ -15,6 +15,7 @@ from live_migration.common import kafka, postgres, state
 from live_migration.common.catalog import list_tables
 from live_migration.common.errors import LiveMigrationError, SourceError, TargetError, UsageError
 from live_migration.common.postgres import CONNECTION_ERRORS, Side
+from live_migration.common.progress import name_list
 from live_migration.common.settings import Settings
 from live_migration.coordinator import client_programs, findings, source_findings
 from live_migration.coordinator.findings import Finding
@@ -287,7 +288,7 @@ class _Preflight:
         found += findings.assess_extensions(extensions, frozenset(row["name"] for row in available))
         schemas = await source.fetchval(_SCHEMAS) or []
         if closed := await target.fetchval(_SCHEMAS_WITHOUT_CREATE, schemas):
-            names = findings.name_list(closed)
+            names = name_list(closed)
             found.append(
                 findings.error(
                     f"the target's role lacks CREATE on schemas: {names}", f"`grant create on schema {names} to …`."

@@ -20,16 +20,17 @@ from live_migration.coordinator.planning import Memberships
 from live_migration.coordinator.run import Run
 
 _STEP = "recopy"
-_FREE = "owner = null, backend_pid = null, backend_start = null, lease_until = null"
+FREE = "owner = null, backend_pid = null, backend_start = null, lease_until = null"
+FORGET_COPY = f"""attempt = attempt + 1, retry_at = null, snapshot_id = null, snapshot = null, horizon = null, timeline = null,
+        row_count = 0, byte_count = 0, copied_at = null, error = null, hint = null, source_pid = null, source_start = null, {FREE}"""
+"""What becomes of a table's row when its copy counts no more: whoever is at it still can end nothing."""
 
 # Not 'planned', which a consumer that sleeps through the change of phase could claim before there is a slot.
 VOID = f"""
     update _live_migration.tables
-    set state = 'stopped', retry_at = null, attempt = attempt + 1, snapshot_id = null, snapshot = null, horizon = null,
-        timeline = null, row_count = 0, byte_count = 0, started_at = null, copied_at = null, error = null, hint = null, copy_again = false,
-        source_pid = null, source_start = null, {_FREE};
+    set state = 'stopped', started_at = null, copy_again = false, {FORGET_COPY};
     delete from _live_migration.parts;
-    update _live_migration.indexes set state = 'pending', error = null, retry_at = null, {_FREE} where state = 'building';
+    update _live_migration.indexes set state = 'pending', error = null, retry_at = null, {FREE} where state = 'building';
     update _live_migration.checkpoints
     set next_offset = 0, commit_lsn = '0/0', ordinal = 0, barrier = null, epoch = epoch + 1, owner = null, backend_pid = null,
         backend_start = null, change_count = 0, byte_count = 0, commit_time = null, updated_at = null, error = null, hint = null,
@@ -71,8 +72,8 @@ async def begin_recopy(run: Run) -> None:
     Raises:
         LiveMigrationError: nothing is lost, or the target holds everything already.
     """
+    is_past = run.phase is Phase.DONE or await steps.has_passed_barrier(run.target)
     with asking("target", "reading the migration's state"):
-        is_past = run.phase is Phase.DONE or await steps.is_done(run.target, steps.BARRIER)
         is_under_way = await _is_under_way(run.target)
     if is_past:
         raise LiveMigrationError(

@@ -13,7 +13,6 @@ from live_migration.coordinator import steps
 from live_migration.coordinator.losses import slot_loss, tables_to_copy
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.slot_warnings import SlotWarnings
-from live_migration.coordinator.steps import BARRIER
 from live_migration.producer.slot import SlotState, drop_slot, read_slot
 
 INTERVAL_SECONDS = 10.0
@@ -57,8 +56,7 @@ async def _drop_above_limit(run: Run, source: asyncpg.Connection, slot: SlotStat
 async def _stop_if_needed(run: Run, loss: str) -> None:
     """Raise SlotLost, but not after the last barrier: the target holds everything then."""
     async with run.target_session("slot watch") as target:
-        with asking("target", "reading the migration's state"):
-            if await steps.is_done(target, BARRIER):
-                run.reporter.warning(f"{loss}; nothing is lost, for the target has passed the last barrier")
-                return
+        if await steps.has_passed_barrier(target):
+            run.reporter.warning(f"{loss}; nothing is lost, for the target has passed the last barrier")
+            return
         raise SlotLost(f"{loss}; {await tables_to_copy(target)}")

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from live_migration.common.catalog import TableInfo
-from live_migration.common.progress import format_bytes, format_duration, format_number_of
+from live_migration.common.progress import format_bytes, format_duration, format_number_of, name_list
 from live_migration.common.relation import ReplicaIdentity
-from live_migration.coordinator.findings import Finding, error, name_list, warning
+from live_migration.coordinator.findings import Finding, error, warning
 
 _SMALL_WAL_BYTES = 4 << 30
 _REPLIES_PER_TIMEOUT = 4

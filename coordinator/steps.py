@@ -5,9 +5,16 @@ from __future__ import annotations
 import asyncpg
 
 from live_migration.common.errors import Fenced
+from live_migration.common.postgres import asking
 
 BARRIER = "barrier"
 """Done when the target has passed the last barrier: it holds every change of the source from then on."""
+
+
+async def has_passed_barrier(target: asyncpg.Connection) -> bool:
+    """Tell whether the target holds every change of the source, so that neither slot nor log are needed any more."""
+    with asking("target", "reading the migration's state"):
+        return await is_done(target, BARRIER)
 
 
 async def require_role(target: asyncpg.Connection, epoch: int) -> None:

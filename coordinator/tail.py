@@ -6,7 +6,6 @@ import asyncio
 import struct
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 
 import orjson
 from aiokafka import ConsumerRecord, TopicPartition
@@ -23,7 +22,6 @@ from live_migration.common.telemetry import get_logger
 
 log = get_logger(__name__)
 
-_EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 _LENGTH = struct.Struct(">I")
 
 Line = dict[str, object]
@@ -114,7 +112,7 @@ class LineDecoder:
                     "offset": offset,
                     "position": str(Position(begin.commit_lsn, frame.ordinal)),
                     "xid": begin.xid,
-                    "commit_time": (_EPOCH + timedelta(microseconds=begin.commit_time)).isoformat(),
+                    "commit_time": pgoutput.timestamp(begin.commit_time).isoformat(),
                 }
                 yield head | _describe(frame.kind, frame.message, relations)
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import asyncio
 
+from live_migration.common.catalog import CURRENT_TIMELINE
 from live_migration.common.errors import ConnectionLost
 from live_migration.common.lsn import Lsn
 from live_migration.common.postgres import asking
+from live_migration.common.progress import name_list
 from live_migration.common.state import Phase
 from live_migration.coordinator import steps
-from live_migration.coordinator.findings import name_list
 from live_migration.coordinator.prepare import publish_tables
-from live_migration.coordinator.recopy import end_work
+from live_migration.coordinator.recopy import FORGET_COPY, FREE, end_work
 from live_migration.coordinator.run import Run
 from live_migration.producer.publication import published_tables
 from live_migration.producer.slot import await_older_transactions
@@ -24,25 +25,20 @@ from live_migration.producer.timeline import SourceTimeline, read_timeline
 
 INTERVAL_SECONDS = 5.0
 
-_TIMELINE = """
-    select case when pg_is_in_recovery() then null
-                else ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int end
-"""
+_TIMELINE = f"select case when pg_is_in_recovery() then null else {CURRENT_TIMELINE} end"
 
 # $1: timelines that led to this one, $2: where they were left, $3: tables whose changes were not all published
-_COPY_AGAIN = """
+_COPY_AGAIN = f"""
     update _live_migration.tables t
-    set state = 'planned', retry_at = null, attempt = attempt + 1, snapshot_id = null, snapshot = null, horizon = null,
-        timeline = null, row_count = 0, byte_count = 0, copied_at = null, error = null, hint = null,
-        owner = null, backend_pid = null, backend_start = null, source_pid = null, source_start = null, lease_until = null
+    set state = 'planned', {FORGET_COPY}
     where state = 'copying' or oid = any($3::oid[])
        or horizon > coalesce((select l from unnest($1::int[], $2::text[]::pg_lsn[]) as u (t, l) where u.t = timeline), '0/0')
     returning schema_name || '.' || table_name as name
 """
 
-_FREE_INDEXES = """
+_FREE_INDEXES = f"""
     update _live_migration.indexes i
-    set state = 'pending', retry_at = null, owner = null, backend_pid = null, backend_start = null, lease_until = null
+    set state = 'pending', retry_at = null, {FREE}
     from _live_migration.tables t where t.oid = i.table_oid and t.state = 'planned' and i.state = 'building'
 """
 
@@ -62,13 +58,12 @@ async def follow_timeline(run: Run) -> None:
     before = run.migration.source_timeline
     if source.timeline == before:
         return
-    with asking("target", "reading the migration's state"):
-        if await steps.is_done(run.target, steps.BARRIER):
-            run.reporter.warning(
-                f"the source failed over to timeline {source.timeline} after the last barrier: the target holds what the former "
-                "primary held, which may be more; what is copied from now on (sequences, unlogged tables) is the new one's"
-            )
-            return
+    if await steps.has_passed_barrier(run.target):
+        run.reporter.warning(
+            f"the source failed over to timeline {source.timeline} after the last barrier: the target holds what the former "
+            "primary held, which may be more; what is copied from now on (sequences, unlogged tables) is the new one's"
+        )
+        return
     if before not in source.left:
         raise ConnectionLost(f"the source has changed to timeline {source.timeline} just now")
     unpublished = await _publish_again(run)
@@ -139,8 +134,7 @@ async def watch_timeline(run: Run) -> None:
         if timeline is None or timeline == run.migration.source_timeline:
             continue
         async with run.target_session("timeline") as target:
-            with asking("target", "reading the migration's state"):
-                is_past = await steps.is_done(target, steps.BARRIER)
+            is_past = await steps.has_passed_barrier(target)
         if not is_past:
             raise ConnectionLost(
                 f"the source is on timeline {timeline}, it was on {run.migration.source_timeline}: it failed over"

@@ -9,8 +9,8 @@ import asyncpg
 from live_migration.common.control import ProducerConfig
 from live_migration.common.errors import LiveMigrationError, LogGap, SlotLost
 from live_migration.common.postgres import asking, session
+from live_migration.common.progress import name_list
 
-_SHOWN = 10
 _TABLES = """
     select distinct schemaname || '.' || tablename as name from pg_publication_tables where pubname = any($1::text[]) order by 1
 """
@@ -27,8 +27,7 @@ async def name_tables(error: LiveMigrationError, uri: str, config: ProducerConfi
                 rows = await connection.fetch(_TABLES, list(config.publications))
     if not rows:
         return error
-    names = ", ".join(row["name"] for row in rows[:_SHOWN])
-    more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
-    named = type(error)(f"{error.message}; to be copied again: {len(rows)} tables, {names}{more}", hint=error.hint)
+    names = name_list(row["name"] for row in rows)
+    named = type(error)(f"{error.message}; to be copied again: {len(rows)} tables, {names}", hint=error.hint)
     named.__cause__ = error
     return named

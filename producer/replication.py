@@ -50,7 +50,6 @@ class ReplicationConnection:
         self._input = ReceiveBuffer(transport)
         transport.set_protocol(self._input)
         self._doing = ""
-        self._error: LiveMigrationError | None = None
 
     @classmethod
     async def open(cls, uri: str) -> Self:

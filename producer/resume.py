@@ -13,6 +13,7 @@ from live_migration.common.lsn import Lsn
 from live_migration.common.postgres import CONNECTION_ERRORS, describe, server_error, session
 from live_migration.common.telemetry import get_logger
 from live_migration.producer.replication import ReplicationConnection
+from live_migration.producer.timeline import identify, read_history
 
 log = get_logger(__name__)
 
@@ -39,18 +40,16 @@ async def check_system(stream: ReplicationConnection, config: ProducerConfig, po
         SlotLost: a timeline that left ours below what is in the log.
         TimelineUnknown: one that leads on from ours, and that the coordinator has not compared with the copied tables yet.
     """
-    row = (await stream.query("IDENTIFY_SYSTEM"))[0]
-    system, timeline = (row[0] or b"").decode(), int(row[1] or b"0")
-    if system != config.system_identifier:
+    identity = await identify(stream)
+    timeline = identity.timeline
+    if identity.system_identifier != config.system_identifier:
         raise SlotError(
-            f"the source is another server: its system identifier is {system}, the migration's is {config.system_identifier}",
+            f"the source is another server: its system identifier is {identity.system_identifier}, the migration's is {config.system_identifier}",
             hint="Point --source at the server that the migration was begun with.",
         )
     recorded = position.timeline if position else config.timeline
     if timeline != recorded:
-        ((_, content),) = await stream.query(f"TIMELINE_HISTORY {timeline}")
-        history = parse_timeline_history((content or b"").decode(errors="replace"))
-        check_timeline(history, timeline, recorded, published_lsn(config, position))
+        check_timeline(await read_history(stream, timeline), timeline, recorded, published_lsn(config, position))
         log.info("source is on a new timeline", timeline=timeline, before=recorded)
     if timeline != config.timeline:
         raise TimelineUnknown(
@@ -66,19 +65,6 @@ def published_lsn(config: ProducerConfig, position: LogPosition | None) -> int:
         return config.start_lsn
     # a lane's position names where the record begins: a timeline left right there has lost the transaction
     return max(position.confirm_lsn, *(commit_lsn + 1 for commit_lsn, _ in position.lanes))
-
-
-def parse_timeline_history(text: str) -> dict[int, int]:
-    """Read a timeline history file: the LSN at which each former timeline was left.
-
-    Source: PostgreSQL, src/backend/access/transam/timeline.c.
-    """
-    left = {}
-    for line in text.splitlines():
-        fields = line.split()
-        if len(fields) >= 2 and fields[0].isdigit():
-            left[int(fields[0])] = int(Lsn.parse(fields[1]))
-    return left
 
 
 def check_timeline(history: dict[int, int], timeline: int, recorded: int, published: int) -> None:

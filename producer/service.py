@@ -107,11 +107,10 @@ class _Service:
     async def _produce(self, publisher: Publisher) -> None:
         """Run sessions with one publisher, until `stop` or an error of Kafka's."""
         try:
-            config = await self._await_config(publisher)
+            config = await self._next_config(publisher)
             if config:
                 await self._check_log(publisher, config)
             while config and not self._stop.is_set():
-                await check_topics(self._settings, config.lane_count)
                 try:
                     await self._stream(publisher, config)
                     self._source_backoff.reset()
@@ -120,7 +119,7 @@ class _Service:
                 except ConnectionLost as error:
                     self._check_repetition(error, publisher, config)
                     await self._pause(publisher, error)
-                config = await self._await_config(publisher)
+                config = await self._next_config(publisher)
         except LiveMigrationError as error:
             if error.retry is not Retry.STOP:
                 raise
@@ -130,10 +129,16 @@ class _Service:
 
     async def _check_log(self, publisher: Publisher, config: ProducerConfig) -> None:
         """Look that the log ends where its last position record says: nobody but us writes it from here on."""
-        await check_topics(self._settings, config.lane_count)
         lane_positions(publisher.position, config.lane_count)
         tails = await read_tails(self._settings, config.lane_count)
         check_tails(self._settings.changes_topic, tails, UUID(config.topic_id), publisher.position)
+
+    async def _next_config(self, publisher: Publisher) -> ProducerConfig | None:
+        """Give the coordinator's word once the topics are found as they must be, None when told to stop."""
+        config = await self._await_config(publisher)
+        if config:
+            await check_topics(self._settings, config.lane_count)
+        return config
 
     async def _await_config(self, publisher: Publisher) -> ProducerConfig | None:
         """Give the coordinator's word as soon as there is one, None when told to stop."""
@@ -162,7 +167,7 @@ class _Service:
     def _check_repetition(self, error: ConnectionLost, publisher: Publisher, config: ProducerConfig) -> None:
         """Raise SourceError when the server ended the stream by errors of its own again and again at one LSN.
 
-        Not at the second time: decoding that failed once, and once more, was seen to pass later.
+        Not at the second time: decoding that had failed was seen to pass at a later attempt.
         """
         if not isinstance(error, StreamFailed):
             return

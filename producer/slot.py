@@ -13,19 +13,11 @@ from live_migration.common.errors import SlotError, SourceError
 from live_migration.common.lsn import Lsn
 from live_migration.common.postgres import asking, session
 from live_migration.producer.replication import ReplicationConnection
+from live_migration.producer.timeline import SystemIdentity, identify
 
 PLUGIN = "pgoutput"
 _REPORT_SECONDS = 2.0
 _SHOWN = 5
-
-
-@dataclass(frozen=True, slots=True)
-class SystemIdentity:
-    """What IDENTIFY_SYSTEM says: which cluster, on which timeline, which database."""
-
-    system_identifier: str
-    timeline: int
-    database: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +98,12 @@ async def identify_system(uri: str) -> SystemIdentity:
     """
     try:
         async with await ReplicationConnection.open(uri) as stream:
-            row = (await stream.query("IDENTIFY_SYSTEM"))[0]
+            return await identify(stream)
     except SourceError as error:
         raise SourceError(
             f"the source takes no replication connection: {error.message}",
             hint="The role needs the REPLICATION attribute, and max_wal_senders room for one more.",
         ) from error
-    return SystemIdentity((row[0] or b"").decode(), int(row[1] or b"0"), (row[3] or b"").decode())
 
 
 async def open_transactions(connection: asyncpg.Connection, *, database: str | None = None) -> list[OpenTransaction]:

@@ -1,63 +1,195 @@
-"""A TCP proxy before a PostgreSQL server that loses the answers to some COMMITs: the server commits, the client never hears of it."""
+"""A TCP proxy that misbehaves on command: cuts, refuses, stalls, slows down, loses an answer."""
 
 from __future__ import annotations
 
 import asyncio
-import random
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from urllib.parse import urlsplit, urlunsplit
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Literal, Self
 
-_COMMITS = (b"commit\0", b"COMMIT;\0")
+Direction = Literal["up", "down"]
+"""`up`: from our processes to the server; `down`: what the server answers."""
+Matcher = Callable[[bytes], bool]
+
+_COMMIT = re.compile(rb"Q....commit;?\0", re.IGNORECASE | re.DOTALL)  # a query of this word alone, as drivers send it
+_CHUNK = 65_536
+_SLOW_CHUNK = 2_048
 
 
-class AnswerDropper:
-    """`uri` leads to the server behind the proxy; each answer to a COMMIT is lost with this chance. `lost`: how many were."""
+def is_commit(chunk: bytes) -> bool:
+    """Tell whether a PostgreSQL client sends COMMIT in this chunk."""
+    return _COMMIT.search(chunk) is not None
 
-    def __init__(self, uri: str, seed: int, chance: float) -> None:
-        self._parts = urlsplit(uri)
-        self._random = random.Random(seed)
-        self._chance = chance
-        self.lost = 0
-        self.uri = ""
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        host, port = self._parts.hostname or "", self._parts.port or 5432
-        there_reader, there_writer = await asyncio.open_connection(host, port)
-        is_losing = asyncio.Event()
+def is_end_of_transaction(chunk: bytes) -> bool:
+    """Tell whether a Kafka client's request in this chunk is EndTxn (API key 26)."""
+    return chunk[4:6] == b"\x00\x1a"
 
-        async def forward() -> None:
-            while data := await reader.read(65536):
-                if data.endswith(_COMMITS) and self._random.random() < self._chance:
-                    is_losing.set()
-                there_writer.write(data)
-                await there_writer.drain()
 
-        async def answer() -> None:
-            while data := await there_reader.read(65536):
-                if is_losing.is_set():  # the server has answered, so it has committed
-                    self.lost += 1
+class _Connection:
+    """One client's connection and the one to the server behind it."""
+
+    def __init__(self, proxy: Proxy, client: tuple[asyncio.StreamReader, asyncio.StreamWriter], port: int) -> None:
+        self._proxy = proxy
+        self._client = client
+        self._port = port
+        self._writers = [client[1]]
+        self._is_answer_lost = False
+        self.task: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        try:
+            server = await asyncio.open_connection("127.0.0.1", self._port)
+            self._writers.append(server[1])
+            pumps = [
+                asyncio.create_task(self._pump("up", self._client[0], server[1])),
+                asyncio.create_task(self._pump("down", server[0], self._client[1])),
+            ]
+            try:
+                await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for pump in pumps:
+                    pump.cancel()
+                await asyncio.gather(*pumps, return_exceptions=True)
+        except OSError:
+            pass  # the server is down: the client sees its connection end
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        """Reset both ends at once."""
+        for writer in self._writers:
+            writer.transport.abort()
+        if self.task is not None and self.task is not asyncio.current_task():
+            self.task.cancel()
+
+    async def _pump(self, direction: Direction, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        proxy = self._proxy
+        with suppress(OSError):
+            while chunk := await reader.read(_SLOW_CHUNK if proxy.bytes_per_second else _CHUNK):
+                pause = proxy.latency + (len(chunk) / proxy.bytes_per_second if proxy.bytes_per_second else 0)
+                if pause:
+                    await asyncio.sleep(pause)
+                await proxy.flowing[direction].wait()
+                if direction == "down" and self._is_answer_lost:
+                    proxy.losses += 1
                     return
-                writer.write(data)
+                allowed = proxy.count(len(chunk))
+                writer.write(chunk[:allowed])
                 await writer.drain()
+                if allowed < len(chunk):
+                    return
+                if direction == "up" and proxy.takes_as_lost(chunk):
+                    self._is_answer_lost = True
 
-        tasks = [asyncio.ensure_future(forward()), asyncio.ensure_future(answer())]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            for each in (writer, there_writer):
-                each.close()
 
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[AnswerDropper]:
-        server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
-        port = server.sockets[0].getsockname()[1]
-        user = self._parts.netloc.rpartition("@")[0]
-        self.uri = urlunsplit(self._parts._replace(netloc=f"{user}@127.0.0.1:{port}" if user else f"127.0.0.1:{port}"))
-        try:
-            yield self
-        finally:
+class Proxy:
+    """Listens on `port` of 127.0.0.1 and forwards to the port that `upstream` gives; all faults are off at first."""
+
+    def __init__(self, upstream: Callable[[], int]) -> None:
+        self.upstream = upstream
+        self.port = 0
+        self.bytes_per_second: float | None = None
+        self.latency = 0.0
+        """Seconds that each piece of data is held up; not a fault, `heal` leaves it."""
+        self.flowing = {"up": asyncio.Event(), "down": asyncio.Event()}
+        self.losses = 0
+        self.cuts = 0
+        self._budget: int | None = None
+        self._lose: Matcher | None = None
+        self._server: asyncio.Server | None = None
+        self._connections: set[_Connection] = set()
+        self.heal()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    @property
+    def connection_count(self) -> int:
+        return len(self._connections)
+
+    async def start(self) -> None:
+        """Listen, after a stop on the same port as before."""
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def stop(self) -> None:
+        """Refuse new connections and cut those there are, until `start`."""
+        server, self._server = self._server, None
+        if server:
             server.close()
+        self.cut()
+        await asyncio.sleep(0)
+
+    def heal(self) -> None:
+        """End stalls, slowness and what was ordered and has not happened yet; what was cut stays cut."""
+        self.bytes_per_second = None
+        self._budget = None
+        self._lose = None
+        for event in self.flowing.values():
+            event.set()
+
+    def cut(self) -> None:
+        """Reset all connections."""
+        self.cuts += len(self._connections)
+        for connection in list(self._connections):
+            connection.abort()
+
+    def cut_after(self, byte_count: int) -> None:
+        """Reset the connection over which the next `byte_count`-th byte goes, that byte not included."""
+        self._budget = byte_count
+
+    def stall(self, *directions: Direction) -> None:
+        """Forward nothing any more in these directions, and say nothing."""
+        for direction in directions:
+            self.flowing[direction].clear()
+
+    def slow_down(self, bytes_per_second: float) -> None:
+        """Let each connection have so much in each direction."""
+        self.bytes_per_second = bytes_per_second
+
+    def lose_answer(self, matcher: Matcher) -> None:
+        """Cut the next connection over which `matcher` sees its request as soon as the server has answered it."""
+        self._lose = matcher
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a cut or a loss was ordered and has not happened yet."""
+        return self._budget is not None or self._lose is not None
+
+    def count(self, size: int) -> int:
+        """Say how many of `size` bytes may pass; fewer: the connection is to be cut then."""
+        if self._budget is None:
+            return size
+        if size <= self._budget:
+            self._budget -= size
+            return size
+        allowed, self._budget = self._budget, None
+        self.cuts += 1
+        return allowed
+
+    def takes_as_lost(self, chunk: bytes) -> bool:
+        """Tell whether the answer to this chunk is the one to be lost."""
+        if self._lose is None or not self._lose(chunk):
+            return False
+        self._lose = None
+        return True
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._server is None:
+            writer.transport.abort()
+            return
+        connection = _Connection(self, (reader, writer), self.upstream())
+        connection.task = asyncio.current_task()
+        self._connections.add(connection)
+        try:
+            await connection.run()
+        except asyncio.CancelledError:
+            pass  # by `cut`: the task is this connection's own
+        finally:
+            self._connections.discard(connection)

@@ -9,8 +9,9 @@ import pytest
 from live_migration.common.control import LogPosition, ProducerConfig
 from live_migration.common.errors import KafkaError, SlotError
 from live_migration.common.segment import START, Position
-from live_migration.producer.resume import assess_slot, check_timeline, parse_timeline_history, published_lsn
+from live_migration.producer.resume import assess_slot, check_timeline, published_lsn
 from live_migration.producer.session import lane_positions
+from live_migration.producer.timeline import parse_timeline_history
 
 HISTORY = "1\t0/3000000\tno recovery target specified\n2\t0/5000000\tbefore 2020\n\n"
 SLOT: dict[str, Any] = {
