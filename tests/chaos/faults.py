@@ -14,8 +14,8 @@ from typing import ClassVar
 import psutil
 
 from tests.chaos.fleet import Fleet, Kind
-from tests.chaos.proxy import is_commit, is_end_of_transaction
 from tests.chaos.world import Endpoint, Side, World
+from tests.support.proxy import is_commit, is_end_of_transaction
 
 
 @dataclass(slots=True)

@@ -17,8 +17,8 @@ from live_migration.common.local_kafka import LocalKafka
 from live_migration.common.local_postgres import LocalPostgres, server_account
 from live_migration.common.postgres import CONNECTION_ERRORS
 from tests.chaos.disks import mount, unmount, why_no_disks
-from tests.chaos.proxy import Proxy
 from tests.fixtures.fix_postgres import drop_slots
+from tests.support.proxy import Proxy
 
 Side = Literal["source", "target"]
 Endpoint = Literal["source", "target", "broker"]

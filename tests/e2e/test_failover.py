@@ -93,7 +93,7 @@ async def test_rows_copied_that_the_new_primary_never_had_are_copied_again(
             await source.until_slot_is_there(unique_name)
             await migration.producer.crash()
             await source.until_caught_up()
-            source.link.lead_to(None)
+            await source.link.stop()
             await run(source.primary_uri, LOST)
             await execute(target_database, LET_GO)
             if moment == "after the copy":
@@ -135,7 +135,7 @@ async def test_changes_published_that_the_new_primary_never_had_are_refused_and_
         async with migration:
             await migration.until_phase("replay")
             await source.until_slot_is_there(unique_name)
-            source.link.lead_to(None)
+            await source.link.stop()
             await run(source.primary_uri, LOST)
             await migration.until("lost rows applied", "select count(*) = 50 from app.keyless where line like 'lost%'")
             await migration.until("lost rows applied", "select count(*) = 50 from app.big where id > 100000")

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit, urlunsplit
 import asyncpg
 import pytest
 
-from tests.chaos.proxy import Proxy, is_commit
+from tests.support.proxy import Proxy, is_commit
 
 pytestmark = pytest.mark.integration
 

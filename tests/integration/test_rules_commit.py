@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
@@ -12,20 +16,30 @@ from live_migration.common.local_postgres import LocalPostgres
 from tests.fixtures.fix_postgres import SETTINGS
 from tests.support.copying import consumers, contents, index_definitions, plan, run_sql, settings_for, until_ready
 from tests.support.lanes import grow, replay
-from tests.support.proxy import AnswerDropper
+from tests.support.proxy import Proxy, is_commit
 
 pytestmark = pytest.mark.integration
+
+
+@asynccontextmanager
+async def losing_answers(uri: str, *, seed: int, chance: float) -> AsyncIterator[Proxy]:
+    """Give a proxy before a server that commits, and of whose answers to COMMIT this part is never heard of."""
+    rng = random.Random(seed)
+    port = urlsplit(uri).port
+    assert port is not None
+    async with Proxy(lambda: port) as proxy:
+        proxy.lose_answer(lambda chunk: is_commit(chunk) and rng.random() < chance, once=False)
+        yield proxy
 
 
 async def test_batches_whose_commit_is_not_answered_count_once(
     target_database: str, kafka_bootstrap: str, unique_name: str
 ) -> None:
-    proxy = AnswerDropper(target_database, seed=1, chance=0.3)
     async with (
-        proxy.running(),
+        losing_answers(target_database, seed=1, chance=0.3) as proxy,
         replay(target_database, kafka_bootstrap, unique_name, lane_count=2, batch_rows=100) as it,
     ):
-        it.settings = it.settings.model_copy(update={"target": SecretStr(proxy.uri)})
+        it.settings = it.settings.model_copy(update={"target": SecretStr(proxy.uri(target_database))})
         expected: list[dict[int, str]] = [{} for _ in it.lanes]
         async with it.consumer():
             for number in range(25):
@@ -34,7 +48,7 @@ async def test_batches_whose_commit_is_not_answered_count_once(
                 await it.send()
                 await asyncio.sleep(0.1)
             await it.until_applied(60)
-        assert proxy.lost > 5
+        assert proxy.losses > 5
         for lane, rows in enumerate(expected):
             assert await it.rows(lane) == rows
             assert (await it.checkpoint(lane))["change_count"] == 2 * len(rows)
@@ -55,11 +69,11 @@ async def test_parts_tables_and_indexes_whose_commit_is_not_answered_are_made_on
         ),
     )
     await plan(source_database, target_database)
-    proxy = AnswerDropper(target_database, seed=2, chance=0.25)
-    async with proxy.running():
-        async with consumers(settings_for(source_database, proxy.uri, part_size=64 * 1024), 2):
+    async with losing_answers(target_database, seed=2, chance=0.25) as proxy:
+        settings = settings_for(source_database, proxy.uri(target_database), part_size=64 * 1024)
+        async with consumers(settings, 2):
             await until_ready(target_database, timeout=90)
-    assert proxy.lost > 5
+    assert proxy.losses > 5
     assert await contents(target_database) == await contents(source_database)
     assert await index_definitions(target_database) == await index_definitions(source_database)
 

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -17,71 +16,9 @@ import asyncpg
 
 from live_migration.common.local_postgres import LocalPostgres, server_account
 from tests.fixtures.fix_postgres import SETTINGS, execute
+from tests.support.proxy import Proxy
 
 SLOT = "standby"
-
-
-class Forwarder:
-    """A TCP port of ours that leads to another one, until it is cut."""
-
-    def __init__(self, port: int | None) -> None:
-        self._to = port
-        self._server: asyncio.Server | None = None
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
-        self.port: int = self._server.sockets[0].getsockname()[1]
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.lead_to(None)
-        assert self._server is not None
-        self._server.close()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def lead_to(self, port: int | None) -> None:
-        """Break all connections; new ones lead to this port, or are closed at once."""
-        self._to = port
-        for writer in self._writers:
-            writer.transport.abort()
-
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        self._writers.add(writer)
-        there: asyncio.StreamWriter | None = None
-        try:
-            if self._to is None:
-                return
-            back, there = await asyncio.open_connection("127.0.0.1", self._to)
-            self._writers.add(there)
-            pumps = [asyncio.ensure_future(_pump(reader, there)), asyncio.ensure_future(_pump(back, writer))]
-            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
-            for pump in pumps:
-                pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
-        except OSError:
-            pass
-        finally:
-            for each in (writer, there):
-                if each is not None:
-                    self._writers.discard(each)
-                    each.transport.abort()
-            self._tasks.discard(task)
-
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with suppress(OSError):
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
 
 
 class Failover:
@@ -90,15 +27,20 @@ class Failover:
     def __init__(self, **settings: str) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="live-migration-standby-"))  # pytest's are for their owner alone
         self.primary = LocalPostgres(settings=SETTINGS | settings)
-        self.front, self.link = Forwarder(None), Forwarder(None)
+        self.front, self.link = Proxy(lambda: self._leader().port), Proxy(lambda: self.primary.port)
         self.standby: LocalPostgres | None = None
+        self._is_promoted = False
+
+    def _leader(self) -> LocalPostgres:
+        if not self._is_promoted:
+            return self.primary
+        assert self.standby is not None
+        return self.standby
 
     async def __aenter__(self) -> Self:
         await self.primary.start()
-        await self.front.__aenter__()
-        await self.link.__aenter__()
-        self.front.lead_to(self.primary.port)
-        self.link.lead_to(self.primary.port)
+        await self.front.start()
+        await self.link.start()
         await execute(self.primary.uri(), f"select pg_create_physical_replication_slot('{SLOT}', true)")
         await execute(self.primary.uri(), "create database shop template template0")
         return self
@@ -106,8 +48,8 @@ class Failover:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.front.__aexit__(kind, error, trace)
-        await self.link.__aexit__(kind, error, trace)
+        await self.front.stop()
+        await self.link.stop()
         if self.standby is not None:
             await self.standby.stop()
         await self.primary.stop()
@@ -180,9 +122,9 @@ class Failover:
     async def promote(self) -> None:
         """Kill the primary, make the standby the new one, and lead the migration to it."""
         os.kill(self.primary.pid, signal.SIGKILL)
-        self.front.lead_to(None)
+        await self.front.stop()
         connection = await asyncpg.connect(self.standby_uri)
         assert await connection.fetchval("select pg_promote(true, 60)")
         await connection.close()
-        assert self.standby is not None
-        self.front.lead_to(self.standby.port)
+        self._is_promoted = True
+        await self.front.start()

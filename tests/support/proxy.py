@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Literal, Self
+from urllib.parse import urlsplit, urlunsplit
 
 Direction = Literal["up", "down"]
 """`up`: from our processes to the server; `down`: what the server answers."""
@@ -98,6 +99,7 @@ class Proxy:
         self.cuts = 0
         self._budget: int | None = None
         self._lose: Matcher | None = None
+        self._loses_once = True
         self._server: asyncio.Server | None = None
         self._connections: set[_Connection] = set()
         self.heal()
@@ -112,6 +114,13 @@ class Proxy:
     @property
     def connection_count(self) -> int:
         return len(self._connections)
+
+    def uri(self, uri: str) -> str:
+        """Give a server's URI with the proxy's address in it."""
+        parts = urlsplit(uri)
+        user = parts.netloc.rpartition("@")[0]
+        here = f"127.0.0.1:{self.port}"
+        return urlunsplit(parts._replace(netloc=f"{user}@{here}" if user else here))
 
     async def start(self) -> None:
         """Listen, after a stop on the same port as before."""
@@ -153,9 +162,10 @@ class Proxy:
         """Let each connection have so much in each direction."""
         self.bytes_per_second = bytes_per_second
 
-    def lose_answer(self, matcher: Matcher) -> None:
-        """Cut the next connection over which `matcher` sees its request as soon as the server has answered it."""
+    def lose_answer(self, matcher: Matcher, *, once: bool = True) -> None:
+        """Cut the next connection over which `matcher` sees its request, or every one, as soon as the server has answered it."""
         self._lose = matcher
+        self._loses_once = once
 
     @property
     def is_pending(self) -> bool:
@@ -177,7 +187,8 @@ class Proxy:
         """Tell whether the answer to this chunk is the one to be lost."""
         if self._lose is None or not self._lose(chunk):
             return False
-        self._lose = None
+        if self._loses_once:
+            self._lose = None
         return True
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
