@@ -9,7 +9,6 @@ import tempfile
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Literal, Self
-from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 
@@ -17,7 +16,7 @@ from live_migration.common.local_kafka import LocalKafka
 from live_migration.common.local_postgres import LocalPostgres, server_account
 from live_migration.common.postgres import CONNECTION_ERRORS
 from tests.chaos.disks import mount, unmount, why_no_disks
-from tests.fixtures.fix_postgres import drop_slots
+from tests.fixtures.fix_postgres import drop_slots, execute
 from tests.support.proxy import Proxy
 
 Side = Literal["source", "target"]
@@ -91,7 +90,10 @@ class World:
             keeper = asyncio.create_task(self._keep_broker())
             self._stack.callback(keeper.cancel)
             if "target" in self.disks:
-                await self._run("target", f"create tablespace small location '{self.disks['target'] / 'tables'}'")
+                await execute(
+                    self.servers["target"].uri(),
+                    f"create tablespace small location '{self.disks['target'] / 'tables'}'",
+                )
         except BaseException:
             await self._stack.aclose()
             raise
@@ -117,9 +119,7 @@ class World:
 
     def proxied_uri(self, side: Side, database: str) -> str:
         """Give the way through the proxy, for the processes under test."""
-        parts = urlsplit(self.uri(side, database))
-        host = f"{parts.username}@127.0.0.1:{self.proxies[side].port}"
-        return urlunsplit(parts._replace(netloc=host))
+        return self.proxies[side].uri(self.uri(side, database))
 
     @property
     def bootstrap(self) -> str:
@@ -145,7 +145,7 @@ class World:
     async def create_databases(self, name: str) -> None:
         for side in self.servers:
             where = "tablespace small" if side in self.disks else ""
-            await self._run(side, f"create database {name} template template0 {where}")
+            await execute(self.servers[side].uri(), f"create database {name} template template0 {where}")
 
     async def drop_databases(self, name: str) -> None:
         """Drop what a round left, its slots and sessions included."""
@@ -156,13 +156,6 @@ class World:
                 await connection.execute(f"drop database if exists {name} with (force)")
             finally:
                 await connection.close()
-
-    async def _run(self, side: Side, statement: str) -> None:
-        connection = await asyncpg.connect(self.servers[side].uri())
-        try:
-            await connection.execute(statement)
-        finally:
-            await connection.close()
 
     async def heal(self) -> None:
         """Put everything right that a fault may have left: proxies forward, servers run."""

@@ -21,8 +21,7 @@ from live_migration.common.settings import Settings, load_settings
 from live_migration.coordinator import preflight
 from live_migration.coordinator.findings import Finding
 from live_migration.coordinator.preflight import require_clean, validate
-from tests.fixtures.fix_postgres import SETTINGS, PostgresFactory, run_apart
-from tests.fixtures.fix_postgres import execute as execute_one
+from tests.fixtures.fix_postgres import SETTINGS, PostgresFactory, execute, run_apart
 
 pytestmark = pytest.mark.integration
 
@@ -50,11 +49,6 @@ async def role(source_server: LocalPostgres) -> AsyncIterator[str]:
     await execute(source_server.uri(), f"create role {name} login")
     yield name
     await execute(source_server.uri(), f"drop role {name}")
-
-
-async def execute(uri: str, *statements: str) -> None:
-    for statement in statements:
-        await execute_one(uri, statement)
 
 
 def at(uri: str, **parts: str) -> str:

@@ -9,6 +9,7 @@ from live_migration.common.errors import SourceError
 from live_migration.common.local_postgres import LocalPostgres
 from live_migration.common.settings import Settings, load_settings
 from live_migration.coordinator.verify import Report, Verdict, verify
+from tests.fixtures.fix_postgres import execute
 
 pytestmark = pytest.mark.integration
 
@@ -41,15 +42,6 @@ SCHEMA = """
 @pytest.fixture
 def settings(source_database: str, target_database: str) -> Settings:
     return load_settings({"source": source_database, "target": target_database})
-
-
-async def execute(uri: str, *statements: str) -> None:
-    connection = await asyncpg.connect(uri)
-    try:
-        for statement in statements:
-            await connection.execute(statement)
-    finally:
-        await connection.close()
 
 
 async def fill(settings: Settings) -> None:
