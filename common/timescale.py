@@ -1,0 +1,162 @@
+"""Which relations of a database are TimescaleDB's parts of a hypertable: read from the catalogs of 2.16 to 2.29.
+
+The catalogs change between releases (2.29: `chunk.relid` in place of `chunk.schema_name` and `table_name`, compressed tables
+named in `compression_settings` alone), so chunks are found by inheritance, which does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import asyncpg
+
+from live_migration.common.relation import QualifiedName
+
+INTERNAL_SCHEMA = "_timescaledb_internal"
+"""Where chunks, compressed tables and materializations stand, unless a hypertable names another schema for its chunks."""
+
+_VERSION = "select extversion::text from pg_extension where extname = 'timescaledb'"
+
+_COLUMNS = """
+    select format('%s.%s', c.relname, a.attname)
+    from pg_attribute a join pg_class c on c.oid = a.attrelid join pg_namespace n on n.oid = c.relnamespace
+    where n.nspname = '_timescaledb_catalog' and c.relname in ('chunk', 'hypertable', 'compression_settings')
+      and a.attnum > 0 and not a.attisdropped
+"""
+
+_HYPERTABLES = """
+    select h.id, c.oid, h.schema_name::text as schema, h.table_name::text as name,
+           v.user_view_schema::text as view_schema, v.user_view_name::text as view_name,
+           (select d.column_name::text from _timescaledb_catalog.dimension d
+            where d.hypertable_id = h.id and d.interval_length is not null order by d.id limit 1) as time_column
+    from _timescaledb_catalog.hypertable h
+    join pg_namespace n on n.nspname = h.schema_name join pg_class c on c.relnamespace = n.oid and c.relname = h.table_name
+    left join _timescaledb_catalog.continuous_agg v on v.mat_hypertable_id = h.id
+    where h.compression_state <> 2
+    order by h.id
+"""
+
+_CHUNKS = """
+    select i.inhparent as hypertable, c.oid, n.nspname::text as schema, c.relname::text as name, c.relkind::text as kind,
+           (select string_agg(pg_get_expr(k.conbin, k.conrelid), ' and ' order by k.conname) from pg_constraint k
+            where k.conrelid = c.oid and k.contype = 'c' and k.coninhcount = 0) as range
+    from pg_inherits i join pg_class c on c.oid = i.inhrelid join pg_namespace n on n.oid = c.relnamespace
+    where i.inhparent = any($1::oid[])
+    order by c.oid
+"""
+
+_COMPRESSED_BY_SETTINGS = """
+    select relid::oid as chunk, compress_relid::oid as compressed from _timescaledb_catalog.compression_settings
+    where compress_relid is not null
+"""
+
+_COMPRESSED_BY_CHUNK = """
+    select p.oid as chunk, q.oid as compressed
+    from _timescaledb_catalog.chunk c join _timescaledb_catalog.chunk z on z.id = c.compressed_chunk_id
+    join pg_namespace n on n.nspname = c.schema_name join pg_class p on p.relnamespace = n.oid and p.relname = c.table_name
+    join pg_namespace m on m.nspname = z.schema_name join pg_class q on q.relnamespace = m.oid and q.relname = z.table_name
+"""
+
+_COMPRESSED_ROOTS = """
+    select c.oid from _timescaledb_catalog.hypertable h
+    join pg_namespace n on n.nspname = h.schema_name join pg_class c on c.relnamespace = n.oid and c.relname = h.table_name
+    where h.compression_state = 2
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Hypertable:
+    """A hypertable, a continuous aggregate's materialization included (`view` is then what users call it by).
+
+    `id` is TimescaleDB's own. `time_column`: that of its first dimension.
+    """
+
+    id: int
+    oid: int
+    name: QualifiedName
+    time_column: str
+    view: QualifiedName | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A chunk. `range`: an SQL condition that holds for exactly the rows which belong into it.
+
+    `compressed`: oid of the table that holds its compressed rows, None where it is not compressed. `is_foreign`: its
+    rows lie in tiered storage.
+    """
+
+    oid: int
+    name: QualifiedName
+    hypertable: int
+    range: str
+    compressed: int | None = None
+    is_foreign: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A database's hypertables at one moment; relations by oid.
+
+    `compressed`: which chunk a compressed table belongs to. `compressed_roots`: the parents of compressed tables, always
+    empty, which versions before 2.29 have.
+    """
+
+    version: str
+    hypertables: dict[int, Hypertable] = field(default_factory=dict)
+    chunks: dict[int, Chunk] = field(default_factory=dict)
+    compressed: dict[int, int] = field(default_factory=dict)
+    compressed_roots: frozenset[int] = frozenset()
+
+    def hypertable_of(self, oid: int) -> Hypertable | None:
+        """Give the hypertable that a relation is, or is a chunk of, or holds compressed rows of; None for all others."""
+        oid = self.compressed.get(oid, oid)
+        chunk = self.chunks.get(oid)
+        return self.hypertables.get(chunk.hypertable if chunk else oid)
+
+    def is_internal(self, oid: int) -> bool:
+        """Tell whether a relation holds compressed rows, or would: nothing that users write to."""
+        return oid in self.compressed or oid in self.compressed_roots
+
+
+async def read_version(connection: asyncpg.Connection) -> str | None:
+    """Give the version of a database's TimescaleDB; None where it has none."""
+    version: str | None = await connection.fetchval(_VERSION)
+    return version
+
+
+async def read_layout(connection: asyncpg.Connection) -> Layout | None:
+    """Give a database's hypertables; None where it has no TimescaleDB.
+
+    Several queries: call it in a transaction with one snapshot where that matters.
+    """
+    version = await read_version(connection)
+    if version is None:
+        return None
+    columns = {row[0] for row in await connection.fetch(_COLUMNS)}
+    hypertables = {
+        row["oid"]: Hypertable(
+            row["id"],
+            row["oid"],
+            QualifiedName(row["schema"], row["name"]),
+            row["time_column"] or "",
+            QualifiedName(row["view_schema"], row["view_name"]) if row["view_name"] else None,
+        )
+        for row in await connection.fetch(_HYPERTABLES)
+    }
+    has_chunk_column = "chunk.compressed_chunk_id" in columns
+    pairs = await connection.fetch(_COMPRESSED_BY_CHUNK if has_chunk_column else _COMPRESSED_BY_SETTINGS)
+    compressed_of = {row["chunk"]: row["compressed"] for row in pairs}
+    chunks = {
+        row["oid"]: Chunk(
+            row["oid"],
+            QualifiedName(row["schema"], row["name"]),
+            row["hypertable"],
+            row["range"] or "true",
+            compressed_of.get(row["oid"]),
+            row["kind"] != "r",
+        )
+        for row in await connection.fetch(_CHUNKS, list(hypertables))
+    }
+    roots = frozenset(row["oid"] for row in await connection.fetch(_COMPRESSED_ROOTS))
+    return Layout(version, hypertables, chunks, {z: c for c, z in compressed_of.items()}, roots)
