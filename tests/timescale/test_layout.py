@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncpg
+
 from live_migration.common.local_postgres import LocalPostgres
 from live_migration.common.relation import QualifiedName
 from live_migration.common.timescale import Layout, read_layout
