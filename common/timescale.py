@@ -57,6 +57,18 @@ _COMPRESSED_BY_CHUNK = """
     join pg_namespace m on m.nspname = z.schema_name join pg_class q on q.relnamespace = m.oid and q.relname = z.table_name
 """
 
+_OWN_TABLES = """
+    select n.nspname::text as schema, c.relname::text as name
+    from pg_depend d join pg_extension e on e.oid = d.refobjid and d.refclassid = 'pg_extension'::regclass
+    join pg_class c on c.oid = d.objid and d.classid = 'pg_class'::regclass join pg_namespace n on n.oid = c.relnamespace
+    where e.extname = 'timescaledb' and d.deptype = 'e' and c.relkind = 'r'
+"""
+
+_NAMES = """
+    select c.oid, n.nspname::text as schema, c.relname::text as name
+    from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = any($1::oid[])
+"""
+
 _COMPRESSED_ROOTS = """
     select c.oid from _timescaledb_catalog.hypertable h
     join pg_namespace n on n.nspname = h.schema_name join pg_class c on c.relnamespace = n.oid and c.relname = h.table_name
@@ -98,15 +110,17 @@ class Chunk:
 class Layout:
     """A database's hypertables at one moment; relations by oid.
 
-    `compressed`: which chunk a compressed table belongs to. `compressed_roots`: the parents of compressed tables, always
-    empty, which versions before 2.29 have.
+    `compressed`: which chunk a compressed table belongs to. `compressed_names`: theirs. `compressed_roots`: the parents of
+    compressed tables, always empty, which versions before 2.29 have. `own_tables`: the extension's.
     """
 
     version: str
     hypertables: dict[int, Hypertable] = field(default_factory=dict)
     chunks: dict[int, Chunk] = field(default_factory=dict)
     compressed: dict[int, int] = field(default_factory=dict)
+    compressed_names: dict[int, QualifiedName] = field(default_factory=dict)
     compressed_roots: frozenset[int] = frozenset()
+    own_tables: frozenset[QualifiedName] = frozenset()
 
     def hypertable_of(self, oid: int) -> Hypertable | None:
         """Give the hypertable that a relation is, or is a chunk of, or holds compressed rows of; None for all others."""
@@ -159,4 +173,14 @@ async def read_layout(connection: asyncpg.Connection) -> Layout | None:
         for row in await connection.fetch(_CHUNKS, list(hypertables))
     }
     roots = frozenset(row["oid"] for row in await connection.fetch(_COMPRESSED_ROOTS))
-    return Layout(version, hypertables, chunks, {z: c for c, z in compressed_of.items()}, roots)
+    names = await connection.fetch(_NAMES, list(compressed_of.values()))
+    own = await connection.fetch(_OWN_TABLES)
+    return Layout(
+        version,
+        hypertables,
+        chunks,
+        {z: c for c, z in compressed_of.items()},
+        {row["oid"]: QualifiedName(row["schema"], row["name"]) for row in names},
+        roots,
+        frozenset(QualifiedName(row["schema"], row["name"]) for row in own),
+    )
