@@ -36,10 +36,15 @@ _HYPERTABLES = """
     order by h.id
 """
 
-_CHUNKS = """
+_RANGE = """
+    select string_agg(pg_get_expr(k.conbin, k.conrelid), ' and ' order by k.conname) from pg_constraint k
+    where k.conrelid = c.oid and k.contype = 'c' and k.coninhcount = 0
+"""
+"""A chunk's own constraints, of the relation `c`: those that it inherits are the user's."""
+
+_CHUNKS = f"""
     select i.inhparent as hypertable, c.oid, n.nspname::text as schema, c.relname::text as name, c.relkind::text as kind,
-           (select string_agg(pg_get_expr(k.conbin, k.conrelid), ' and ' order by k.conname) from pg_constraint k
-            where k.conrelid = c.oid and k.contype = 'c' and k.coninhcount = 0) as range
+           ({_RANGE}) as range
     from pg_inherits i join pg_class c on c.oid = i.inhrelid join pg_namespace n on n.oid = c.relnamespace
     where i.inhparent = any($1::oid[])
     order by c.oid
@@ -184,3 +189,34 @@ async def read_layout(connection: asyncpg.Connection) -> Layout | None:
         roots,
         frozenset(QualifiedName(row["schema"], row["name"]) for row in own),
     )
+
+
+_ONE_BY_SETTINGS = """
+    select n.nspname::text as schema, c.relname::text as name, c.oid
+    from _timescaledb_catalog.compression_settings s
+    join pg_class c on c.oid = s.compress_relid join pg_namespace n on n.oid = c.relnamespace
+    where s.relid = $1::oid
+"""
+
+_ONE_BY_CHUNK = """
+    select m.nspname::text as schema, q.relname::text as name, q.oid
+    from pg_class p join pg_namespace n on n.oid = p.relnamespace
+    join _timescaledb_catalog.chunk c on c.schema_name = n.nspname and c.table_name = p.relname
+    join _timescaledb_catalog.chunk z on z.id = c.compressed_chunk_id
+    join pg_namespace m on m.nspname = z.schema_name join pg_class q on q.relnamespace = m.oid and q.relname = z.table_name
+    where p.oid = $1::oid
+"""
+
+
+async def compressed_table(connection: asyncpg.Connection, chunk: int) -> tuple[str, int] | None:
+    """Give name (in SQL) and oid of the table that holds a chunk's compressed rows; None where it has none."""
+    columns = {row[0] for row in await connection.fetch(_COLUMNS)}
+    query = _ONE_BY_CHUNK if "chunk.compressed_chunk_id" in columns else _ONE_BY_SETTINGS
+    row = await connection.fetchrow(query, chunk)
+    return (QualifiedName(row["schema"], row["name"]).sql, row["oid"]) if row else None
+
+
+async def chunk_range(connection: asyncpg.Connection, chunk: int) -> str | None:
+    """Give the condition that holds for the rows of a chunk alone; None where it is gone."""
+    condition: str | None = await connection.fetchval(f"select ({_RANGE}) from pg_class c where c.oid = $1", chunk)
+    return condition

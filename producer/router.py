@@ -248,7 +248,7 @@ class Router:
         if home is not None:
             framed_home = frame(encode_home(relation.oid, home))
             lane = self._lanes[lane_of(home.hypertable, len(self._lanes))]
-            self._routes[oid] = Route(lane, framed_home + framed, str(home.hypertable))
+            self._routes[oid] = Route(lane, framed_home + framed, str(home.hypertable), home.is_compressed)
             return
         lane = self._lanes[lane_of(relation.name, len(self._lanes))]
         self._routes[oid] = Route(lane, framed, str(relation.name))
@@ -298,7 +298,10 @@ class Router:
             self._homes.learn_row(self._hidden[oids[0]], bytes(message))
             return
         routes = [(oid, self._route(oid)) for oid in oids]
-        self._change_in(routes[0][1].lane, message, routes)
+        lane = routes[0][1].lane
+        if routes[0][1].stands_alone and lane.change_count and (self._commit_lsn, self._ordinal) > lane.position:
+            self._cut(lane)
+        self._change_in(lane, message, routes)
 
     def _change_in(self, lane: LaneBuffer, message: Message, routes: Sequence[tuple[bytes, Route]]) -> None:
         self._touched[lane] = None
@@ -316,7 +319,9 @@ class Router:
             self._records.append(lane.cut_fragments(message, ordinal, self._segment_bytes))
             return
         lane.append_change(bytes(message), ordinal)
-        for oid, _ in routes:
+        for oid, route in routes:
+            if route.stands_alone:
+                continue
             for kind in _ROW_KINDS:
                 self._ready_lanes[kind + oid] = lane
 
