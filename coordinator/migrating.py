@@ -38,7 +38,7 @@ async def migrate(settings: Settings, *, recopy: bool = False) -> int:
     stop, ask_cutover = asyncio.Event(), asyncio.Event()
     has_keys = sys.stdin is not None and sys.stdin.isatty()
     if has_keys and not settings.pause_source_jobs and not recopy:
-        settings = await _ask_to_pause_jobs(settings)
+        settings = await ask_to_pause_jobs(settings, sys.stdin.fileno())
     async with Display(Console(stderr=True), stop_hint(has_keys=has_keys)) as display:
         async with _signals(stop, ask_cutover, display), _keys(ask_cutover if has_keys else None):
             async with _broker(settings, display.note) as reachable:
@@ -94,8 +94,11 @@ async def _signals(stop: asyncio.Event, ask_cutover: asyncio.Event, display: Dis
             loop.remove_signal_handler(each)
 
 
-async def _ask_to_pause_jobs(settings: Settings) -> Settings:
-    """Ask whether jobs that stand in the way may be paused; without consent the conductor's checks refuse."""
+async def ask_to_pause_jobs(settings: Settings, terminal: int) -> Settings:
+    """Ask whether jobs that stand in the way may be paused; without consent the conductor's checks refuse.
+
+    `terminal`: its file number.
+    """
     try:
         jobs = await find_jobs_to_pause(settings)
     except LiveMigrationError:
@@ -105,7 +108,7 @@ async def _ask_to_pause_jobs(settings: Settings) -> Settings:
     for job in jobs:
         click.echo(f"  {'moves data' if job.is_policy else 'may move data'}: {job}", err=True)
     click.echo("Pause these jobs of TimescaleDB on the source until `live-migration clean`? [y/N] ", nl=False, err=True)
-    answer = await read_line(sys.stdin.fileno())
+    answer = await read_line(terminal)
     return settings.model_copy(update={"pause_source_jobs": answer.strip().lower() in ("y", "yes")})
 
 

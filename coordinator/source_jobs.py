@@ -16,7 +16,7 @@ import asyncpg
 from live_migration.common import state
 from live_migration.common.errors import SourceError
 from live_migration.common.postgres import asking, session
-from live_migration.common.progress import format_duration, name_list
+from live_migration.common.progress import name_list
 from live_migration.common.relation import quote_identifier
 from live_migration.common.settings import Settings
 from live_migration.coordinator.run import APPLICATION, Run
@@ -35,12 +35,11 @@ _PLACES = """
 # Jobs below 1000 are TimescaleDB's own: telemetry, its history of jobs.
 _JOBS = """
     select j.job_id as id, j.application_name::text as name, j.owner::text as owner, j.scheduled as is_scheduled,
-           coalesce(format('%I.%I', j.hypertable_schema, j.hypertable_name), format('%I.%I', j.proc_schema, j.proc_name)) as subject,
+           case when j.hypertable_name is null then format('%I.%I', j.proc_schema, j.proc_name)
+                else format('%I.%I', j.hypertable_schema, j.hypertable_name) end as subject,
            j.proc_schema in ('_timescaledb_functions', '_timescaledb_internal') as is_policy,
            pg_has_role(j.owner, 'usage') or pg_has_role('pg_database_owner', 'usage') as is_alterable
-    from (select job_id, application_name, owner, scheduled, proc_schema, proc_name,
-                 nullif(hypertable_schema, '') as hypertable_schema, hypertable_name from timescaledb_information.jobs) j
-    where j.job_id >= 1000 order by j.job_id
+    from timescaledb_information.jobs j where j.job_id >= 1000 order by j.job_id
 """
 
 # A worker that was started this moment has no session yet, only the mark that its scheduler made.
@@ -202,7 +201,7 @@ async def _await_runs(run: Run, source: asyncpg.Connection, places: _Places, ids
         if rows and time.monotonic() - began > run.settings.slot_timeout:
             await give_jobs_back(run.target, source, run.settings)
             raise SourceError(
-                f"jobs on the source were still running after {format_duration(round(run.settings.slot_timeout))}: {running}",
+                f"jobs on the source were still running after {run.settings.slot_timeout:g} s: {running}",
                 hint="All jobs are scheduled again. Try at a time when they are done, or with a longer --slot-timeout.",
             )
         if rows and running != said:
