@@ -19,8 +19,8 @@ from live_migration.common.postgres import asking, session
 from live_migration.common.progress import name_list
 from live_migration.common.relation import quote_identifier
 from live_migration.common.settings import Settings
+from live_migration.common.timescale import read_version, read_version_to_be
 from live_migration.coordinator.run import APPLICATION, Run
-from live_migration.coordinator.timescale_facts import read_version_to_be
 from live_migration.producer.publication import execute_politely
 
 _LOOK_AGAIN_SECONDS = 0.5
@@ -120,7 +120,7 @@ async def find_jobs_to_pause(settings: Settings) -> list[Job]:
                 return []
         with asking("source", "listing jobs"):
             jobs = [job for job in await read_jobs(source) if job.is_scheduled]
-            version = await read_version_to_be(source, "") if jobs else None
+            version = await read_version(source) if jobs else None
         with asking("target", "asking for TimescaleDB's version"):
             is_same = version is not None and await read_version_to_be(target, version) == version
     return jobs if is_same else []
