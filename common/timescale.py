@@ -17,6 +17,13 @@ INTERNAL_SCHEMA = "_timescaledb_internal"
 
 _VERSION = "select extversion::text from pg_extension where extname = 'timescaledb'"
 
+_VERSION_TO_BE = """
+    select coalesce(
+        (select extversion::text from pg_extension where extname = 'timescaledb'),
+        (select version::text from pg_available_extension_versions where name = 'timescaledb' and version = $1),
+        (select default_version::text from pg_available_extensions where name = 'timescaledb'))
+"""
+
 _COLUMNS = """
     select format('%s.%s', c.relname, a.attname)
     from pg_attribute a join pg_class c on c.oid = a.attrelid join pg_namespace n on n.oid = c.relnamespace
@@ -141,6 +148,15 @@ class Layout:
 async def read_version(connection: asyncpg.Connection) -> str | None:
     """Give the version of a database's TimescaleDB; None where it has none."""
     version: str | None = await connection.fetchval(_VERSION)
+    return version
+
+
+async def read_version_to_be(connection: asyncpg.Connection, wanted: str) -> str | None:
+    """Give the version that a database has, or would get: `wanted` where the server offers it, else its default.
+
+    None where the server has no TimescaleDB at all.
+    """
+    version: str | None = await connection.fetchval(_VERSION_TO_BE, wanted)
     return version
 
 

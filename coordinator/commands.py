@@ -126,7 +126,18 @@ def commands() -> None:
 
 
 @commands.command("validate")
-@settings_options("source", "target", *KAFKA, "name", "pg_bin", "replica_identity_full", "replication_factor", *LOG)
+@settings_options(
+    "source",
+    "target",
+    *KAFKA,
+    "name",
+    "pg_bin",
+    "replica_identity_full",
+    "pause_source_jobs",
+    "flatten",
+    "replication_factor",
+    *LOG,
+)
 def validate_command(**options: Any) -> int:
     """Check everything that a migration needs, and touch nothing."""
     settings = _load(options)

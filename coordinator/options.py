@@ -56,6 +56,8 @@ _HELP = {
     "consumers": "Consumers that `migrate` starts.  [default: 2]",
     "cutover": "Cut over when asked to, or as soon as the target has caught up.  [default: ask]",
     "replica_identity_full": "Give tables without a replica identity REPLICA IDENTITY FULL until `clean`.",
+    "pause_source_jobs": "Pause TimescaleDB's jobs on the source that move data, until `clean`.",
+    "flatten": "Let hypertables become plain tables on a target without TimescaleDB.",
     "partitions": "Lanes of the change log, applied in parallel.  [default: 8]",
     "replication_factor": "Replicas of the topics; 0: 3, or as many as there are brokers.  [default: 0]",
     "segment_bytes": "Size of a segment of the change log.  [default: 131072]",
@@ -108,6 +110,8 @@ CONDUCTOR = (
     "consumers",
     "cutover",
     "replica_identity_full",
+    "pause_source_jobs",
+    "flatten",
     "partitions",
     "replication_factor",
     "keep_changes",
@@ -138,6 +142,6 @@ def _option(field: str) -> Callable[[Command], Command]:
     text = f"{_HELP[field]}  [env: {variable(field)}]"
     if field in ("workers", "keep_changes"):
         return click.option(f"{flag}/--no-{flag.removeprefix('--')}", default=None, help=text)
-    if field in ("replica_identity_full", "log_json"):
+    if field in ("replica_identity_full", "pause_source_jobs", "flatten", "log_json"):
         return click.option(flag, is_flag=True, default=None, help=text)
     return click.option(flag, type=_TYPES.get(field, str), default=None, help=text)

@@ -155,12 +155,19 @@ create table _live_migration.workers (
 
 create table _live_migration.source_changes (   -- what `clean` gives back
     id bigint generated always as identity primary key,
-    kind text not null,                     -- replica_identity
-    oid oid,
+    kind text not null,                     -- replica_identity, job
+    oid oid,                                -- of the table; a job's id
     object text not null,
     before text not null,
     after text not null,
     restored boolean not null default false
+);
+
+create table _live_migration.target_jobs (      -- TimescaleDB's jobs of the target, held until the hand-over
+    id integer primary key,                     -- on the target
+    name text not null,
+    is_scheduled boolean not null,              -- on the source, before we paused any: what it gets at the end
+    is_released boolean not null default false
 );
 
 create table _live_migration.requests (
