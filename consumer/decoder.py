@@ -11,7 +11,7 @@ import orjson
 from live_migration.common import control, pgoutput
 from live_migration.common.errors import FormatError
 from live_migration.common.home import HOME, Home, decode_home
-from live_migration.common.relation import Relation
+from live_migration.common.relation import QualifiedName, Relation
 from live_migration.common.segment import BASE, FRAME, Position
 from live_migration.consumer.layouts import FIXED_SIZES, SHORTEST_SPAN, Layouts, Span
 from live_migration.consumer.row_encoding import BIG_BYTES, Message
@@ -126,8 +126,8 @@ class TruncateStep:
         self.position = position
 
 
-Step = dict[int, list[TableRun]] | TruncateStep
-"""Runs by table, independent of one another between tables; or a truncate."""
+Step = dict[QualifiedName, list[TableRun]] | TruncateStep
+"""Runs by table of the target, independent of one another between tables; or a truncate."""
 
 
 class Batch:
@@ -147,7 +147,7 @@ class Batch:
         """Tell whether there is nothing to write but the checkpoint."""
         return not self.steps
 
-    def runs(self) -> dict[int, list[TableRun]]:
+    def runs(self) -> dict[QualifiedName, list[TableRun]]:
         """Give the runs that the next change goes into."""
         if not self.steps or isinstance(self.steps[-1], TruncateStep):
             self.steps.append({})
@@ -273,8 +273,8 @@ class LaneDecoder:
         """Give the run of the batch's last step that a relation's changes go into."""
         table = known.table
         runs = batch.runs()
-        table_runs = runs.setdefault(table.source_oid, [])
-        if not table_runs or table_runs[-1].table is not table:
+        table_runs = runs.setdefault(table.name, [])
+        if not table_runs or not table_runs[-1].table.takes_rows_of(table):
             table_runs.append(TableRun(table))
             batch.run_count += 1
         run = table_runs[-1]
@@ -352,7 +352,7 @@ class LaneDecoder:
             batch.barrier = content["id"]
 
 
-def all_runs(step: dict[int, list[TableRun]]) -> Iterator[TableRun]:
+def all_runs(step: dict[QualifiedName, list[TableRun]]) -> Iterator[TableRun]:
     """Give the runs of a step, each table's in their order."""
     for runs in step.values():
         yield from runs

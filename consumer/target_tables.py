@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import asyncpg
@@ -13,6 +13,7 @@ from live_migration.common.errors import LaneStopped
 from live_migration.common.home import Home
 from live_migration.common.relation import Column, QualifiedName, Relation, ReplicaIdentity, quote_identifier
 from live_migration.common.visibility import CopySnapshot
+from live_migration.consumer.hypertables import HypertableInfo, read_hypertable
 
 FOLDABLE_TYPES = frozenset({16, 17, 19, 20, 21, 23, 25, 26, 1043, 1082, 1083, 1114, 1184, 2950})
 """Built-in types whose values are equal exactly when their bytes are (text ones under a deterministic collation); enums too."""
@@ -46,11 +47,20 @@ class TargetTable:
     has_other_unique: bool
     is_deferrable: bool
     is_ordinary: bool
+    hypertable: HypertableInfo | None = None
 
     @property
     def sql(self) -> str:
-        """The table's name in a statement that must not touch its inheritance children."""
-        return f"only {self.name.sql}" if self.is_ordinary else self.name.sql
+        """The table's name in a statement that must not touch its inheritance children, unless those are what it consists of."""
+        return f"only {self.name.sql}" if self.is_ordinary and self.hypertable is None else self.name.sql
+
+    def takes_rows_of(self, other: TargetTable) -> bool:
+        """Tell whether another relation's rows go into the same table by the same statements, as those of two chunks do."""
+        if self is other or self.name != other.name:
+            return self is other
+        relation = replace(self.relation, oid=other.source_oid, name=other.relation.name)
+        alike = replace(self, source_oid=other.source_oid, relation=relation)
+        return self.source_oid != other.source_oid and alike == other
 
     @property
     def is_foldable(self) -> bool:
@@ -71,7 +81,8 @@ class TargetTable:
 
 _TABLE = """
     select coalesce(t.root_schema, t.schema_name) as schema_name, coalesce(t.root_name, t.table_name) as table_name,
-           t.lane, t.snapshot, t.horizon - '0/0'::pg_lsn as horizon, c.oid, c.relkind::text as kind
+           t.lane, t.snapshot, t.horizon - '0/0'::pg_lsn as horizon, c.oid, c.relkind::text as kind,
+           to_regclass('_timescaledb_catalog.dimension') is not null as has_timescale
     from _live_migration.tables t
     left join pg_namespace n on n.nspname = coalesce(t.root_schema, t.schema_name)
     left join pg_class c on c.relnamespace = n.oid and c.relname = coalesce(t.root_name, t.table_name)
@@ -219,7 +230,8 @@ class TargetTables:
             raise LaneStopped(
                 f"table {name} does not exist on the target", hint="Restore it there; the lane then goes on by itself."
             )
-        columns = await self._match_columns(relation, name, row["oid"])
+        on_target = (await read_columns(self._connection, [row["oid"]])).get(row["oid"], ())
+        columns = await self._match_columns(relation, name, on_target)
         indexes = await self._connection.fetch(_UNIQUE_INDEXES, row["oid"])
         key_names = _key_names(relation, indexes)
         kept = tuple(i for i, column in enumerate(columns) if not column.generated)
@@ -234,10 +246,13 @@ class TargetTables:
             any(set(index["columns"]) != set(key_names) or not index["is_identity"] for index in indexes),
             any(index["is_deferrable"] for index in indexes),
             row["kind"] == "r",
+            await read_hypertable(self._connection, row["oid"], name, on_target) if row["has_timescale"] else None,
         )
 
-    async def _match_columns(self, relation: Relation, name: QualifiedName, oid: int) -> tuple[ColumnInfo, ...]:
-        found = {column.name: column for column in (await read_columns(self._connection, [oid])).get(oid, ())}
+    async def _match_columns(
+        self, relation: Relation, name: QualifiedName, on_target: Sequence[ColumnInfo]
+    ) -> tuple[ColumnInfo, ...]:
+        found = {column.name: column for column in on_target}
         missing = [column for column in relation.columns if column.name not in found]
         if missing:
             types = await self._type_names([(column.type_oid, column.type_modifier) for column in missing])
