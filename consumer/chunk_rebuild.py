@@ -27,11 +27,12 @@ from live_migration.consumer.table_snapshot import ChunkGone, lock_table, read_d
 
 log = get_logger(__name__)
 
-_DUE = """
-    select oid, schema_name, table_name, root_schema, root_name, range, rebuild from _live_migration.tables
-    where kind = 'chunk' and rebuild is not null and lane = $1 and coalesce(rebuild_lsn <= $2, true)
-    order by oid
+_REBUILD = """
+    select oid, schema_name, table_name, root_schema, root_name, range, coalesce(rebuild, 'rows changed unseen') as reason
+    from _live_migration.tables where kind = 'chunk' and {} order by oid
 """
+_DUE = _REBUILD.format("rebuild is not null and lane = $1 and coalesce(rebuild_lsn <= $2, true)")
+_ALL = _REBUILD.format("(rebuild is not null or copy_again)")
 _MARK = """
     insert into _live_migration.tables
         (oid, schema_name, table_name, lane, publication, columns, binary_copy, state, kind, hypertable_oid, root_schema,
@@ -61,16 +62,19 @@ class ChunkToRebuild:
 
 async def due_chunks(target: asyncpg.Connection, lane: int, applied_lsn: int) -> list[ChunkToRebuild]:
     """Give the chunks that a lane which has applied all before `applied_lsn` must copy anew."""
-    return [
-        ChunkToRebuild(
-            row["oid"],
-            QualifiedName(row["schema_name"], row["table_name"]),
-            QualifiedName(row["root_schema"], row["root_name"]),
-            row["range"],
-            row["rebuild"],
-        )
-        for row in await target.fetch(_DUE, lane, applied_lsn)
-    ]
+    return [_chunk(row) for row in await target.fetch(_DUE, lane, applied_lsn)]
+
+
+async def all_due_chunks(target: asyncpg.Connection) -> list[ChunkToRebuild]:
+    """Give the chunks that must be copied anew once all lanes stand at the last barrier."""
+    return [_chunk(row) for row in await target.fetch(_ALL)]
+
+
+def _chunk(row: asyncpg.Record) -> ChunkToRebuild:
+    name = QualifiedName(row["schema_name"], row["table_name"])
+    return ChunkToRebuild(
+        row["oid"], name, QualifiedName(row["root_schema"], row["root_name"]), row["range"], row["reason"]
+    )
 
 
 async def mark_chunk(target: asyncpg.Connection, oid: int, home: Home, *, reason: str, lsn: int | None = None) -> None:

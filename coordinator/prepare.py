@@ -28,6 +28,7 @@ from live_migration.coordinator.identity_watch import watch_identities
 from live_migration.coordinator.planning import Memberships
 from live_migration.coordinator.recopy import adopt_memberships, drop_built_indexes, planned_tables
 from live_migration.coordinator.run import Run
+from live_migration.coordinator.source_jobs import pause_source_jobs
 from live_migration.coordinator.timescale_source import compressed_tables, publish_inner
 from live_migration.producer.publication import (
     ALL_OPERATIONS,
@@ -91,6 +92,8 @@ async def _prepare_source(run: Run, source: asyncpg.Connection) -> None:
     await create_publication(source, settings.publication, ALL_OPERATIONS)
     await create_publication(source, settings.insert_publication, INSERT_ONLY)
     await publish_inner(run, source)
+    if settings.pause_source_jobs:
+        await pause_source_jobs(run, source)
     if settings.replica_identity_full:
         await _give_full_identities(run, source)
     with asking("target", "reading the plan"):

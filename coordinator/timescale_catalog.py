@@ -19,6 +19,7 @@ from live_migration.common.relation import QualifiedName, quote_identifier
 from live_migration.common.timescale import read_version
 from live_migration.coordinator import steps
 from live_migration.coordinator.run import Run
+from live_migration.coordinator.source_jobs import hold_target_jobs
 
 ARCHIVE = "timescaledb catalog"
 EXTENSION_STEP = "timescaledb extension"
@@ -164,7 +165,9 @@ async def end_restoring(run: Run) -> None:
         return
     async with run.target_session("timescaledb") as target:
         with asking("target", "leaving TimescaleDB's restoring mode"):
-            await target.execute(f"select {catalog.schema}.timescaledb_post_restore()")
+            async with target.transaction():
+                await hold_target_jobs(target)  # before the scheduler comes back, in the same transaction
+                await target.execute(f"select {catalog.schema}.timescaledb_post_restore()")
     with asking("target", "leaving TimescaleDB's restoring mode"):
         await run.target.execute("set timescaledb.restoring = off")
     async with run.target_transaction("leaving TimescaleDB's restoring mode") as target:
