@@ -21,8 +21,8 @@ from live_migration.consumer.copy_stream import CopyCount, CopyPlan, stream_copy
 from live_migration.consumer.table_shape import ColumnDefinition
 from live_migration.consumer.table_snapshot import read_definitions
 
-_COMPRESSED_TYPES = ("_timescaledb_internal.compressed_data", "_timescaledb_internal.bloom1")
-"""Their binary form is the extension's own, the same under the same version."""
+_COMPRESSED = "_timescaledb_internal.compressed_data"
+"""Its binary form is the extension's own, the same under the same version. (`bloom1`, of sparse indexes, has none: text then.)"""
 
 _GONE = f"""
     select pg_current_snapshot()::text as snapshot, pg_current_wal_insert_lsn() as horizon, {CURRENT_TIMELINE} as timeline,
@@ -74,7 +74,7 @@ async def copy_compressed(
             f"target: {name}, which holds the compressed rows of {claim.name}, has another shape than on the source",
             hint="Both ends must have the same version of TimescaleDB.",
         )
-    is_binary = all(column.info.is_binary_safe or column.info.type in _COMPRESSED_TYPES for column in columns)
+    is_binary = all(column.info.is_binary_safe or column.info.type == _COMPRESSED for column in columns)
     plan = CopyPlan(QualifiedName(schema, table), tuple(column.name for column in columns), is_binary)
     return await stream_copy(source, target, plan, blocks=None, freeze=True, on_bytes=on_bytes)
 

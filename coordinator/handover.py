@@ -164,13 +164,16 @@ async def take_identities_back(run: Run) -> None:
     """Give tables the replica identity that they had on the source before we made it FULL: the dump has them as FULL."""
     async with run.target_transaction("taking REPLICA IDENTITY FULL back") as target:
         rows = await target.fetch(
-            """select schema_name, table_name, before from _live_migration.source_changes join _live_migration.tables using (oid)
-               where kind = 'replica_identity'"""
+            """select case when t.oid = c.oid then format('%I.%I', t.schema_name, t.table_name) else t.compressed_name end as name,
+                      c.before
+               from _live_migration.source_changes c join _live_migration.tables t on c.oid in (t.oid, t.compressed_oid)
+               where c.kind = 'replica_identity'"""
         )
         for row in rows:
-            name = QualifiedName(row["schema_name"], row["table_name"])
+            if not await target.fetchval("select to_regclass($1) is not null", row["name"]):
+                continue  # a chunk that was dropped or decompressed
             identity = identity_without_full(ReplicaIdentity(row["before"]))
-            await target.execute(f"alter table only {name.sql} replica identity {identity}")
+            await target.execute(f"alter table {row['name']} replica identity {identity}")
 
 
 async def set_sequences(run: Run, source: asyncpg.Connection) -> None:

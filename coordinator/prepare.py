@@ -193,13 +193,15 @@ async def _give_full_identities(run: Run, source: asyncpg.Connection) -> None:
     version = run.migration.source_version
     for table in planning.assign(await run.list_tables(source), version).insert:
         if planning.may_become_full(table, version):
-            await _give_full_identity(run, source, table)
+            await _give_full_identity(run, source, run.target, table)
             run.reporter.note(f"{table.name} has REPLICA IDENTITY FULL until `clean`")
 
 
-async def _give_full_identity(run: Run, source: asyncpg.Connection, table: TableInfo) -> None:
-    async with run.target_transaction("recording a change on the source"):
-        await run.target.execute(
+async def _give_full_identity(
+    run: Run, source: asyncpg.Connection, target: asyncpg.Connection, table: TableInfo
+) -> None:
+    with asking("target", "recording a change on the source"):
+        await target.execute(
             """insert into _live_migration.source_changes (kind, oid, object, before, after)
                select 'replica_identity', $1, $2, $3, 'f'
                where not exists (select from _live_migration.source_changes
@@ -211,13 +213,15 @@ async def _give_full_identity(run: Run, source: asyncpg.Connection, table: Table
     await set_identity_full(source, PublishedTable(table.oid, table.name), lock_timeout=run.settings.lock_timeout)
 
 
-async def _publish_compressed(run: Run, source: asyncpg.Connection, tables: Sequence[TableInfo]) -> None:
+async def publish_compressed(
+    run: Run, source: asyncpg.Connection, target: asyncpg.Connection, tables: Sequence[TableInfo]
+) -> None:
     """Publish the tables of compressed rows, FULL: a change there that no marker encloses is one that the stream does not tell."""
     present = await published_tables(source, run.settings.publication)
     wanted = [table for table in compressed_tables(tables) if table.oid not in present]
     for table in wanted:
         if table.identity is not ReplicaIdentity.FULL:
-            await _give_full_identity(run, source, table)
+            await _give_full_identity(run, source, target, table)
     names = [PublishedTable(table.oid, table.name) for table in wanted]
     await add_tables(source, run.settings.publication, names, lock_timeout=run.settings.lock_timeout)
 
@@ -256,7 +260,7 @@ async def publish_tables(run: Run, source: asyncpg.Connection, *, only: frozense
                 other = await published_tables(source, _other(settings, name))
                 wanted = [PublishedTable(t.oid, t.name) for t in tables if t.oid not in other]
                 await add_tables(source, name, wanted, lock_timeout=settings.lock_timeout)
-            await _publish_compressed(run, source, found)
+            await publish_compressed(run, source, run.target, found)
         except SourceError as error:
             if not isinstance(error.__cause__, asyncpg.UndefinedTableError | asyncpg.InvalidSchemaNameError):
                 raise

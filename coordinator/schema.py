@@ -27,6 +27,7 @@ from live_migration.coordinator.dump_script import (
     PG_CLASS,
     PG_CONSTRAINT,
     PG_PUBLICATION,
+    PG_PUBLICATION_NAMESPACE,
     PG_PUBLICATION_REL,
     PG_TRIGGER,
     Entry,
@@ -63,6 +64,8 @@ _FOREIGN_KEYS = """
     from pg_constraint con join pg_class c on c.oid = con.conrelid join pg_namespace n on n.oid = c.relnamespace
     where con.contype = 'f'
 """
+_TABLES_IN_SCHEMA = 150_000
+_SCHEMA_MEMBERS = "select oid from pg_publication_namespace where pnpubid = any($1::oid[])"
 _TRIGGERS = "select oid, tgrelid as table_oid from pg_trigger where not tgisinternal"
 _MOMENT = f"""
     select pg_current_snapshot()::text as snapshot, pg_current_wal_insert_lsn() as horizon, {CURRENT_TIMELINE} as timeline
@@ -177,10 +180,14 @@ async def _look(run: Run, source: asyncpg.Connection, programs: ClientPrograms, 
         ours = await source.fetch(_OUR_PUBLICATIONS, [settings.publication, settings.insert_publication])
         indexes, foreign_keys = await source.fetch(_INDEXES), await source.fetch(_FOREIGN_KEYS)
         triggers = await source.fetch(_TRIGGERS)
+        schemas = []
+        if run.migration.source_version >= _TABLES_IN_SCHEMA:
+            schemas = await source.fetch(_SCHEMA_MEMBERS, [row["oid"] for row in ours])
         catalog = await read_catalog(source)
     inner = {table.oid for table in tables if not table.is_users}
     left_out = {(PG_PUBLICATION_REL, member) for row in ours for member in row["members"] or ()}
     left_out |= {(PG_PUBLICATION, row["oid"]) for row in ours}
+    left_out |= {(PG_PUBLICATION_NAMESPACE, row["oid"]) for row in schemas}
     left_out |= {(PG_TRIGGER, row["oid"]) for row in triggers if row["table_oid"] in inner}
     return SourceSchema(
         tables,
@@ -331,8 +338,12 @@ def plan_foreign_keys(foreign_keys: Sequence[asyncpg.Record], post_data: Sequenc
     """Give rows for the foreign keys that pg_dump restores; those of partitions come with their root's."""
     by_oid = {row["oid"]: row for row in foreign_keys}
     fields = ("oid", "schema_name", "table_name", "name", "is_partitioned", "is_valid")
+    # A hypertable takes no ONLY, and to all others it is the same: inheritance hands no foreign key down.
     return [
-        (*(by_oid[entry.oid][field] for field in fields), entry.statements)
+        (
+            *(by_oid[entry.oid][field] for field in fields),
+            entry.statements.replace("ALTER TABLE ONLY ", "ALTER TABLE ", 1),
+        )
         for entry in post_data
         if entry.type == "FK CONSTRAINT" and entry.oid in by_oid
     ]
