@@ -40,7 +40,7 @@ _EXTENSION = """
 """
 
 _HYPERTABLES = """
-    select h.id, h.schema_name::text as schema, h.table_name::text as name,
+    select h.id, h.schema_name::text as schema, h.table_name::text as name, h.status & 8 = 8 as is_compressed_on_insert,
            h.associated_schema_name::text as chunk_schema, h.associated_table_prefix::text as chunk_prefix,
            coalesce(t.compression_enabled, a.compression_enabled, false) as is_compressed,
            s.segmentby, s.orderby, s.orderby_desc, s.orderby_nullsfirst, to_jsonb(s) ->> 'index' as index,
@@ -135,7 +135,10 @@ async def read_definitions(connection: asyncpg.Connection) -> Definitions | None
         granular = await connection.fetch(_AGGREGATE_SETTINGS) if extension["has_aggregate_settings"] else []
         jobs_schema = "_timescaledb_catalog" if extension["has_jobs_in_catalog"] else "_timescaledb_config"
         jobs = await connection.fetch(_JOBS.format(schema=jobs_schema))
-    extras = {row["hypertable_id"]: ("refresh of single tenants (granular_refresh_column)",) for row in granular}
+    extras: dict[int, tuple[str, ...]] = {row["hypertable_id"]: ("granular_refresh_column",) for row in granular}
+    for id, row in hypertables.items():
+        if row["is_compressed_on_insert"]:
+            extras[id] = (*extras.get(id, ()), "direct_compress")
     names = {id: QualifiedName(row["schema"], row["name"]) for id, row in {**hypertables, **aggregates}.items()}
     return Definitions(
         extension["version"],

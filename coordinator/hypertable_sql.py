@@ -13,7 +13,6 @@ from live_migration.common.relation import QualifiedName, quote_identifier, quot
 from live_migration.coordinator.hypertable_definitions import (
     Compression,
     ContinuousAggregate,
-    Definitions,
     Dimension,
     Hypertable,
     Index,
@@ -31,15 +30,11 @@ _JOB_NAMES_SINCE: Version = (2, 20)
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The TimescaleDB that statements are made for; `schema`: where its functions stand."""
+    """The TimescaleDB that statements are made for; `schema`: where its functions stand. See `read_target`."""
 
     version: Version
     schema: str
-
-    @classmethod
-    def of(cls, definitions: Definitions) -> Target:
-        """Give that of a database whose definitions were read."""
-        return cls(parse_version(definitions.version), definitions.schema)
+    license: str = "timescale"
 
     def function(self, name: str) -> str:
         """Give a function of the extension's API, qualified."""

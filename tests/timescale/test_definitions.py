@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncpg
 
 from live_migration.common.local_postgres import LocalPostgres
-from live_migration.coordinator.hypertable_definitions import Definitions, decode, encode
+from live_migration.coordinator.hypertable_definitions import Definitions, SparseIndex, decode, encode
+from live_migration.coordinator.hypertable_gaps import assess_definitions, read_absent, read_target
 from live_migration.coordinator.hypertable_source import read_definitions
 from live_migration.coordinator.hypertable_sql import (
     Target,
@@ -17,6 +18,7 @@ from live_migration.coordinator.hypertable_sql import (
     refresh_statement,
     schedule_statement,
 )
+from tests.fixtures.fix_postgres import execute
 from tests.fixtures.fix_timescale import timescale_database
 
 FUNCTIONS = """
@@ -37,6 +39,7 @@ TABLES = """
     create index "by Device" on metrics (device, time desc);
     create table "Odd Schema"."we""ird Ta'ble" ("Ti me" timestamp not null, "dev'ice,1" text not null, "O\\B" int);
     create table ticks (n bigint not null, kind smallint not null, v int);
+    create table names (device int primary key, name text);
     create table small (n smallint not null, v int);
     create table days (day date not null, v int);
     create table by_text (at text not null, v int);
@@ -74,6 +77,10 @@ AGGREGATES = (
     """create materialized view "Odd Schema"."a daily" with (timescaledb.continuous, timescaledb.materialized_only = true) as
        select time_bucket('1 day', hour, 'Europe/Berlin') as "Da y", device, sum("S um") as s from hourly
        group by 1, 2 with no data""",
+    """create materialized view monthly with (timescaledb.continuous) as
+       select time_bucket('1 month', m.time, origin => '2001-02-01'::timestamptz) as month, n.name,
+              first(v, time), count(*) filter (where v > 1) as big
+       from metrics m join names n on n.device = m.device where v is not null group by 1, 2 having count(*) > 0 with no data""",
     """create materialized view tick_counts with (timescaledb.continuous, timescaledb.create_group_indexes = false) as
        select time_bucket(100, n) as bucket, kind, max(v) from ticks group by 1, 2 with no data""",
 )
@@ -126,11 +133,16 @@ async def _make(uri: str, definitions: Definitions) -> None:
     """Make what was read, as a migration would: tables, hypertables, aggregates, then jobs, which start later."""
     connection = await asyncpg.connect(uri)
     try:
-        here = await read_definitions(connection)
-        assert here is not None
-        target = Target.of(here)
+        target = await read_target(connection)
+        assert target is not None
+        absent = await read_absent(connection, definitions, own_only=True)
+        (finding,) = assess_definitions(definitions, target, absent)
+        assert finding.what.endswith(
+            "name a hypertable by its id, which is another on the target: job 1011 (Odd Schema.act ion)"
+        )
         await connection.execute(FUNCTIONS)
         await connection.execute(TABLES)
+        assert await read_absent(connection, definitions, own_only=False) == frozenset()
         for hypertable in definitions.hypertables:
             for statement in hypertable_statements(hypertable, target) + compression_statements(hypertable, target):
                 await connection.execute(statement)
@@ -166,6 +178,42 @@ async def _carry(source: LocalPostgres, target: LocalPostgres) -> None:
         assert here.aggregates == there.aggregates
         assert here.jobs == there.jobs
         assert [job.name for job in here.jobs] == [job.name for job in there.jobs]
+
+
+async def test_sparse_indexes(timescale_source: LocalPostgres, other_timescale: LocalPostgres) -> None:
+    """Those that the older release does not know are named and left out, the others come over."""
+    table = 'create table t (time timestamptz not null, a int, "B" text, c int)'
+    make = (
+        table,
+        "select create_hypertable('t', 'time', create_default_indexes => false)",
+        """alter table t set (timescaledb.compress, timescaledb.compress_orderby = 'time',
+           timescaledb.compress_index = 'bloom("B"),minmax(c),bloom(a,"B")')""",
+        "create table none (like t)",
+        "select create_hypertable('none', 'time', create_default_indexes => false)",
+        "alter table none set (timescaledb.compress, timescaledb.compress_orderby = 'a', timescaledb.compress_index = '')",
+    )
+    async with timescale_database(timescale_source) as source_uri, timescale_database(other_timescale) as target_uri:
+        await execute(source_uri, *make)
+        none, there = (await _read(source_uri)).hypertables
+        assert none.compression
+        assert none.compression.sparse_indexes == ()
+        assert there.compression
+        indexes = there.compression.sparse_indexes
+        assert indexes == (
+            SparseIndex("bloom", ("B",)),
+            SparseIndex("minmax", ("c",)),
+            SparseIndex("bloom", ("a", "B")),
+        )
+        await execute(target_uri, table, "create table none (like t)")
+        target = Target((2, 24, 0), "public")
+        (finding,) = assess_definitions(await _read(source_uri), target)
+        assert "public.t (bloom)" in finding.what
+        for each in (none, there):
+            await execute(target_uri, *hypertable_statements(each, target), *compression_statements(each, target))
+        other_none, here = (await _read(target_uri)).hypertables
+        assert here.compression
+        assert here.compression.sparse_indexes == indexes[:2]
+        assert other_none == none
 
 
 async def test_to_the_same_version(timescale_source: LocalPostgres) -> None:
