@@ -59,6 +59,10 @@ class Settings(BaseSettings):
     """The same, one a line."""
     skip_hypertable_incompatible_objects: bool = False
     """Leave out keys and foreign keys that hypertables cannot have."""
+    pause_source_jobs: bool = False
+    """Pause TimescaleDB's jobs on the source that move data, given back by `clean`; else `migrate` asks on a terminal."""
+    flatten: bool = False
+    """Let hypertables become plain tables on a target without TimescaleDB."""
 
     partitions: int = Field(8, ge=1, le=1000)
     """Lanes of the change log; fixed for a migration's life. With 1 the target shows whole source transactions."""

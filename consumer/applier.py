@@ -8,7 +8,7 @@ Rows hit must equal rows staged, each time: a plain insert never upserts, an upd
 from __future__ import annotations
 
 import struct
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import NoReturn
 from zlib import crc32
@@ -19,9 +19,10 @@ from live_migration.common import pgoutput
 from live_migration.common.errors import FormatError
 from live_migration.common.postgres import CONNECTION_ERRORS, while_connected
 from live_migration.common.relation import QualifiedName
-from live_migration.consumer import statements
+from live_migration.consumer import hypertable_statements, statements
 from live_migration.consumer.decoder import Batch, TableRun, TruncateStep, all_runs
 from live_migration.consumer.folding import NotFoldable, decode_change, fold, fold_whole_rows
+from live_migration.consumer.hypertables import HypertableInfo, session_settings
 from live_migration.consumer.layouts import Span
 from live_migration.consumer.plain_updates import plain_updates
 from live_migration.consumer.refusal import BatchRefused, said
@@ -36,6 +37,7 @@ from live_migration.consumer.row_encoding import (
     is_binary,
     text_row,
 )
+from live_migration.consumer.stretches import stretches
 from live_migration.consumer.target_tables import TargetTable
 
 _MOST_STAGES = 64
@@ -54,14 +56,18 @@ class Applier:
         self._lane = lane
         self._stages: set[str] = set()  # of this session
         self._used_stages: set[str] = set()  # of this transaction
+        self._settings: str | None = None
 
     async def begin(self) -> None:
         """Begin a target transaction in which no trigger fires."""
+        if self._settings is None:
+            timescale = await session_settings(self._connection)
+            self._settings = f"{_SESSION}; {timescale}" if timescale else _SESSION
         self._used_stages.clear()
         if len(self._stages) > _MOST_STAGES:
             await self._connection.execute("discard temp")
             self._stages.clear()
-        await self._connection.execute(f"begin; {_SESSION}")
+        await self._connection.execute(f"begin; {self._settings}")
 
     async def apply(self, batch: Batch) -> None:
         """Apply a batch inside the transaction that `begin` opened.
@@ -78,9 +84,9 @@ class Applier:
                         await self._apply_run(run)
 
     async def _truncate(self, step: TruncateStep) -> None:
-        names = ", ".join(table.sql for table in step.tables)
+        names = dict.fromkeys(table.sql for table in step.tables)  # chunks stand for the same hypertable
         try:
-            await self._connection.execute(f"truncate {names}")
+            await self._connection.execute(f"truncate {', '.join(names)}")
         except CONNECTION_ERRORS:
             raise
         except asyncpg.PostgresError as error:
@@ -184,8 +190,10 @@ class Applier:
             await self._copy(
                 stage, None, map(binary_row if binary else text_row, net.deletes), len(net.deletes), binary=binary
             )
-            status = await self._connection.execute(statements.delete_staged(table, stage.sql))
-            self._expect_rows(run, "DELETE", status, len(net.deletes))
+            hit = await self._change(
+                table, stage, _staged_key(table), lambda within: statements.delete_staged(table, stage.sql, within)
+            )
+            self._expect_rows(run, "DELETE", hit, len(net.deletes))
         for present, updates in net.updates.items():
             await self._update(run, present, updates, binary=binary)
         if table.kept is None:
@@ -206,26 +214,78 @@ class Applier:
         stage = await self._stage(table, "u", columns)
         encode = binary_row if binary else text_row
         await self._copy(stage, None, (encode([*key, *values]) for key, values in updates), len(updates), binary=binary)
-        if statements.assigned(table, present):
-            status = await self._connection.execute(statements.update_staged(table, stage.sql, present))
+        if table.hypertable is not None and hypertable_statements.moves_rows(table, present):
+            hit = await self._move(table, table.hypertable, stage, present)
+        elif statements.assigned(table, present):
+            hit = await self._change(
+                table,
+                stage,
+                _staged_key(table),
+                lambda within: statements.update_staged(table, stage.sql, present, within),
+            )
         else:
-            status = f"UPDATE {await self._connection.fetchval(statements.count_staged(table, stage.sql, present))}"
-        if table.has_always_identity and _row_count(status) != len(updates):
+            hit = await self._connection.fetchval(statements.count_staged(table, stage.sql, present))
+        if table.has_always_identity and hit != len(updates):
             raise NotFoldable("an identity column that is generated always may have changed")
-        self._expect_rows(run, "UPDATE", status, len(updates))
+        self._expect_rows(run, "UPDATE", hit, len(updates))
+
+    async def _change(
+        self,
+        table: TargetTable,
+        stage: QualifiedName,
+        staged: Mapping[str, str],
+        statement: Callable[[str], str],
+    ) -> int:
+        """Change the rows that are staged, a stretch of a hypertable at a time, and give how many were hit.
+
+        `staged`: the columns that rows are found by -> their names on the stage; `statement`: makes one from a further condition.
+        """
+        hit = 0
+        for within in await stretches(self._connection, table, stage.sql, staged):
+            hit += _row_count(await self._connection.execute(statement(within)))
+        return hit
+
+    async def _move(
+        self, table: TargetTable, hypertable: HypertableInfo, stage: QualifiedName, present: Sequence[int]
+    ) -> int:
+        """Update rows that may not stay where they are: delete them, insert them changed."""
+        taken = await self._stage(table, "b", hypertable_statements.taken_columns(hypertable))
+
+        def take(within: str) -> str:
+            return hypertable_statements.take_updated(table, hypertable, stage.sql, taken.sql, present, within)
+
+        hit = await self._change(table, stage, _staged_key(table), take)
+        await self._put_back(table, hypertable, taken, hit)
+        return hit
+
+    async def _put_back(
+        self, table: TargetTable, hypertable: HypertableInfo, taken: QualifiedName, expected: int
+    ) -> None:
+        put = _row_count(await self._connection.execute(hypertable_statements.put_back(table, hypertable, taken.sql)))
+        if put != expected:
+            reason = f"INSERT took {put} of {expected} rows that had been taken out to be changed"
+            raise BatchRefused(f"{table.name}: {reason}", reason=reason)
 
     async def _update_whole_rows(self, run: TableRun, messages: Sequence[Message], *, binary: bool) -> bool:
         """Apply a run that is nothing but updates of whole rows; tell whether it was one."""
         table = run.table
-        updates = plain_updates(table, messages, binary=binary) if statements.assigns_beside_key(table) else None
+        is_plain = statements.assigns_beside_key(table) and not hypertable_statements.moves_rows(
+            table, statements.beside_key(table)
+        )
+        updates = plain_updates(table, messages, binary=binary) if is_plain else None
         if updates is None:
             return False
         count, rows = updates
         every_column = statements.value_stage_columns(table, range(len(table.columns)))
         stage = await self._stage(table, "a", every_column)
         await self._copy(stage, None, rows, count, binary=binary)
-        status = await self._connection.execute(statements.update_whole_rows(table, stage.sql))
-        self._expect_rows(run, "UPDATE", status, count)
+        hit = await self._change(
+            table,
+            stage,
+            {column.name: f"c{column.index}" for column in table.key},
+            lambda within: statements.update_whole_rows(table, stage.sql, within),
+        )
+        self._expect_rows(run, "UPDATE", hit, count)
         return True
 
     async def _apply_whole_rows(self, run: TableRun) -> None:
@@ -243,9 +303,25 @@ class Applier:
                 for seq, (row, n) in enumerate(deletes.items())
             )
             await self._copy(stage, None, rows, len(deletes), binary=binary)
-            status = await self._connection.execute(statements.delete_whole_rows(table, stage.sql))
-            self._expect_rows(run, "DELETE", status, deletes.total())
+            if table.hypertable is None:
+                hit = _row_count(await self._connection.execute(statements.delete_whole_rows(table, stage.sql)))
+            else:
+                hit = await self._delete_whole_rows(table, table.hypertable, stage)
+            self._expect_rows(run, "DELETE", hit, deletes.total())
         await self._copy_rows(table, [[row[i] for i in written] for row in inserts.elements()], binary=binary)
+
+    async def _delete_whole_rows(self, table: TargetTable, hypertable: HypertableInfo, stage: QualifiedName) -> int:
+        """Delete as many of equal rows as are staged: all of them, whose surplus is put back, for nothing tells them apart."""
+        staged = {table.columns[i].name: f"c{i}" for i in table.written}
+        taken = await self._stage(table, "b", hypertable_statements.taken_columns(hypertable))
+        deleted = kept = 0
+        for within in await stretches(self._connection, table, stage.sql, staged):
+            statement = hypertable_statements.take_whole_rows(table, hypertable, stage.sql, taken.sql, within)
+            row = await self._connection.fetchrow(statement)
+            deleted, kept = deleted + row["gone"], kept + row["kept"]
+        if kept:
+            await self._put_back(table, hypertable, taken, kept)
+        return deleted
 
     # source order
 
@@ -264,8 +340,13 @@ class Applier:
         encode = binary_row if binary else text_row
         staged = [_staged_change(table, number, each, binary=binary) for number, each in enumerate(messages)]
         await self._copy(stage, None, map(encode, staged), len(staged), binary=binary)
+        if table.hypertable is None:
+            loop = statements.apply_in_source_order(table, stage.sql)
+        else:
+            taken = await self._stage(table, "b", hypertable_statements.taken_columns(table.hypertable))
+            loop = hypertable_statements.apply_in_source_order(table, table.hypertable, stage.sql, taken.sql)
         try:
-            await self._connection.execute(statements.apply_in_source_order(table, stage.sql))
+            await self._connection.execute(loop)
         except asyncpg.PostgresError as error:
             if error.sqlstate != statements.WRONG_ROW_COUNT:
                 raise
@@ -278,7 +359,7 @@ class Applier:
 
     async def _stage(self, table: TargetTable, kind: str, columns: Sequence[tuple[str, str]]) -> QualifiedName:
         """Give an empty staging table for these columns. A rolled back savepoint may have taken it along: so ask each time."""
-        name = f"lm_{table.source_oid}_{kind}_{crc32(repr(columns).encode())}"
+        name = f"lm_{crc32(table.name.sql.encode())}_{kind}_{crc32(repr(columns).encode())}"
         await self._connection.execute(statements.create_stage(name, columns))
         stage = QualifiedName("pg_temp", name)
         if name in self._used_stages:
@@ -289,8 +370,7 @@ class Applier:
 
     # what the server said
 
-    def _expect_rows(self, run: TableRun, verb: str, status: str, expected: int) -> None:
-        hit = _row_count(status)
+    def _expect_rows(self, run: TableRun, verb: str, hit: int, expected: int) -> None:
         if hit != expected:
             first, last = run.position(0), run.position(run.count - 1)
             reason = f"{verb} hits {hit} rows where the source changed {expected}"
@@ -349,6 +429,11 @@ def _whole(value: Value) -> bytes | None:
     if value is UNCHANGED:
         raise FormatError("a value that should be whole is not in the stream")
     return value
+
+
+def _staged_key(table: TargetTable) -> dict[str, str]:
+    """Give the key's columns and their names on a stage that has `key_stage_columns`."""
+    return {column.name: f"k{i}" for i, column in enumerate(table.key)}
 
 
 def _names(table: TargetTable) -> list[str]:

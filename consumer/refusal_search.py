@@ -112,7 +112,7 @@ def rebuild(changes: Sequence[BatchedChange]) -> Batch:
         if isinstance(of, TruncateStep):
             batch.steps.append(of)
             continue
-        runs = batch.runs().setdefault(of.table.source_oid, [])
+        runs = batch.runs().setdefault(of.table.name, [])
         if not runs or runs[-1].table is not of.table:
             runs.append(TableRun(of.table))
         run = runs[-1]

@@ -33,8 +33,9 @@ def value_stage_columns(table: TargetTable, indexes: Sequence[int], prefix: str 
     return [(f"{prefix}{i}", table.columns[i].type) for i in indexes]
 
 
-def _key_matches(table: TargetTable, row: str) -> str:
-    return " and ".join(f"t.{quote_identifier(c.name)} {c.equals} {row}.k{i}" for i, c in enumerate(table.key))
+def key_matches(table: TargetTable) -> str:
+    """Give the condition that a row bears a staged key."""
+    return " and ".join(f"t.{quote_identifier(c.name)} {c.equals} s.k{i}" for i, c in enumerate(table.key))
 
 
 def assigned(table: TargetTable, present: Sequence[int]) -> list[int]:
@@ -43,7 +44,7 @@ def assigned(table: TargetTable, present: Sequence[int]) -> list[int]:
 
 
 def _staged_match(table: TargetTable, present: Sequence[int]) -> str:
-    return _key_matches(table, "s") + _keeps(table, present)
+    return key_matches(table) + _keeps(table, present)
 
 
 def _keeps(table: TargetTable, present: Sequence[int]) -> str:
@@ -52,32 +53,33 @@ def _keeps(table: TargetTable, present: Sequence[int]) -> str:
     return "".join(f" and t.{quote_identifier(table.columns[i].name)} = s.c{i}" for i in always)
 
 
-def delete_staged(table: TargetTable, stage: str) -> str:
-    """Delete the rows whose keys are staged."""
-    return f"delete from {table.sql} t using {stage} s where {_key_matches(table, 's')}"
+def delete_staged(table: TargetTable, stage: str, within: str = "") -> str:
+    """Delete the rows whose keys are staged. `within`: a further condition, here and below."""
+    return f"delete from {table.sql} t using {stage} s where {key_matches(table)}{within}"
 
 
-def update_staged(table: TargetTable, stage: str, present: Sequence[int]) -> str:
+def update_staged(table: TargetTable, stage: str, present: Sequence[int], within: str = "") -> str:
     """Set the `present` columns of the rows whose keys are staged, unless an identity column GENERATED ALWAYS changes."""
     assignments = ", ".join(f"{quote_identifier(table.columns[i].name)} = s.c{i}" for i in assigned(table, present))
-    return f"update {table.sql} t set {assignments} from {stage} s where {_staged_match(table, present)}"
+    return f"update {table.sql} t set {assignments} from {stage} s where {_staged_match(table, present)}{within}"
 
 
-def _beside_key(table: TargetTable) -> list[int]:
+def beside_key(table: TargetTable) -> list[int]:
+    """Give the columns beside the key that an UPDATE may assign."""
     keys = {column.index for column in table.key}
     return assigned(table, [i for i in range(len(table.columns)) if i not in keys])
 
 
 def assigns_beside_key(table: TargetTable) -> bool:
     """Tell whether an UPDATE of a whole row under its key has a column to assign."""
-    return bool(_beside_key(table))
+    return bool(beside_key(table))
 
 
-def update_whole_rows(table: TargetTable, stage: str) -> str:
+def update_whole_rows(table: TargetTable, stage: str, within: str = "") -> str:
     """Set every column beside the key of the rows that are staged whole, under the names c0, c1 … of all columns."""
-    assignments = ", ".join(f"{quote_identifier(table.columns[i].name)} = s.c{i}" for i in _beside_key(table))
+    assignments = ", ".join(f"{quote_identifier(table.columns[i].name)} = s.c{i}" for i in beside_key(table))
     matches = " and ".join(f"t.{quote_identifier(c.name)} {c.equals} s.c{c.index}" for c in table.key)
-    return f"update {table.sql} t set {assignments} from {stage} s where {matches}"
+    return f"update {table.sql} t set {assignments} from {stage} s where {matches}{within}"
 
 
 def count_staged(table: TargetTable, stage: str, present: Sequence[int]) -> str:
@@ -85,7 +87,8 @@ def count_staged(table: TargetTable, stage: str, present: Sequence[int]) -> str:
     return f"select count(*) from {table.sql} t join {stage} s on {_staged_match(table, present)}"
 
 
-def _row(table: TargetTable, alias: str, name: str = "") -> str:
+def row_image(table: TargetTable, alias: str, name: str = "") -> str:
+    """Give a row of `alias` as a record; its columns are the table's own, or those staged under `name`."""
     columns = ", ".join(
         f"{alias}.{name}{i}" if name else f"{alias}.{quote_identifier(table.columns[i].name)}" for i in table.written
     )
@@ -94,7 +97,7 @@ def _row(table: TargetTable, alias: str, name: str = "") -> str:
 
 def delete_whole_rows(table: TargetTable, stage: str) -> str:
     """Delete, for each staged row, `n` of the rows that are its very image; `=` would take 1.0 for 1.00, and json has none."""
-    target, staged = _row(table, "t"), _row(table, "s", "c")
+    target, staged = row_image(table, "t"), row_image(table, "s", "c")
     return f"""
         with hit as (
             select t.ctid as id, s.n, row_number() over (partition by s.seq) as number
@@ -125,9 +128,9 @@ def apply_in_source_order(table: TargetTable, stage: str) -> str:
 
     assignments = ", ".join(f"{name} = {value(n, 't')}" for n, name in enumerate(names) if written[n] not in always)
     if table.key:
-        match = _key_matches(table, "s")
+        match = key_matches(table)
     else:
-        image = f"{_row(table, 'x')} operator(pg_catalog.*=) {_row(table, 's', 'o')}"
+        image = f"{row_image(table, 'x')} operator(pg_catalog.*=) {row_image(table, 's', 'o')}"
         match = f"t.ctid = (select x.ctid from {table.sql} x where {image} limit 1)"
     same = match + _keeps(table, always)
     update = (
@@ -143,7 +146,7 @@ def apply_in_source_order(table: TargetTable, stage: str) -> str:
                         with gone as (delete from {table.sql} t where {match} returning t.*)
                         insert into {table.name.sql} ({", ".join(names)}) overriding system value select {kept} from gone;
                     end if;"""
-    return _do(f"""
+    return do(f"""
         declare s record; hit bigint;
         begin
             for s in select * from {stage} order by seq loop
@@ -163,7 +166,7 @@ def apply_in_source_order(table: TargetTable, stage: str) -> str:
         end""")
 
 
-def _do(body: str) -> str:
+def do(body: str) -> str:
     """Give a block as a statement, quoted by what no name in it contains."""
     quote = "$apply$"
     while quote in body:

@@ -127,7 +127,17 @@ def commands() -> None:
 
 @commands.command("validate")
 @settings_options(
-    "source", "target", *KAFKA, "name", "pg_bin", "replica_identity_full", *HYPERTABLES, "replication_factor", *LOG
+    "source",
+    "target",
+    *KAFKA,
+    "name",
+    "pg_bin",
+    "replica_identity_full",
+    *HYPERTABLES,
+    "pause_source_jobs",
+    "flatten",
+    "replication_factor",
+    *LOG,
 )
 def validate_command(**options: Any) -> int:
     """Check everything that a migration needs, and touch nothing."""

@@ -60,6 +60,8 @@ _HELP = {
     "hypertable": "A table that becomes a hypertable, 'schema.table:time_column,interval[,partition_column,number]'; repeatable.",
     "hypertables_file": "File of such tables, one a line; # begins a comment line.",
     "skip_hypertable_incompatible_objects": "Leave out keys and foreign keys that hypertables cannot have.",
+    "pause_source_jobs": "Pause TimescaleDB's jobs on the source that move data, until `clean`.",
+    "flatten": "Let hypertables become plain tables on a target without TimescaleDB.",
     "partitions": "Lanes of the change log, applied in parallel.  [default: 8]",
     "replication_factor": "Replicas of the topics; 0: 3, or as many as there are brokers.  [default: 0]",
     "segment_bytes": "Size of a segment of the change log.  [default: 131072]",
@@ -114,6 +116,8 @@ CONDUCTOR = (
     "cutover",
     "replica_identity_full",
     *HYPERTABLES,
+    "pause_source_jobs",
+    "flatten",
     "partitions",
     "replication_factor",
     "keep_changes",
@@ -144,7 +148,13 @@ def _option(field: str) -> Callable[[Command], Command]:
     text = f"{_HELP[field]}  [env: {variable(field)}]"
     if field in ("workers", "keep_changes"):
         return click.option(f"{flag}/--no-{flag.removeprefix('--')}", default=None, help=text)
-    if field in ("replica_identity_full", "skip_hypertable_incompatible_objects", "log_json"):
+    if field in (
+        "replica_identity_full",
+        "skip_hypertable_incompatible_objects",
+        "pause_source_jobs",
+        "flatten",
+        "log_json",
+    ):
         return click.option(flag, is_flag=True, default=None, help=text)
     if field == "hypertable":
         return click.option(flag, multiple=True, callback=_none_if_empty, help=text)

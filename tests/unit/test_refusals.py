@@ -112,7 +112,7 @@ def test_what_is_left_of_a_segment_keeps_its_positions(gone: list[int]) -> None:
 def table(name: str) -> TargetTable:
     qualified = QualifiedName("public", name)
     described = Relation(oid_of(name), qualified, decoded([("k", INT4, True)]).identity, ())
-    return TargetTable(oid_of(name), qualified, described, (), None, (), False, False, False, True, None)
+    return TargetTable(oid_of(name), qualified, described, (), None, (), False, False, False, True)
 
 
 def test_a_batch_is_put_into_source_order_and_together_again() -> None:
@@ -122,13 +122,13 @@ def test_a_batch_is_put_into_source_order_and_together_again() -> None:
     batch, expected = Batch(), []
     for lsn in range(1, 60):
         for each in tables:
-            runs = batch.runs().setdefault(each.source_oid, [])
+            runs = batch.runs().setdefault(each.name, [])
             if not runs or runs[-1].table is not each:
                 runs.append(TableRun(each))
             runs[-1].marks.append((runs[-1].count, lsn, 10))
         for ordinal in range(1, rng.randrange(1, 6)):
             each = rng.choice(tables[:2])
-            run = batch.runs()[each.source_oid][-1]
+            run = batch.runs()[each.name][-1]
             message = insert("t", str(lsn), str(ordinal)) if rng.random() < 0.5 else update("t", str(lsn), str(ordinal))
             run.add(message, ordinal)
             run.only_inserts &= message[0] == pgoutput.INSERT
