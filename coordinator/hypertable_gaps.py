@@ -1,4 +1,7 @@
-"""What of a source's hypertables, aggregates and jobs a target cannot be given: named before the start."""
+"""What of a source's hypertables, aggregates and jobs a target of another version cannot be given: named before the start.
+
+Licence, tiered chunks, tablespaces, owners and aggregates of the old format are judged in `timescale_findings`.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,13 @@ from live_migration.coordinator.hypertable_definitions import (
     SparseIndex,
     is_own_schema,
 )
-from live_migration.coordinator.hypertable_sql import Target, can_make, parse_version
+from live_migration.coordinator.hypertable_sql import Target, can_make
+from live_migration.coordinator.timescale_findings import parse_version
 
 UUID_SINCE = (2, 22)
 
 _TARGET = """
-    select e.extversion::text as version, n.nspname::text as schema, current_setting('timescaledb.license', true) as license
+    select e.extversion::text as version, n.nspname::text as schema
     from pg_extension e join pg_namespace n on n.oid = e.extnamespace where e.extname = 'timescaledb'
 """
 _ABSENT = """
@@ -38,7 +42,7 @@ async def read_target(connection: asyncpg.Connection) -> Target | None:
     row = await connection.fetchrow(_TARGET)
     if row is None:
         return None
-    return Target(parse_version(row["version"]), row["schema"], row["license"] or "timescale")
+    return Target(parse_version(row["version"]), row["schema"])
 
 
 async def read_absent(
@@ -72,43 +76,21 @@ def jobs_to_make(definitions: Definitions, absent: Collection[QualifiedName] = (
 def assess_definitions(
     definitions: Definitions, target: Target, absent: Collection[QualifiedName] = ()
 ) -> list[Finding]:
-    """Judge what the target cannot be given; an error where rows or results would be lost, a warning for the rest."""
+    """Judge what the target cannot be given; an error where something could not be made at all, a warning for what is left out."""
     return [
-        *_assess_target(definitions, target),
-        *_assess_rows(definitions),
+        *_assess_schema(definitions, target),
         *_assess_dimensions(definitions, target, absent),
         *_assess_settings(definitions, target),
         *_assess_jobs(definitions, absent),
     ]
 
 
-def _assess_target(definitions: Definitions, target: Target) -> Iterable[Finding]:
+def _assess_schema(definitions: Definitions, target: Target) -> Iterable[Finding]:
     if definitions.aggregates and target.schema != definitions.schema:
         yield error(
             f"the target has TimescaleDB in schema {target.schema}, the source in {definitions.schema}, and continuous "
             "aggregates name its functions by schema",
             f"On the target: drop extension timescaledb; create extension timescaledb with schema {definitions.schema}.",
-        )
-    needs = definitions.aggregates or definitions.jobs or any(each.compression for each in definitions.hypertables)
-    if target.license == "apache" and needs:
-        yield error(
-            "the target's TimescaleDB runs under the licence apache, which lacks compression, continuous aggregates and jobs",
-            "Use a server with the community edition and timescaledb.license = 'timescale'.",
-        )
-
-
-def _assess_rows(definitions: Definitions) -> Iterable[Finding]:
-    old = [each.name for each in definitions.aggregates if not each.is_finalized]
-    if old:
-        yield error(
-            f"continuous aggregates are of the format of before 2.7, which newer releases cannot make: {name_list(old)}",
-            "Convert each on the source first: `call cagg_migrate('name', override => true)`.",
-        )
-    tiered = [each.name for each in _relations(definitions) if each.has_tiered_chunks]
-    if tiered:
-        yield error(
-            f"chunks lie in tiered storage, which cannot be copied: {name_list(tiered)}",
-            "Bring them back on the source (`call untier_chunk(...)`), or drop them there if nobody needs them.",
         )
 
 
@@ -133,12 +115,6 @@ def _assess_dimensions(
 
 
 def _assess_settings(definitions: Definitions, target: Target) -> Iterable[Finding]:
-    spread = [each.name for each in definitions.hypertables if each.tablespaces]
-    if spread:
-        yield warning(
-            f"tablespaces are not carried over; chunks of these go to the target's default one: {name_list(spread)}",
-            "attach_tablespace() on the target, if it has any.",
-        )
     lost = sorted(
         f"{each.name} ({', '.join(sorted({index.type for index in indexes}))})"
         for each in _relations(definitions)

@@ -34,16 +34,10 @@ class Target:
 
     version: Version
     schema: str
-    license: str = "timescale"
 
     def function(self, name: str) -> str:
         """Give a function of the extension's API, qualified."""
         return QualifiedName(self.schema, name).sql
-
-
-def parse_version(version: str) -> Version:
-    """Give a version as numbers that compare: `2.24.0` and `2.27.0-dev` as (2, 24, 0) and (2, 27, 0)."""
-    return tuple(int(part) for part in version.partition("-")[0].split(".") if part.isdecimal())
 
 
 def can_make(index: SparseIndex, version: Version) -> bool:
@@ -154,7 +148,7 @@ def aggregate_index_statements(aggregate: ContinuousAggregate) -> list[str]:
     own = {f"USING btree ({each} DESC)" for each in (aggregate.time_column, quote_identifier(aggregate.time_column))}
     wanted = sorted((each for each in aggregate.indexes if each.name or each.definition not in own), key=_order)
     return [
-        f"create {'unique ' if each.is_unique else ''}index {quote_identifier(each.name) if each.name else ''} "
+        f"create {'unique ' if each.is_unique else ''}index {quote_identifier(each.name) + ' ' if each.name else ''}"
         f"on {aggregate.name.sql} {each.definition}"
         for each in wanted
     ]
