@@ -58,6 +58,10 @@ _AGGREGATES = """
 _ROLES = (
     "select rolname::text as name, pg_has_role(oid, 'usage') as is_ours from pg_roles where rolname = any($1::text[])"
 )
+_CATALOG = """
+    select bool_and(has_table_privilege(t, 'insert'))
+    from pg_extension e, unnest(e.extconfig) t where e.extname = 'timescaledb' and (select relkind from pg_class where oid = t) = 'r'
+"""
 _TABLESPACES = "select spcname::text from pg_tablespace where spcname = any($1::text[])"
 
 
@@ -122,13 +126,15 @@ class SourceFacts:
 class TargetFacts:
     """The target of a source with TimescaleDB; of roles and tablespaces, those of the source's that it has.
 
-    `our_roles`: those whose rights our role has.
+    `our_roles`: those whose rights our role has. `can_write_catalog`: whether it may restore TimescaleDB's catalog; None
+    where the extension is not in the database yet.
     """
 
     server: ServerFacts
     roles: frozenset[str]
     our_roles: frozenset[str]
     tablespaces: frozenset[str]
+    can_write_catalog: bool | None
 
 
 async def read_source(source: asyncpg.Connection) -> SourceFacts | None:
@@ -160,6 +166,7 @@ async def read_target(target: asyncpg.Connection, source: SourceFacts) -> Target
         frozenset(row["name"] for row in roles),
         frozenset(row["name"] for row in roles if row["is_ours"]),
         frozenset(row[0] for row in tablespaces),
+        await target.fetchval(_CATALOG),
     )
 
 

@@ -62,6 +62,7 @@ def assess_target(
         *_assess_locks("target", target.server, source.relations),
         *_assess_old_aggregates(source, target),
         *_assess_tablespaces(source, target),
+        *_assess_catalog(source, target),
         *_assess_owners(source, target),
     ]
     if not is_begun:
@@ -347,6 +348,17 @@ def _assess_tablespaces(source: SourceFacts, target: TargetFacts) -> list[Findin
             )
         ]
     return []
+
+
+def _assess_catalog(source: SourceFacts, target: TargetFacts) -> list[Finding]:
+    if target.can_write_catalog is not False or not is_same_version(source, target):
+        return []
+    return [
+        error(
+            f"role {target.server.role} on the target may not write TimescaleDB's catalog, which comes over with the chunks",
+            "Use a superuser, or the service's administrator (tsdbadmin on Timescale Cloud).",
+        )
+    ]
 
 
 def _assess_owners(source: SourceFacts, target: TargetFacts) -> list[Finding]:

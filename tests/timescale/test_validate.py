@@ -167,3 +167,19 @@ async def test_a_role_that_is_no_superuser(
         assert f"role {role} may not set timescaledb.enable_chunk_auto_publication" in every.what
     finally:
         await execute(timescale_source_database, f"drop role {role}")
+
+
+async def test_a_target_role_that_is_no_superuser(
+    timescale_source_database: str, timescale_target_database: str
+) -> None:
+    role = f"r_{secrets.token_hex(4)}"
+    await execute(timescale_source_database, *SCHEMA)
+    await execute(timescale_target_database, f"create role {role} login")
+    try:
+        target = timescale_target_database.replace("postgres@", f"{role}@")
+        findings = await found(timescale_source_database, target, pause_source_jobs=True)
+        assert about(findings, "may not write TimescaleDB's catalog").level == "error"
+        assert about(findings, "lacks the rights of roles that own jobs: postgres").level == "error"
+        assert about(findings, "may not set session_replication_role").level == "error"
+    finally:
+        await execute(timescale_target_database, f"drop role {role}")

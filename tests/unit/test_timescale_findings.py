@@ -42,7 +42,7 @@ SOURCE = SourceFacts(
     relations=100,
     jobs=(),
 )
-TARGET = TargetFacts(SERVER, frozenset({"alice", "bob"}), frozenset({"alice", "bob"}), frozenset())
+TARGET = TargetFacts(SERVER, frozenset({"alice", "bob"}), frozenset({"alice", "bob"}), frozenset(), True)
 
 
 def of_source(**changes: object) -> list[Finding]:
@@ -232,6 +232,14 @@ def test_owners_of_jobs_must_be_roles_of_the_target() -> None:
     )
     nobody = replace(TARGET, roles=frozenset(), our_roles=frozenset())
     assert "own hypertables" in only(of_target(target=nobody), "warning")
+
+
+def test_the_catalog_comes_over_with_the_chunks() -> None:
+    foreign = replace(TARGET, can_write_catalog=False)
+    assert "role mover on the target may not write TimescaleDB's catalog" in only(of_target(target=foreign), "error")
+    assert of_target(target=replace(TARGET, can_write_catalog=None)) == []
+    across = of_target(replace(SOURCE, version="2.20.0"), foreign)
+    assert [finding.level for finding in across] == ["warning"]
 
 
 def test_jobs_need_consent_where_chunks_come_over_as_they_are() -> None:
