@@ -159,6 +159,7 @@ async def test_whole_schema(
         try:
             assert await read_definitions(connection) == definitions
             assert await connection.fetch(_OBJECTS) == objects
+            await _check_results(source_uri, connection)
             assert (
                 await connection.fetchval(
                     "select count(*) from pg_class where relname like '%compress%' and relkind = 'r' and relname like '%chunk%'"
@@ -168,6 +169,22 @@ async def test_whole_schema(
             )
         finally:
             await connection.close()
+
+
+async def _check_results(source_uri: str, target: asyncpg.Connection) -> None:
+    """Rows copied into the root and aggregates refreshed give what the source's give."""
+    source = await asyncpg.connect(source_uri)
+    try:
+        await target.execute("insert into kinds values (1), (2)")
+        rows = await source.fetch("select * from metrics")
+        await target.copy_records_to_table("metrics", records=rows)
+        for name in ("hourly", "a_daily"):
+            await target.execute(f"call refresh_continuous_aggregate('{name}', null, null)")
+        for name in ("metrics", "hourly", "a_daily", "a_second", "by_function"):
+            query = f"select * from {name} order by 1"
+            assert await target.fetch(query) == await source.fetch(query) != []
+    finally:
+        await source.close()
 
 
 async def test_plain_server(source_database: str) -> None:
