@@ -6,7 +6,6 @@ All that came before the chunk was made must be applied (`rebuild_lsn`), or an o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -20,10 +19,9 @@ from live_migration.common.timescale import chunk_range, compressed_table
 from live_migration.consumer.chunk_copy import look_without
 from live_migration.consumer.claim_endings import CopyOrigin
 from live_migration.consumer.claims import TableClaim
-from live_migration.consumer.copy_errors import CopyDeferred, TableStopped, server_errors
+from live_migration.consumer.copy_errors import CopyDeferred, server_errors
 from live_migration.consumer.copy_stream import CopyCount, CopyPlan, stream_copy
-from live_migration.consumer.table_shape import copied_columns, find_differences, travels_binary
-from live_migration.consumer.table_snapshot import ChunkGone, lock_table, read_definitions, require_known_timeline
+from live_migration.consumer.table_snapshot import ChunkGone, check_target, lock_table, require_known_timeline
 
 log = get_logger(__name__)
 
@@ -143,21 +141,8 @@ async def _look(
             raise CopyDeferred(f"chunk {chunk.name} is being compressed or decompressed just now")
         condition = await chunk_range(source, chunk.oid)
     await require_known_timeline(target, locked)
-    with server_errors("target", f"looking at {chunk.root}"):
-        root = await target.fetchval("select to_regclass($1)::oid", chunk.root.sql)
-        there = await read_definitions(target, root) if root is not None else ()
-    if differences := find_differences(locked.columns, there):
-        raise TableStopped(
-            f"{chunk.root} has another shape on the source than on the target: {'; '.join(differences)}",
-            hint="Mend the target as the source was altered; the chunk is then copied by itself.",
-        )
-    columns = tuple(column.name for column in copied_columns(locked.columns))
-    described = [{"name": c.info.name, "type": c.info.type, "generated": c.info.generated} for c in locked.columns]
-    is_binary = travels_binary(locked.columns, there)
-    origin = CopyOrigin(
-        locked.snapshot, locked.horizon, locked.timeline, json.dumps(described, ensure_ascii=False), is_binary
-    )
-    return origin, CopyPlan(chunk.name, columns, is_binary, target=chunk.root, decompresses=True), condition
+    plan, origin = await check_target(target, locked, chunk.root, decompresses=True)
+    return origin, plan, condition
 
 
 async def _empty(target: asyncpg.Connection, chunk: ChunkToRebuild, condition: str | None) -> None:

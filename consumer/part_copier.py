@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from live_migration.common.errors import LiveMigrationError
 from live_migration.common.telemetry import get_logger
-from live_migration.consumer.chunk_copy import CHANGED, copy_compressed, is_as_planned, look_without
+from live_migration.consumer.chunk_copy import CHANGED, as_it_is, copy_compressed, is_as_planned, look_without
 from live_migration.consumer.claim_endings import CopyOrigin, finish_part, finish_table, share_snapshot
 from live_migration.consumer.claims import PartClaim, TableClaim, claim_part, claim_table
 from live_migration.consumer.copy_context import CopyContext
@@ -23,6 +23,8 @@ from live_migration.consumer.table_snapshot import (
 
 _TARGET_LOCK_TIMEOUT = "30s"
 """For emptying a table on the target: whoever uses it there must not keep our lock on the source for ever."""
+_AWAIT_CHUNK = "set local lock_timeout = '1h'"
+"""A transaction that makes a chunk lets no other make one of the same hypertable before it ends: other parts of ours wait for it."""
 
 log = get_logger(__name__)
 
@@ -87,7 +89,7 @@ class CopyWorker:
     async def _copy_part(self, lease: Lease[PartClaim], source: CopySession, target: CopySession) -> None:
         claim = lease.claim
         await import_snapshot(source.connection, claim, self._context.settings.lock_timeout)
-        await _begin_on_target(target, str(claim))
+        await _begin_on_target(target, str(claim), *([_AWAIT_CHUNK] if claim.plan.target is not None else []))
         count = await stream_copy(
             source.connection,
             target.connection,
@@ -110,19 +112,22 @@ class CopyWorker:
         settings = self._context.settings
         if claim.has_parts:
             await end_earlier_parts(target.connection, claim)
+        if claim.is_chunk and claim.root is not None:
+            claim = await as_it_is(source.connection, claim)
         if claim.is_chunk and not await self._is_chunk_whole(claim, source, target):
             return False
         table = await lock_table(source.connection, claim, settings.lock_timeout)
         if claim.is_chunk and not await is_as_planned(source.connection, claim):
             raise CopyDeferred(f"chunk {claim} is being compressed or decompressed just now")
         await require_known_timeline(target.connection, table)
-        plan, origin = await check_target(target.connection, table)
+        decompresses = claim.root is not None and claim.compressed is not None
+        plan, origin = await check_target(target.connection, table, claim.root, decompresses=decompresses)
         await self._context.watch.flush_barrier()
         ranges = table.parts(settings.part_size)
-        await _begin_on_target(target, str(claim), _empty(claim))
-        if claim.compressed is not None:
+        await _begin_on_target(target, str(claim), *_empty(claim))
+        if claim.compressed is not None and not decompresses:
             await copy_compressed(source.connection, target.connection, claim, lease.progress)
-        if len(ranges) > 1:
+        if len(ranges) > 1 and not decompresses:
             with server_errors("source", f"exporting the snapshot of {claim}"):
                 snapshot_id = await source.connection.fetchval("select pg_export_snapshot()")
             with server_errors("target", f"planning the parts of {claim}"):
@@ -132,7 +137,12 @@ class CopyWorker:
             self._context.bell.ring()
             return True
         count = await stream_copy(
-            source.connection, target.connection, plan, blocks=None, freeze=True, on_bytes=lease.progress
+            source.connection,
+            target.connection,
+            plan,
+            blocks=None,
+            freeze=claim.root is None,
+            on_bytes=lease.progress,
         )
         await _end_on_source(source, str(claim))
         lease.is_finishing = True
@@ -153,7 +163,7 @@ class CopyWorker:
         else:
             origin = CopyOrigin(None, None, None, "[]", False, rebuild=CHANGED)
             log.info("chunk is copied by its lane", table=str(claim), reason=CHANGED)
-        await _begin_on_target(target, str(claim), _empty(claim))
+        await _begin_on_target(target, str(claim), *_empty(claim))
         with server_errors("target", f"finishing {claim}"):
             await finish_table(target.connection, claim, self._context.owner, origin, CopyCount(0, 0))
             await target.connection.execute("commit")
@@ -167,9 +177,15 @@ class CopyWorker:
             )
 
 
-def _empty(claim: TableClaim) -> str:
-    also = f", only {claim.compressed[0]}" if claim.compressed else ""
-    return f"truncate only {claim.name.sql}{also}"
+def _empty(claim: TableClaim) -> list[str]:
+    """Give the statements that remove what an earlier attempt left."""
+    if claim.root is None:
+        also = f", only {claim.compressed[0]}" if claim.compressed else ""
+        return [f"truncate only {claim.name.sql}{also}"]
+    if not claim.is_chunk:
+        return [f"truncate {claim.root.sql}", _AWAIT_CHUNK]
+    # What an earlier attempt wrote is committed by now, or never will be: a claim is taken over only then.
+    return [f"delete from {claim.root.sql} where {claim.range or 'false'}", _AWAIT_CHUNK]
 
 
 async def _begin_on_target(target: CopySession, what: str, *statements: str) -> None:

@@ -44,6 +44,11 @@ VOID = f"""
 
 RELEASE = "update _live_migration.tables set state = 'planned', attempt = attempt + 1 where kind <> 'hypertable'"
 
+_INDEX_AGAIN = """
+    update _live_migration.tables t set state = 'copied' where kind = 'hypertable' and state = 'ready'
+      and exists (select from _live_migration.indexes i where i.table_oid = t.oid and i.state <> 'done')
+"""
+
 _BACKENDS = """
     select backend_pid, backend_start from _live_migration.tables where backend_pid is not null
     union select backend_pid, backend_start from _live_migration.parts where backend_pid is not null
@@ -176,4 +181,5 @@ async def release_tables(run: Run) -> None:
     """
     if await _is_under_way(run.target):
         await run.target.execute(RELEASE)
+        await run.target.execute(_INDEX_AGAIN)
         await steps.finish(run.target, run.epoch, _STEP)

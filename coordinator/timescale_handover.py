@@ -12,15 +12,14 @@ from live_migration.common.home import Home
 from live_migration.common.postgres import asking, session
 from live_migration.common.progress import name_list
 from live_migration.common.relation import QualifiedName
-from live_migration.common.timescale import Layout, read_layout
+from live_migration.common.timescale import Chunk, Layout, read_layout, read_slices
 from live_migration.consumer.chunk_rebuild import all_due_chunks, mark_chunk, rebuild_chunk
 from live_migration.consumer.hypertables import session_settings
 from live_migration.consumer.source_watch import write_flush_barrier
+from live_migration.coordinator.aggregate_state import read_state, write_state
 from live_migration.coordinator.run import APPLICATION, Run
 from live_migration.coordinator.source_jobs import release_target_jobs
-from live_migration.coordinator.timescale_catalog import load_catalog
 
-_WATERMARKS = "select mat_hypertable_id, watermark from _timescaledb_catalog.continuous_aggs_watermark"
 _INSERT_ONLY = """
     select oid, schema_name, table_name from _live_migration.tables where kind = 'hypertable' and publication = 'insert'
 """
@@ -68,26 +67,32 @@ async def _mark_new_unfollowed(run: Run, tables: Iterable[TableInfo]) -> None:
 
 async def bring_watermarks(run: Run, source: asyncpg.Connection) -> None:
     """Set each aggregate's watermark to the source's: what is materialized has been followed, up to where is in no stream."""
-    if await load_catalog(run) is None:
-        return
     with asking("source", "reading the aggregates' watermarks"):
-        rows = await source.fetch(_WATERMARKS)
+        async with source.transaction(isolation="repeatable_read", readonly=True):
+            theirs = await read_layout(source)
+            wanted = await read_state(source, theirs) if theirs else None
+    with asking("target", "reading the hypertables"):
+        ours = await read_layout(run.target)
+    if wanted is None or ours is None:
+        return
     async with run.target_transaction("setting the aggregates' watermarks") as target:
-        await target.executemany(
-            "update _timescaledb_catalog.continuous_aggs_watermark set watermark = $2 where mat_hypertable_id = $1",
-            [(row["mat_hypertable_id"], row["watermark"]) for row in rows],
-        )
+        await write_state(target, ours, wanted)
 
 
 async def compress_like_source(run: Run) -> None:
     """Compress the target's chunks whose twins on the source are compressed, each in a transaction of its own."""
     async with run.source_session("compression") as source:
         theirs = await run.patiently("reading the hypertables", lambda: read_layout(source))
+        their_slices = (
+            await run.patiently("reading the hypertables", lambda: read_slices(source, theirs)) if theirs else {}
+        )
     with asking("target", "reading the hypertables"):
         ours = await read_layout(run.target)
     if theirs is None or ours is None:
         return
-    twins = _twins(theirs, ours)
+    with asking("target", "reading the hypertables"):
+        our_slices = await read_slices(run.target, ours)
+    twins = _twins(theirs, their_slices, ours, our_slices)
     if twins:
         run.reporter.note(f"compressing {len(twins)} chunks as on the source")
     schema = await run.target.fetchval(
@@ -100,16 +105,17 @@ async def compress_like_source(run: Run) -> None:
             )
 
 
-def _twins(theirs: Layout, ours: Layout) -> list[QualifiedName]:
+def _twins(
+    theirs: Layout, their_slices: dict[int, str], ours: Layout, our_slices: dict[int, str]
+) -> list[QualifiedName]:
     """Give our chunks that hold the same range of the same hypertable as a compressed one of theirs."""
-    wanted = {
-        (theirs.hypertables[chunk.hypertable].name, chunk.range)
-        for chunk in theirs.chunks.values()
-        if chunk.compressed is not None
-    }
-    return sorted(
-        chunk.name for chunk in ours.chunks.values() if (ours.hypertables[chunk.hypertable].name, chunk.range) in wanted
-    )
+
+    def key(layout: Layout, chunk: Chunk, slices: dict[int, str]) -> tuple[QualifiedName, str | None]:
+        hypertable = layout.hypertables[chunk.hypertable]
+        return hypertable.view or hypertable.name, slices.get(chunk.oid)
+
+    wanted = {key(theirs, chunk, their_slices) for chunk in theirs.chunks.values() if chunk.compressed is not None}
+    return sorted(chunk.name for chunk in ours.chunks.values() if key(ours, chunk, our_slices) in wanted)
 
 
 async def release_jobs(run: Run) -> None:

@@ -1,0 +1,72 @@
+"""How far each continuous aggregate is materialized, and what of it is out of date: taken from the source as it stands after the last barrier.
+
+The rows of an aggregate are copied and followed like others, and so are those that it reads. What TimescaleDB knows beside them is in its
+catalog: the watermark, up to which a real-time aggregate reads materialized rows; the threshold, above which no change is logged; the
+changes that no refresh has seen. With these as on the source a refresh does there what it would have done here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import asyncpg
+
+from live_migration.common.relation import QualifiedName
+from live_migration.common.timescale import Layout
+
+_PREFIX = "_timescaledb_catalog.continuous_aggs"
+_TABLES = {
+    f"{_PREFIX}_watermark": ("mat_hypertable_id", "watermark"),
+    f"{_PREFIX}_invalidation_threshold": ("hypertable_id", "watermark"),
+    f"{_PREFIX}_hypertable_invalidation_log": ("hypertable_id", "lowest_modified_value", "greatest_modified_value"),
+    f"{_PREFIX}_materialization_invalidation_log": (
+        "materialization_id", "lowest_modified_value", "greatest_modified_value"
+    ),
+    f"{_PREFIX}_materialization_ranges": ("materialization_id", "lowest_modified_value", "greatest_modified_value"),
+}  # fmt: skip
+"""Columns by table: first the hypertable's id, which differs from server to server."""
+
+
+@dataclass(frozen=True, slots=True)
+class AggregateState:
+    """Rows by table; in place of its id the name by which users call a hypertable or aggregate."""
+
+    rows: dict[str, list[tuple[QualifiedName, tuple[int, ...]]]]
+
+
+async def read_state(connection: asyncpg.Connection, layout: Layout) -> AggregateState:
+    """Read a database's; several queries: call it in a transaction with one snapshot."""
+    names = _names(layout)
+    rows = {}
+    for table, columns in _TABLES.items():
+        if await connection.fetchval("select to_regclass($1) is not null", table):
+            found = await connection.fetch(f"select {', '.join(columns)} from {table}")
+            rows[table] = [(names[row[0]], tuple(row)[1:]) for row in found if row[0] in names]
+    return AggregateState(rows)
+
+
+async def write_state(connection: asyncpg.Connection, layout: Layout, wanted: AggregateState) -> None:
+    """Make a database's catalog say the same of the hypertables and aggregates that it has; in the caller's transaction.
+
+    Raises:
+        asyncpg.InsufficientPrivilegeError: our role is no superuser.
+    """
+    ids = {name: key for key, name in _names(layout).items()}
+    present = [table for table in wanted.rows if await connection.fetchval("select to_regclass($1) is not null", table)]
+    for table in present:
+        columns = _TABLES[table]
+        rows = [(ids[name], *values) for name, values in wanted.rows[table] if name in ids]
+        await connection.execute(f"delete from {table} where {columns[0]} = any($1::int[])", list(ids.values()))
+        places = ", ".join(f"${n}" for n in range(1, len(columns) + 1))
+        await connection.executemany(f"insert into {table} ({', '.join(columns)}) values ({places})", rows)
+
+
+def _names(layout: Layout) -> dict[int, QualifiedName]:
+    return {each.id: each.view or each.name for each in layout.hypertables.values()}
+
+
+def unknown(wanted: AggregateState, layout: Layout) -> Iterable[QualifiedName]:
+    """Give the aggregates that a database lacks."""
+    here = set(_names(layout).values())
+    return sorted({name for name, _ in wanted.rows.get(f"{_PREFIX}_watermark", []) if name not in here})
