@@ -20,6 +20,8 @@ from live_migration.coordinator.aggregate_state import read_state, write_state
 from live_migration.coordinator.run import APPLICATION, Run
 from live_migration.coordinator.source_jobs import release_target_jobs
 
+_EVERYTHING = 2**63 - 1
+"""An LSN: behind the last barrier all is applied."""
 _INSERT_ONLY = """
     select oid, schema_name, table_name from _live_migration.tables where kind = 'hypertable' and publication = 'insert'
 """
@@ -44,6 +46,7 @@ async def copy_unfollowed_chunks(run: Run, source: asyncpg.Connection, tables: I
                     source,
                     target,
                     chunk,
+                    applied_lsn=_EVERYTHING,
                     lock_timeout=settings.lock_timeout,
                     flush=lambda: write_flush_barrier(other, migration_id),
                 )

@@ -46,6 +46,7 @@ create table _live_migration.tables (
     copies_to_root boolean not null default false,  -- rows of the chunk, or of a table that becomes one, are copied through the hypertable, too
     rebuild text,                           -- why its lane must copy the chunk anew, null: it need not
     rebuild_lsn pg_lsn,                     -- which it does once it has applied all before this
+    unseen_lsn pg_lsn,                      -- what may have been missed was before this: a copy from after it is whole
     columns jsonb not null,                 -- [{"name", "type", "generated"}] as planned, in attnum order
     binary_copy boolean not null,
     row_estimate bigint not null default 0,

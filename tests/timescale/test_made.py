@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import asyncpg
 import pytest
 
 from live_migration.common.local_postgres import LocalPostgres
 from live_migration.coordinator.verify import verify
 from tests.e2e.migration import Migration
+from tests.fixtures.fix_postgres import execute
 from tests.fixtures.fix_timescale import timescale_database
 from tests.timescale import world
+from tests.timescale.writer import Writer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.integration]
 
@@ -37,3 +41,74 @@ async def test_a_quiet_database_comes_over(
         report = await verify(migration.settings)
         assert report.is_equal, report.results
     assert not [each for each in migration.observer.warnings if "left out" in each]
+
+
+@pytest.mark.parametrize("seed", range(2))
+async def test_a_database_under_load_comes_over_exactly(
+    older: str, target_of_timescale: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path, seed: int
+) -> None:
+    """A consumer is lost in the midst of the copy, chunks are copied in parts; each row and each aggregate's result is equal in the end."""
+    print(f"seed {seed}")
+    source, target = older, target_of_timescale
+    await world.make(source)
+    await _lengthen(source)
+    jobs = await world.jobs(source)
+    writer = Writer(source, seed)
+    options = {"partitions": 3, "part_size": 64 << 10, "lease": 3.0}
+    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, **options) as migration:
+        async with writer:
+            copying = "select count(*) > 3 from _live_migration.tables where kind = 'chunk' and state = 'ready'"
+            await migration.until("some chunks copied", copying, timeout=240)
+            await migration.consumers[0].crash()
+            migration.consumers[0].start()
+            await migration.until_phase("replay", timeout=240)
+            before = writer.done.total()
+            await migration.until("rows under load", "select sum(change_count) > 500 from _live_migration.checkpoints")
+            while writer.done.total() < before + 300:
+                migration.raise_failures()
+                await asyncio.sleep(0.1)
+        print(writer.done)
+        assert writer.failures == []
+        await migration.finish(timeout=400)
+        print("\n".join(migration.observer.notes + migration.observer.warnings))
+        assert await world.differences(source, target) == []
+        assert await world.jobs(target) == jobs
+        ours, theirs = await world.compression(source), await world.compression(target)
+        assert {c for c in ours if c[3]} <= set(theirs)
+        assert all(writer.done[kind] for kind in ("compress", "decompress", "delete batches", "update metrics"))
+        report = await verify(migration.settings)
+        assert report.is_equal, report.results
+    await _check_refreshes(source, target)
+
+
+async def _lengthen(uri: str) -> None:
+    """Make chunks large enough for parts."""
+    await execute(
+        uri,
+        """insert into metrics select t, d, 1, repeat('z', 100)
+           from generate_series('2026-01-01'::timestamptz, '2026-01-08', '1 min') t, generate_series(1, 2) d
+           on conflict do nothing""",
+    )
+
+
+async def _check_refreshes(source: str, target: str) -> None:
+    """Invalidate something on both ends, refresh everything there, and compare what aggregates hold then."""
+    for uri in (source, target):
+        await execute(
+            uri,
+            "insert into metrics values ('2026-01-02 10:10:10.5', 3, 1000, 'late'), ('2026-01-07 10:10:10.5', 3, 1000, 'late')",
+        )
+        assert not await _is_in(uri, "hourly", "2026-01-02 10:00")
+        for name in world.AGGREGATE_NAMES:
+            await execute(uri, f"call refresh_continuous_aggregate('{name}', null, null)")
+        assert await _is_in(uri, "hourly", "2026-01-02 10:00")
+    assert await world.differences(source, target) == []
+
+
+async def _is_in(uri: str, aggregate: str, hour: str) -> bool:
+    connection = await asyncpg.connect(uri)
+    try:
+        query = f"select coalesce(max(avg), 0) > 30 from {aggregate} where hour = $1::text::timestamptz and device = 3"
+        return bool(await connection.fetchval(query, hour))
+    finally:
+        await connection.close()
