@@ -27,6 +27,8 @@ from live_migration.coordinator.run import Run
 from live_migration.coordinator.timescale_findings import parse_version
 
 ARCHIVE = "hypertables"
+_SCHEMA = "public"
+"""Where the extension is made for a source that has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,7 @@ async def _of_specs(
     left_out: frozenset[int] = frozenset()
     if settings.skip_hypertable_incompatible_objects:
         left_out = incompatible_objects(specs, tuple(tables.values()), parse_version(version))
-    definitions = Definitions(version, "", tuple(definition_of(spec, _types(spec, tables)) for spec in specs))
+    definitions = Definitions(version, _SCHEMA, tuple(definition_of(spec, _types(spec, tables)) for spec in specs))
     keys = frozenset((catalog, oid) for oid in left_out for catalog in (PG_CLASS, PG_CONSTRAINT))
     return Made(definitions, EntriesOfTimescale(keys, frozenset()), left_out=left_out, is_from_plain=True)
 

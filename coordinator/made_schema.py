@@ -60,10 +60,9 @@ async def _make_extension(run: Run, definitions: Definitions) -> Target:
     async with run.target_session("timescaledb") as session:
         if await read_version(session) is None:
             with asking("target", "making extension timescaledb"):
-                schema = quote_identifier(definitions.schema) if definitions.schema else ""
-                if schema:
-                    await session.execute(f"create schema if not exists {schema}")
-                await session.execute(f"create extension timescaledb{f' with schema {schema}' if schema else ''}")
+                schema = quote_identifier(definitions.schema)
+                await session.execute(f"create schema if not exists {schema}")
+                await session.execute(f"create extension timescaledb with schema {schema}")
     with asking("target", "looking for TimescaleDB"):
         target = await read_target(run.target)
     if target is None:
