@@ -7,7 +7,6 @@ changes that no refresh has seen. With these as on the source a refresh does the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import asyncpg
@@ -33,6 +32,11 @@ class AggregateState:
     """Rows by table; in place of its id the name by which users call a hypertable or aggregate."""
 
     rows: dict[str, list[tuple[QualifiedName, tuple[int, ...]]]]
+
+    @property
+    def watermarks(self) -> dict[QualifiedName, int]:
+        """The watermarks, in TimescaleDB's own unit."""
+        return {name: value for name, (value,) in self.rows.get(f"{_PREFIX}_watermark", [])}
 
 
 async def read_state(connection: asyncpg.Connection, layout: Layout) -> AggregateState:
@@ -64,9 +68,3 @@ async def write_state(connection: asyncpg.Connection, layout: Layout, wanted: Ag
 
 def _names(layout: Layout) -> dict[int, QualifiedName]:
     return {each.id: each.view or each.name for each in layout.hypertables.values()}
-
-
-def unknown(wanted: AggregateState, layout: Layout) -> Iterable[QualifiedName]:
-    """Give the aggregates that a database lacks."""
-    here = set(_names(layout).values())
-    return sorted({name for name, _ in wanted.rows.get(f"{_PREFIX}_watermark", []) if name not in here})

@@ -15,6 +15,7 @@ from live_migration.common.relation import QualifiedName, ReplicaIdentity, quote
 from live_migration.common.timescale import is_hypertable
 from live_migration.consumer.copy_stream import CopyPlan, stream_copy
 from live_migration.coordinator import steps
+from live_migration.coordinator.aggregate_refresh import refresh_aggregates
 from live_migration.coordinator.drift import read_sequences
 from live_migration.coordinator.entries import run_entries
 from live_migration.coordinator.made_jobs import make_jobs
@@ -53,6 +54,7 @@ async def hand_over(run: Run, source: asyncpg.Connection) -> None:
 async def finish_after_handover(run: Run) -> None:
     """Validate the foreign keys and gather statistics, while the target is in use already."""
     await _once(run, "validation of foreign keys", lambda: validate_foreign_keys(run))
+    await _once(run, "aggregates", lambda: refresh_aggregates(run))
     await _once(run, "compression", lambda: compress_like_source(run))
     await _once(run, "jobs", lambda: release_jobs(run))
     await _once(run, "analyze", lambda: _analyze(run))

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import asyncpg
 
 from live_migration.common.catalog import TableInfo
+from live_migration.common.errors import TargetError
 from live_migration.common.home import Home
 from live_migration.common.postgres import asking, session
 from live_migration.common.progress import name_list
@@ -16,6 +17,7 @@ from live_migration.common.timescale import Chunk, Layout, read_layout, read_sli
 from live_migration.consumer.chunk_rebuild import all_due_chunks, mark_chunk, rebuild_chunk
 from live_migration.consumer.hypertables import session_settings
 from live_migration.consumer.source_watch import write_flush_barrier
+from live_migration.coordinator.aggregate_refresh import keep_watermarks
 from live_migration.coordinator.aggregate_state import read_state, write_state
 from live_migration.coordinator.run import APPLICATION, Run
 from live_migration.coordinator.source_jobs import release_target_jobs
@@ -69,17 +71,25 @@ async def _mark_new_unfollowed(run: Run, tables: Iterable[TableInfo]) -> None:
 
 
 async def bring_watermarks(run: Run, source: asyncpg.Connection) -> None:
-    """Set each aggregate's watermark to the source's: what is materialized has been followed, up to where is in no stream."""
+    """Make each aggregate as far materialized as on the source, and as much of it out of date: that is in no stream.
+
+    Where our role may not write TimescaleDB's catalog the aggregates are refreshed after the hand-over.
+    """
     with asking("source", "reading the aggregates' watermarks"):
         async with source.transaction(isolation="repeatable_read", readonly=True):
             theirs = await read_layout(source)
             wanted = await read_state(source, theirs) if theirs else None
     with asking("target", "reading the hypertables"):
         ours = await read_layout(run.target)
-    if wanted is None or ours is None:
+    if wanted is None or ours is None or not wanted.watermarks:
         return
-    async with run.target_transaction("setting the aggregates' watermarks") as target:
-        await write_state(target, ours, wanted)
+    try:
+        async with run.target_transaction("setting the aggregates' watermarks") as target:
+            await write_state(target, ours, wanted)
+    except TargetError as error:
+        if not isinstance(error.__cause__, asyncpg.InsufficientPrivilegeError):
+            raise
+        await keep_watermarks(run, wanted)
 
 
 async def compress_like_source(run: Run) -> None:
