@@ -68,7 +68,7 @@ async def _find_gaps(version: str, source: asyncpg.Connection, target: asyncpg.C
     if decompressed_bytes:
         found.append(
             warning(
-                "compressed chunks come over as rows and are compressed on the target after the hand-over: until then they take "
+                "compressed chunks are decompressed on their way, and compressed on the target after the hand-over: until then they take "
                 f"about {format_bytes(decompressed_bytes)} there",
                 "See that the target's disk has room for that.",
             )

@@ -11,8 +11,12 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from live_migration.common.settings import load_settings
+from live_migration.coordinator.findings import Finding
+from live_migration.coordinator.preflight import validate
 from live_migration.coordinator.verify import verify
 from tests.e2e.migration import Migration
+from tests.fixtures.fix_postgres import execute
 from tests.timescale import world
 
 pytestmark = [pytest.mark.e2e, pytest.mark.integration]
@@ -132,6 +136,24 @@ async def test_tables_under_load_become_hypertables(
         report = await verify(migration.settings)
         assert report.is_equal, report.results
         await _check(source, target)
+
+
+async def test_validate_says_what_cannot_be_a_hypertable(source_database: str, target_of_timescale: str) -> None:
+    await execute(source_database, SCHEMA)
+
+    async def found(**options: object) -> list[Finding]:
+        settings = load_settings({"source": source_database, "target": target_of_timescale, **options})
+        return [each for each in await validate(settings) if "hypertable" in each.what]
+
+    assert await found() == []
+    refused = await found(hypertable=("orders:placed,1 day", "absent:at,7"))
+    assert {each.level for each in refused} == {"error"}
+    assert any("primary key orders_pkey lacks the partitioning column placed" in each.what for each in refused)
+    assert any("public.absent: there is no such table" in each.what for each in refused)
+    left_out = await found(hypertable=("orders:placed,1 day",), skip_hypertable_incompatible_objects=True)
+    assert {each.level for each in left_out} == {"warning"}
+    (unreadable,) = await found(hypertable=("orders",))
+    assert unreadable.level == "error"
 
 
 async def _check(source: str, target: str) -> None:
