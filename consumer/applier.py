@@ -242,8 +242,12 @@ class Applier:
         """
         hit = 0
         for within in await stretches(self._connection, table, stage.sql, staged):
-            hit += _row_count(await self._connection.execute(statement(within)))
+            hit += await self._execute(statement(within))
         return hit
+
+    async def _execute(self, statement: str) -> int:
+        """Execute a statement and give how many rows it hit."""
+        return _row_count(await self._connection.execute(statement))
 
     async def _move(
         self, table: TargetTable, hypertable: HypertableInfo, stage: QualifiedName, present: Sequence[int]
@@ -251,17 +255,21 @@ class Applier:
         """Update rows that may not stay where they are: delete them, insert them changed."""
         taken = await self._stage(table, "b", hypertable_statements.taken_columns(hypertable))
 
-        def take(within: str) -> str:
-            return hypertable_statements.take_updated(table, hypertable, stage.sql, taken.sql, present, within)
-
-        hit = await self._change(table, stage, _staged_key(table), take)
+        hit = 0
+        for within in await stretches(self._connection, table, stage.sql, _staged_key(table)):
+            await self._execute(
+                hypertable_statements.keep_updated(table, hypertable, stage.sql, taken.sql, present, within)
+            )
+            hit += await self._execute(statements.delete_staged(table, stage.sql, within))
         await self._put_back(table, hypertable, taken, hit)
         return hit
 
     async def _put_back(
         self, table: TargetTable, hypertable: HypertableInfo, taken: QualifiedName, expected: int
     ) -> None:
-        put = _row_count(await self._connection.execute(hypertable_statements.put_back(table, hypertable, taken.sql)))
+        if not expected:
+            return
+        put = await self._execute(hypertable_statements.put_back(table, hypertable, taken.sql))
         if put != expected:
             reason = f"INSERT took {put} of {expected} rows that had been taken out to be changed"
             raise BatchRefused(f"{table.name}: {reason}", reason=reason)
@@ -304,7 +312,7 @@ class Applier:
             )
             await self._copy(stage, None, rows, len(deletes), binary=binary)
             if table.hypertable is None:
-                hit = _row_count(await self._connection.execute(statements.delete_whole_rows(table, stage.sql)))
+                hit = await self._execute(statements.delete_whole_rows(table, stage.sql))
             else:
                 hit = await self._delete_whole_rows(table, table.hypertable, stage)
             self._expect_rows(run, "DELETE", hit, deletes.total())
@@ -316,12 +324,14 @@ class Applier:
         taken = await self._stage(table, "b", hypertable_statements.taken_columns(hypertable))
         deleted = kept = 0
         for within in await stretches(self._connection, table, stage.sql, staged):
-            statement = hypertable_statements.take_whole_rows(table, hypertable, stage.sql, taken.sql, within)
-            row = await self._connection.fetchrow(statement)
-            deleted, kept = deleted + row["gone"], kept + row["kept"]
-        if kept:
-            await self._put_back(table, hypertable, taken, kept)
-        return deleted
+            kept += await self._execute(
+                hypertable_statements.keep_surplus(table, hypertable, stage.sql, taken.sql, within)
+            )
+            deleted += await self._execute(
+                hypertable_statements.delete_equal_rows(table, hypertable, stage.sql, within)
+            )
+        await self._put_back(table, hypertable, taken, kept)
+        return deleted - kept
 
     # source order
 
