@@ -9,7 +9,9 @@ import asyncpg
 import pytest
 
 from live_migration.common import state
+from live_migration.common.errors import LaneStopped
 from live_migration.common.local_postgres import LocalPostgres
+from live_migration.common.timescale import read_layout
 from tests.fixtures.fix_timescale import timescale_database
 from tests.integration.test_applier import Pair
 from tests.support.hypertables import (
@@ -88,9 +90,9 @@ async def _random_workload(pair: HypertablePair, seed: int, *, source_chunks: bo
     rng = random.Random(seed)
     await pair.prepare_tables(source_chunks=source_chunks)
     workload = HypertableWorkload(pair.source, rng, pair.tables)
-    for _ in range(4):
+    for _ in range(3):
         assert await compress_half(pair.target, pair.tables, rng) > 5
-        await workload.run(60)
+        await workload.run(50)
         await pair.replay(
             binary=rng.random() < 0.5,
             most_changes=rng.choice((1, 7, 1000)),
@@ -102,7 +104,7 @@ async def _random_workload(pair: HypertablePair, seed: int, *, source_chunks: bo
 
 
 @pytest.mark.parametrize("source_chunks", [False, True], ids=["plain source", "source of chunks"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 async def test_a_random_workload_replays_exactly(
     timescale_source_database: str, timescale_target_database: str, unique_name: str, seed: int, source_chunks: bool
 ) -> None:
@@ -111,9 +113,117 @@ async def test_a_random_workload_replays_exactly(
 
 
 @pytest.mark.parametrize("source_chunks", [False, True], ids=["plain source", "source of chunks"])
-@pytest.mark.parametrize("seed", range(3, 5))
+@pytest.mark.parametrize("seed", range(2, 4))
 async def test_a_random_workload_replays_exactly_on_another_version(
     other_timescale: LocalPostgres, unique_name: str, seed: int, source_chunks: bool
 ) -> None:
     async with timescale_database(other_timescale) as source, timescale_database(other_timescale) as target:
         await _random_workload(HypertablePair(source, target, unique_name), seed, source_chunks=source_chunks)
+
+
+METRICS = """
+    create table metrics (time timestamptz not null, device int not null, v int, primary key (time, device));
+    insert into metrics select timestamptz '2026-03-01' + i * interval '1 hour', d, 0
+    from generate_series(0, 95) i, generate_series(1, 3) d;
+"""
+
+
+async def _metrics(source_uri: str, target_uri: str, name: str) -> HypertablePair:
+    """Follow one table whose target is a hypertable of four compressed chunks."""
+    pair = HypertablePair(source_uri, target_uri, name)
+    pair.tables = ("metrics",)
+    pair.source, pair.target = await asyncpg.connect(source_uri), await asyncpg.connect(target_uri)
+    await pair.source.execute(METRICS)
+    await pair.target.execute(METRICS)
+    await pair.target.execute("""
+        select create_hypertable('metrics', 'time', chunk_time_interval => interval '1 day', migrate_data => true);
+        alter table metrics set (timescaledb.compress, timescaledb.compress_segmentby = 'device');
+        select compress_chunk(c) from show_chunks('metrics') c""")
+    await pair.follow(pair.tables)
+    return pair
+
+
+async def _at_once(pair: HypertablePair) -> None:
+    await pair.replay(binary=True, most_changes=1000, segments_per_batch=1000)
+
+
+async def _compressed_rows(pair: HypertablePair) -> int:
+    """Give how many rows still lie in compressed batches."""
+    layout = await read_layout(pair.target)
+    assert layout is not None
+    names = [await pair.target.fetchval("select $1::oid::regclass::text", oid) for oid in layout.compressed]
+    return sum([await pair.target.fetchval(f"select coalesce(sum(_ts_meta_count), 0) from {name}") for name in names])
+
+
+async def _check_what_is_refused(pair: HypertablePair) -> None:
+    await pair.source.execute("delete from metrics where time = '2026-03-02 05:00+00' and device = 2")
+    await pair.source.fetchval(f"select count(*) from pg_logical_slot_get_binary_changes('{pair.slot}', null, null, "
+                               f"'proto_version', '1', 'publication_names', '{pair.slot}')")  # fmt: skip
+    await pair.source.execute("insert into metrics values ('2026-03-02 05:00+00', 2, 7), ('2026-03-02 05:30+00', 2, 7)")
+    with pytest.raises(LaneStopped, match="SQLSTATE 23505"):
+        await _at_once(pair)
+    await pair.target.execute("delete from metrics where time = '2026-03-02 05:00+00' and device = 2")
+    await pair.source.execute(
+        "update metrics set v = 1 where time >= '2026-03-02'; delete from metrics where device = 3"
+    )
+    await pair.target.execute("delete from metrics where time = '2026-03-03 05:00+00' and device = 3")
+    # what was read from the slot for the refused batch is gone from it: the target gets it by hand
+    await pair.target.execute("insert into metrics values ('2026-03-02 05:00+00', 2, 7), ('2026-03-02 05:30+00', 2, 7)")
+    with pytest.raises(LaneStopped, match=r"DELETE hits 95 rows where the source changed 96"):
+        await _at_once(pair)
+
+
+async def test_a_row_that_is_compressed_already_is_refused_and_one_that_is_gone_is_missed(
+    timescale_source_database: str, timescale_target_database: str, unique_name: str
+) -> None:
+    pair = await _metrics(timescale_source_database, timescale_target_database, unique_name)
+    await _check_what_is_refused(pair)
+    await pair.close()
+
+
+async def test_a_row_that_is_compressed_already_is_refused_on_another_version(
+    other_timescale: LocalPostgres, unique_name: str
+) -> None:
+    async with timescale_database(other_timescale) as source, timescale_database(other_timescale) as target:
+        pair = await _metrics(source, target, unique_name)
+        await _check_what_is_refused(pair)
+        await pair.close()
+
+
+async def test_only_the_batches_of_changed_rows_are_decompressed(
+    timescale_source_database: str, timescale_target_database: str, unique_name: str
+) -> None:
+    """Two days apart, one device: two batches of 24 rows of twelve."""
+    pair = await _metrics(timescale_source_database, timescale_target_database, unique_name)
+    assert await _compressed_rows(pair) == 288
+    await pair.source.execute(
+        "update metrics set v = 1 where device = 2 and time in ('2026-03-01 03:00+00', '2026-03-04 04:00+00')"
+    )
+    await pair.source.execute("delete from metrics where device = 2 and time = '2026-03-04 05:00+00'")
+    await _at_once(pair)
+    await pair.assert_tables_equal()
+    assert await _compressed_rows(pair) == 288 - 48
+    await pair.close()
+
+
+async def test_whole_batches_are_counted_row_by_row(
+    timescale_source_database: str, timescale_target_database: str, unique_name: str
+) -> None:
+    """TimescaleDB would delete a batch without a look at its rows where conditions of constants cover it."""
+    pair = await _metrics(timescale_source_database, timescale_target_database, unique_name)
+    await pair.source.execute(
+        "delete from metrics where device = 1 and extract(hour from time at time zone 'UTC') in (0, 23)"
+    )
+    await _at_once(pair)
+    await pair.assert_tables_equal()
+    await pair.close()
+
+
+async def test_a_truncate_empties_the_hypertable_once(
+    timescale_source_database: str, timescale_target_database: str, unique_name: str
+) -> None:
+    pair = await _metrics(timescale_source_database, timescale_target_database, unique_name)
+    await pair.source.execute("truncate metrics; insert into metrics values ('2026-03-02', 1, 1)")
+    await _at_once(pair)
+    await pair.assert_tables_equal()
+    await pair.close()
