@@ -28,8 +28,7 @@ async def _lead_to_root(pair: Pair) -> asyncpg.Connection:
     """Name the root as the table of each leaf, and part the target otherwise than the source."""
     target = await asyncpg.connect(pair.target_uri)
     await target.execute(f"""
-        alter table _live_migration.tables drop constraint tables_schema_name_table_name_key;
-        update _live_migration.tables set table_name = 'root';
+        update _live_migration.tables set root_schema = 'public', root_name = 'root';
         drop table root; {PARTITIONED} {partitions(50)}""")
     return target
 

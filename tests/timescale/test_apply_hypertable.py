@@ -47,10 +47,6 @@ class HypertablePair(Pair):
     async def follow(self, tables: tuple[str, ...]) -> None:
         """Make state, publication and slot; each of a table's relations on the source names the target's table."""
         await state.create_schema(self.target)
-        # each chunk's row names the root here
-        await self.target.execute(
-            "alter table _live_migration.tables drop constraint tables_schema_name_table_name_key"
-        )
         leaves = []
         for table in tables:
             relations = await self.source.fetch(
@@ -63,9 +59,10 @@ class HypertablePair(Pair):
             for relation in relations:
                 leaves.append(relation["name"])
                 await self.target.execute(
-                    """insert into _live_migration.tables (oid, schema_name, table_name, lane, publication, columns, binary_copy, state)
-                       values ($1, 'public', $2, 0, 'all', $3, true, 'ready')""",
-                    relation["oid"], table, json.dumps([]),
+                    """insert into _live_migration.tables (oid, schema_name, table_name, lane, publication, columns, binary_copy, state,
+                                                            root_schema, root_name)
+                       values ($1, 'public', $2, 0, 'all', $3, true, 'ready', 'public', $4)""",
+                    relation["oid"], relation["name"], json.dumps([]), table,
                 )  # fmt: skip
         await self.source.execute(f"create publication {self.slot} for table {', '.join(leaves)}")
         await self.source.fetchval("select pg_create_logical_replication_slot($1, 'pgoutput')::text", self.slot)
