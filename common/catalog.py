@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import asyncpg
 
 from live_migration.common.relation import QualifiedName, ReplicaIdentity
+from live_migration.common.timescale import Layout, read_layout
+
+Part = Literal["table", "hypertable", "chunk", "compressed", "compressed root"]
+"""What a table is: of the user's own, a hypertable (which has no rows itself), a chunk, one that holds a chunk's compressed rows,
+or the parent of such, without rows."""
 
 BINARY_SAFE_TYPES = frozenset(
     {
@@ -40,11 +46,13 @@ class ColumnInfo:
 
 @dataclass(frozen=True, slots=True)
 class TableInfo:
-    """An ordinary table or leaf partition of a user's.
+    """An ordinary table or leaf partition of a user's, or a part of a hypertable.
 
     `identity_index`: oid of the index that UPDATE and DELETE are identified by, as the server sees it
     (`pg_get_replica_identity_index`), else None; None too where a generated column is in it: the stream lacks those, and
-    from 18 on the server refuses UPDATE and DELETE then. `persistence`: 'p' permanent, 'u' unlogged.
+    from 18 on the server refuses UPDATE and DELETE then. `persistence`: 'p' permanent, 'u' unlogged. Of a chunk, and of a table of
+    compressed rows: the oid of its `hypertable`; of a chunk: the condition that its rows fulfil, and the oid of the table that
+    holds its compressed rows.
     """
 
     oid: int
@@ -56,6 +64,20 @@ class TableInfo:
     size_bytes: int
     row_estimate: int
     changed_row_count: int = 0
+    part: Part = "table"
+    hypertable: int | None = None
+    range: str | None = None
+    compressed: int | None = None
+
+    @property
+    def is_users(self) -> bool:
+        """Whether it is what users see: no inner part of a hypertable."""
+        return self.part in ("table", "hypertable")
+
+    @property
+    def sql(self) -> str:
+        """Its name in a query for all of its rows and no others."""
+        return self.name.sql if self.part == "hypertable" else f"only {self.name.sql}"
 
     @property
     def copied_columns(self) -> tuple[ColumnInfo, ...]:
@@ -109,8 +131,9 @@ async def read_columns(connection: asyncpg.Connection, oids: Iterable[int]) -> d
 
 
 async def list_tables(connection: asyncpg.Connection) -> list[TableInfo]:
-    """Give a database's own tables: ordinary ones and leaf partitions, without extensions' and temporary ones."""
+    """Give a database's own tables: ordinary ones, leaf partitions, hypertables with their parts; not extensions' and temporary ones."""
     rows = await connection.fetch(_TABLES)
+    layout = await read_layout(connection)
     columns = await read_columns(connection, [row["oid"] for row in rows])
     return [
         TableInfo(
@@ -123,6 +146,21 @@ async def list_tables(connection: asyncpg.Connection) -> list[TableInfo]:
             row["size"],
             row["rows"],
             row["changed_rows"],
+            *_part(layout, row["oid"]),
         )
         for row in rows
     ]
+
+
+def _part(layout: Layout | None, oid: int) -> tuple[Part, int | None, str | None, int | None]:
+    """Give what a table is: the fields of TableInfo from `part` on."""
+    if layout is None:
+        return "table", None, None, None
+    if chunk := layout.chunks.get(oid):
+        return "chunk", chunk.hypertable, chunk.range, chunk.compressed
+    if oid in layout.hypertables:
+        return "hypertable", None, None, None
+    if oid in layout.compressed:
+        owner = layout.chunks.get(layout.compressed[oid])
+        return "compressed", owner.hypertable if owner else None, None, None
+    return ("compressed root" if oid in layout.compressed_roots else "table"), None, None, None

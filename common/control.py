@@ -1,17 +1,23 @@
 """What goes over the compacted control topic `<name>.control`: JSON values, one key a kind, the newest of each counts.
 
 `config` is written by the coordinator for the producer; `position` by the producer in the same Kafka transaction as the segments
-it speaks of; `status` by the producer for whoever shows progress; `hello` by a starting producer, to find the end of the log.
+it speaks of; `status` by the producer for whoever shows progress; `hello` by a starting producer, to find the end of the log; `homes`
+by the producer with the segments: which hypertables the chunks belong to that it saw being made.
 """
 
 from __future__ import annotations
 
+import zlib
+from base64 import b85decode, b85encode
+
+import orjson
 from pydantic import BaseModel, ConfigDict
 
 CONFIG = b"config"
 POSITION = b"position"
 STATUS = b"status"
 HELLO = b"hello"
+HOMES = b"homes"
 
 MESSAGE_PREFIX = "live_migration"
 """Prefix of our logical messages in the source's WAL."""
@@ -49,6 +55,25 @@ class LogPosition(_Record):
     timeline: int
     sent_at: float
     """Unix time."""
+
+
+class LearntHomes(_Record):
+    """Chunks that the stream showed being made: see `producer.homes`. `packed`: JSON, compressed, in base85, as they may be many."""
+
+    packed: str
+
+    @classmethod
+    def pack(cls, homes: dict[str, tuple[str, ...]]) -> LearntHomes:
+        """Make the record."""
+        return cls(packed=b85encode(zlib.compress(orjson.dumps(homes))).decode())
+
+    def unpack(self) -> dict[str, tuple[str, ...]]:
+        """Give what was packed. Raises ValueError when it is malformed."""
+        try:
+            content = orjson.loads(zlib.decompress(b85decode(self.packed)))
+            return {name: tuple(home) for name, home in content.items()}
+        except zlib.error as error:
+            raise ValueError(str(error)) from error
 
 
 class ProducerStatus(_Record):

@@ -7,10 +7,10 @@ the prefix, as users of the original have them. Sizes are bytes, times are secon
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from live_migration.common.errors import UsageError
 
@@ -53,6 +53,16 @@ class Settings(BaseSettings):
     cutover: Literal["ask", "auto"] = "ask"
     replica_identity_full: bool = False
     """Give tables without replica identity `REPLICA IDENTITY FULL` on the source, put back by `clean`."""
+    hypertable: Annotated[tuple[str, ...], NoDecode] = ()
+    """Tables that become hypertables, each `schema.table:time_column,interval[,partition_column,number]`."""
+    hypertables_file: Path | None = None
+    """The same, one a line."""
+    skip_hypertable_incompatible_objects: bool = False
+    """Leave out keys and foreign keys that hypertables cannot have."""
+    pause_source_jobs: bool = False
+    """Pause TimescaleDB's jobs on the source that move data, given back by `clean`; else `migrate` asks on a terminal."""
+    flatten: bool = False
+    """Let hypertables become plain tables on a target without TimescaleDB."""
 
     partitions: int = Field(8, ge=1, le=1000)
     """Lanes of the change log; fixed for a migration's life. With 1 the target shows whole source transactions."""
@@ -96,6 +106,12 @@ class Settings(BaseSettings):
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_json: bool = False
+
+    @field_validator("hypertable", mode="before")
+    @classmethod
+    def _one_a_line(cls, value: object) -> object:
+        """Split what the environment gives: one hypertable a line."""
+        return tuple(line.strip() for line in value.splitlines() if line.strip()) if isinstance(value, str) else value
 
     @field_validator("name")
     @classmethod
@@ -155,6 +171,8 @@ class Settings(BaseSettings):
             value = getattr(self, field)
             if isinstance(value, SecretStr):
                 value = value.get_secret_value()
+            if isinstance(value, tuple):
+                value = "\n".join(value)
             if value is not None:
                 variables[f"LIVE_MIGRATION_{field.upper()}"] = str(value)
         return variables

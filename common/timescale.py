@@ -17,6 +17,13 @@ INTERNAL_SCHEMA = "_timescaledb_internal"
 
 _VERSION = "select extversion::text from pg_extension where extname = 'timescaledb'"
 
+_VERSION_TO_BE = """
+    select coalesce(
+        (select extversion::text from pg_extension where extname = 'timescaledb'),
+        (select version::text from pg_available_extension_versions where name = 'timescaledb' and version = $1),
+        (select default_version::text from pg_available_extensions where name = 'timescaledb'))
+"""
+
 _COLUMNS = """
     select format('%s.%s', c.relname, a.attname)
     from pg_attribute a join pg_class c on c.oid = a.attrelid join pg_namespace n on n.oid = c.relnamespace
@@ -36,10 +43,15 @@ _HYPERTABLES = """
     order by h.id
 """
 
-_CHUNKS = """
+_RANGE = """
+    select string_agg(pg_get_expr(k.conbin, k.conrelid), ' and ' order by k.conname) from pg_constraint k
+    where k.conrelid = c.oid and k.contype = 'c' and k.coninhcount = 0
+"""
+"""A chunk's own constraints, of the relation `c`: those that it inherits are the user's."""
+
+_CHUNKS = f"""
     select i.inhparent as hypertable, c.oid, n.nspname::text as schema, c.relname::text as name, c.relkind::text as kind,
-           (select string_agg(pg_get_expr(k.conbin, k.conrelid), ' and ' order by k.conname) from pg_constraint k
-            where k.conrelid = c.oid and k.contype = 'c' and k.coninhcount = 0) as range
+           ({_RANGE}) as range
     from pg_inherits i join pg_class c on c.oid = i.inhrelid join pg_namespace n on n.oid = c.relnamespace
     where i.inhparent = any($1::oid[])
     order by c.oid
@@ -55,6 +67,18 @@ _COMPRESSED_BY_CHUNK = """
     from _timescaledb_catalog.chunk c join _timescaledb_catalog.chunk z on z.id = c.compressed_chunk_id
     join pg_namespace n on n.nspname = c.schema_name join pg_class p on p.relnamespace = n.oid and p.relname = c.table_name
     join pg_namespace m on m.nspname = z.schema_name join pg_class q on q.relnamespace = m.oid and q.relname = z.table_name
+"""
+
+_OWN_TABLES = """
+    select n.nspname::text as schema, c.relname::text as name
+    from pg_depend d join pg_extension e on e.oid = d.refobjid and d.refclassid = 'pg_extension'::regclass
+    join pg_class c on c.oid = d.objid and d.classid = 'pg_class'::regclass join pg_namespace n on n.oid = c.relnamespace
+    where e.extname = 'timescaledb' and d.deptype = 'e' and c.relkind = 'r'
+"""
+
+_NAMES = """
+    select c.oid, n.nspname::text as schema, c.relname::text as name
+    from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = any($1::oid[])
 """
 
 _COMPRESSED_ROOTS = """
@@ -98,15 +122,17 @@ class Chunk:
 class Layout:
     """A database's hypertables at one moment; relations by oid.
 
-    `compressed`: which chunk a compressed table belongs to. `compressed_roots`: the parents of compressed tables, always
-    empty, which versions before 2.29 have.
+    `compressed`: which chunk a compressed table belongs to. `compressed_names`: theirs. `compressed_roots`: the parents of
+    compressed tables, always empty, which versions before 2.29 have. `own_tables`: the extension's.
     """
 
     version: str
     hypertables: dict[int, Hypertable] = field(default_factory=dict)
     chunks: dict[int, Chunk] = field(default_factory=dict)
     compressed: dict[int, int] = field(default_factory=dict)
+    compressed_names: dict[int, QualifiedName] = field(default_factory=dict)
     compressed_roots: frozenset[int] = frozenset()
+    own_tables: frozenset[QualifiedName] = frozenset()
 
     def hypertable_of(self, oid: int) -> Hypertable | None:
         """Give the hypertable that a relation is, or is a chunk of, or holds compressed rows of; None for all others."""
@@ -122,6 +148,15 @@ class Layout:
 async def read_version(connection: asyncpg.Connection) -> str | None:
     """Give the version of a database's TimescaleDB; None where it has none."""
     version: str | None = await connection.fetchval(_VERSION)
+    return version
+
+
+async def read_version_to_be(connection: asyncpg.Connection, wanted: str) -> str | None:
+    """Give the version that a database has, or would get: `wanted` where the server offers it, else its default.
+
+    None where the server has no TimescaleDB at all.
+    """
+    version: str | None = await connection.fetchval(_VERSION_TO_BE, wanted)
     return version
 
 
@@ -159,4 +194,45 @@ async def read_layout(connection: asyncpg.Connection) -> Layout | None:
         for row in await connection.fetch(_CHUNKS, list(hypertables))
     }
     roots = frozenset(row["oid"] for row in await connection.fetch(_COMPRESSED_ROOTS))
-    return Layout(version, hypertables, chunks, {z: c for c, z in compressed_of.items()}, roots)
+    names = await connection.fetch(_NAMES, list(compressed_of.values()))
+    own = await connection.fetch(_OWN_TABLES)
+    return Layout(
+        version,
+        hypertables,
+        chunks,
+        {z: c for c, z in compressed_of.items()},
+        {row["oid"]: QualifiedName(row["schema"], row["name"]) for row in names},
+        roots,
+        frozenset(QualifiedName(row["schema"], row["name"]) for row in own),
+    )
+
+
+_ONE_BY_SETTINGS = """
+    select n.nspname::text as schema, c.relname::text as name, c.oid
+    from _timescaledb_catalog.compression_settings s
+    join pg_class c on c.oid = s.compress_relid join pg_namespace n on n.oid = c.relnamespace
+    where s.relid = $1::oid
+"""
+
+_ONE_BY_CHUNK = """
+    select m.nspname::text as schema, q.relname::text as name, q.oid
+    from pg_class p join pg_namespace n on n.oid = p.relnamespace
+    join _timescaledb_catalog.chunk c on c.schema_name = n.nspname and c.table_name = p.relname
+    join _timescaledb_catalog.chunk z on z.id = c.compressed_chunk_id
+    join pg_namespace m on m.nspname = z.schema_name join pg_class q on q.relnamespace = m.oid and q.relname = z.table_name
+    where p.oid = $1::oid
+"""
+
+
+async def compressed_table(connection: asyncpg.Connection, chunk: int) -> tuple[str, int] | None:
+    """Give name (in SQL) and oid of the table that holds a chunk's compressed rows; None where it has none."""
+    columns = {row[0] for row in await connection.fetch(_COLUMNS)}
+    query = _ONE_BY_CHUNK if "chunk.compressed_chunk_id" in columns else _ONE_BY_SETTINGS
+    row = await connection.fetchrow(query, chunk)
+    return (QualifiedName(row["schema"], row["name"]).sql, row["oid"]) if row else None
+
+
+async def chunk_range(connection: asyncpg.Connection, chunk: int) -> str | None:
+    """Give the condition that holds for the rows of a chunk alone; None where it is gone."""
+    condition: str | None = await connection.fetchval(f"select ({_RANGE}) from pg_class c where c.oid = $1", chunk)
+    return condition

@@ -126,6 +126,23 @@ async def advance(connection: asyncpg.Connection, checkpoint: Checkpoint, by: Ad
     return Checkpoint(checkpoint.lane, checkpoint.epoch, by.next_offset, by.position)
 
 
+async def confirm(connection: asyncpg.Connection, checkpoint: Checkpoint) -> None:
+    """Hold the lane to the end of a transaction that changes what it applies to, but does not move it.
+
+    Raises:
+        Fenced: a successor holds the lane; roll back.
+    """
+    status = await connection.execute(
+        """update _live_migration.checkpoints set error = null, hint = null, refused = null
+           where lane = $1 and epoch = $2 and next_offset = $3""",
+        checkpoint.lane,
+        checkpoint.epoch,
+        checkpoint.next_offset,
+    )
+    if status != "UPDATE 1":
+        raise Fenced(f"lane {checkpoint.lane} was taken over by another consumer")
+
+
 async def record_error(
     connection: asyncpg.Connection, lane: int, epoch: int, message: str, hint: str, refused: str | None
 ) -> None:

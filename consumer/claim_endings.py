@@ -26,7 +26,7 @@ _STATE_AFTER_COPY = """case when exists (select from _live_migration.indexes i w
 _FINISH_TABLE = f"""
     update _live_migration.tables t
     set state = {_STATE_AFTER_COPY}, snapshot = $4, horizon = $5, columns = $6, binary_copy = $7, row_count = $8, byte_count = $9,
-        timeline = $10, copied_at = clock_timestamp(), error = null, hint = null, {_FREE_SOURCE}
+        timeline = $10, rebuild = $11, copied_at = clock_timestamp(), error = null, hint = null, {_FREE_SOURCE}
     where oid = $1 and attempt = $2 and owner = $3 and state = 'copying'
 """
 
@@ -66,11 +66,13 @@ _FINISH_SHARED_TABLE = f"""
 class CopyOrigin:
     """What a table's copy saw, for the visibility rule, and the shape it had. `columns` is JSON."""
 
-    snapshot: str
-    horizon: int
-    timeline: int
+    snapshot: str | None
+    horizon: int | None
+    timeline: int | None
     columns: str
     is_binary: bool
+    rebuild: str | None = None
+    """Why a chunk's lane has to copy it anew: it has no snapshot then."""
 
 
 async def finish_table(
@@ -89,6 +91,7 @@ async def finish_table(
         count.rows,
         count.bytes,
         origin.timeline,
+        origin.rebuild,
     )
     _require_one(status, claim)
 

@@ -23,12 +23,17 @@ from live_migration.consumer.sessions import Backend
 
 @dataclass(frozen=True, slots=True)
 class TableClaim:
-    """A table to be copied from its beginning. `has_parts`: of an earlier attempt."""
+    """A table to be copied from its beginning. `has_parts`: of an earlier attempt.
+
+    `is_chunk`: of a hypertable; `compressed`: name in SQL and oid of the table that held its compressed rows when it was planned.
+    """
 
     oid: int
     name: QualifiedName
     attempt: int
     has_parts: bool
+    is_chunk: bool = False
+    compressed: tuple[str, int] | None = None
 
     def __str__(self) -> str:
         return str(self.name)
@@ -95,7 +100,7 @@ _CLAIM_TABLE = f"""
     set state = 'copying', attempt = attempt + 1, snapshot_id = null, snapshot = null, horizon = null, timeline = null, row_count = 0, byte_count = 0,
         started_at = clock_timestamp(), copied_at = null, retry_at = null, {_LEASE}, {_SOURCE}
     from candidate c where t.oid = c.oid
-    returning t.oid, schema_name, table_name, attempt,
+    returning t.oid, schema_name, table_name, attempt, kind, compressed_oid, compressed_name,
               exists (select from _live_migration.parts p where p.oid = t.oid) as has_parts
 """
 
@@ -123,7 +128,12 @@ async def claim_table(connection: asyncpg.Connection, who: Claimant) -> TableCla
     if row is None:
         return None
     return TableClaim(
-        row["oid"], QualifiedName(row["schema_name"], row["table_name"]), row["attempt"], row["has_parts"]
+        row["oid"],
+        QualifiedName(row["schema_name"], row["table_name"]),
+        row["attempt"],
+        row["has_parts"],
+        row["kind"] == "chunk",
+        (row["compressed_name"], row["compressed_oid"]) if row["compressed_oid"] is not None else None,
     )
 
 

@@ -77,11 +77,17 @@ class BytePipe:
 
 @dataclass(frozen=True, slots=True)
 class CopyPlan:
-    """How a table's rows travel: the columns copied, and the format."""
+    """How a table's rows travel: the columns copied, and the format.
+
+    `target`: where they go if not into the table of the same name. `decompresses`: the source is a chunk, whose compressed rows
+    are asked for, too.
+    """
 
     name: QualifiedName
     columns: tuple[str, ...]
     is_binary: bool
+    target: QualifiedName | None = None
+    decompresses: bool = False
 
     @property
     def format(self) -> str:
@@ -89,8 +95,16 @@ class CopyPlan:
 
     def query(self, blocks: BlockRange) -> str:
         """Give the query for the rows in a range of blocks."""
-        columns = ", ".join(quote_identifier(column) for column in self.columns)
-        return f"select {columns} from only {self.name.sql} where {blocks.condition}"
+        return f"select {self._selected} from only {self.name.sql} where {blocks.condition}"
+
+    @property
+    def whole_query(self) -> str:
+        """Give the query for all rows of a chunk, compressed ones included."""
+        return f"select {self._selected} from {self.name.sql}"
+
+    @property
+    def _selected(self) -> str:
+        return ", ".join(quote_identifier(column) for column in self.columns)
 
 
 async def stream_copy(
@@ -135,7 +149,9 @@ async def _copy_out(
     pipe: BytePipe,
 ) -> int:
     with server_errors("source", f"copying {plan.name}"):
-        if blocks is None:  # COPY of a table's name is faster than of a query, and leaves children out
+        if plan.decompresses:
+            status = await source.copy_from_query(plan.whole_query, output=write, format=plan.format)
+        elif blocks is None:  # COPY of a table's name is faster than of a query, and leaves children out
             status = await source.copy_from_table(
                 plan.name.name,
                 schema_name=plan.name.schema,
@@ -150,10 +166,11 @@ async def _copy_out(
 
 
 async def _copy_in(target: asyncpg.Connection, plan: CopyPlan, freeze: bool, pipe: BytePipe) -> int:
+    into = plan.target or plan.name
     with server_errors("target", f"copying {plan.name}"):
         status = await target.copy_to_table(
-            plan.name.name,
-            schema_name=plan.name.schema,
+            into.name,
+            schema_name=into.schema,
             columns=plan.columns or None,
             source=while_connected(target, pipe.read()),
             format=plan.format,

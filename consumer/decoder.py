@@ -10,11 +10,12 @@ import orjson
 
 from live_migration.common import control, pgoutput
 from live_migration.common.errors import FormatError
+from live_migration.common.home import HOME, Home, decode_home
 from live_migration.common.relation import QualifiedName, Relation
 from live_migration.common.segment import BASE, FRAME, Position
 from live_migration.consumer.layouts import FIXED_SIZES, SHORTEST_SPAN, Layouts, Span
 from live_migration.consumer.row_encoding import BIG_BYTES, Message
-from live_migration.consumer.target_tables import RelationRefused, TargetTable
+from live_migration.consumer.target_tables import ChunkChangedUnseen, RelationRefused, Resolution, TargetTable
 
 _TAKES_ROWS = frozenset((pgoutput.INSERT, pgoutput.UPDATE, pgoutput.DELETE))
 
@@ -22,7 +23,7 @@ _TAKES_ROWS = frozenset((pgoutput.INSERT, pgoutput.UPDATE, pgoutput.DELETE))
 class RelationResolver(Protocol):
     """Finds the target's table of a relation."""
 
-    async def resolve(self, relation: Relation) -> TargetTable: ...
+    async def resolve(self, relation: Relation, home: Home | None) -> Resolution: ...
 
 
 class TableRun:
@@ -159,12 +160,13 @@ class _Known:
     """A relation of the stream: its message, its table or why there is none, and whether the present transaction's changes
     are in the table's copy."""
 
-    __slots__ = ("_table", "layouts", "message", "run", "serial", "skips", "snapshot", "step")
+    __slots__ = ("_table", "layouts", "message", "relation", "run", "serial", "skips", "snapshot", "step")
 
-    def __init__(self, message: bytes, table: TargetTable | RelationRefused) -> None:
+    def __init__(self, message: bytes, relation: Relation, found: Resolution | RelationRefused) -> None:
         self.message = message
-        self._table = table
-        self.snapshot = table.snapshot
+        self.relation = relation
+        self._table = table = found.table if isinstance(found, Resolution) else found
+        self.snapshot = found.snapshot
         self.serial = -1
         self.skips = False
         self.run: TableRun | None = None
@@ -189,6 +191,7 @@ class LaneDecoder:
         self._tables = tables
         self._migration_id = migration_id
         self._known: dict[int, _Known] = {}
+        self._homes: dict[int, Home] = {}
         self._serial = 0
         self._begin = pgoutput.Begin(0, 0, 0)
         self._base = 0
@@ -298,6 +301,9 @@ class LaneDecoder:
                 self._truncate(message, relative, batch)
             case pgoutput.MESSAGE:
                 self._logical_message(message, batch)
+            case _ if kind == HOME:
+                oid, home = decode_home(message)
+                self._homes[oid] = home
             case pgoutput.TYPE | pgoutput.ORIGIN:
                 pass
             case _:
@@ -307,24 +313,34 @@ class LaneDecoder:
         oid = pgoutput.relation_oid(message)
         known = self._known.get(oid)
         if known is None or known.message != message:
+            relation = pgoutput.decode_relation(message)
             try:
-                table: TargetTable | RelationRefused = await self._tables.resolve(pgoutput.decode_relation(message))
+                found: Resolution | RelationRefused = await self._tables.resolve(relation, self._homes.get(oid))
             except RelationRefused as refusal:
-                table = refusal
-            self._known[oid] = _Known(message, table)
+                found = refusal
+            self._known[oid] = _Known(message, relation, found)
 
     def _truncate(self, message: bytes, relative: int, batch: Batch) -> None:
-        tables = []
-        for oid in pgoutput.decode_truncate(message).relation_oids:
-            known = self._known.get(oid)
-            if known is None:
+        """Empty the tables named. A TRUNCATE of a hypertable names its chunks, too, and is one of the target's hypertable."""
+        oids = pgoutput.decode_truncate(message).relation_oids
+        tables: dict[str, TargetTable] = {}
+        names = set()
+        for oid in oids:
+            if oid not in self._known:
                 raise FormatError(f"segment truncates relation oid {oid} before describing it")
+            names.add(self._known[oid].relation.name)
+        for oid in oids:
+            known, home = self._known[oid], self._homes.get(oid)
             if known.serial != self._serial:
                 self._enter(known)
-            if not known.skips:
-                tables.append(known.table)
+            if known.skips or (home is not None and home.is_compressed):
+                continue
+            if home is not None and home.hypertable not in names:  # a chunk alone
+                raise ChunkChangedUnseen(home, known.relation, known.snapshot)
+            tables[known.table.sql] = known.table
         if tables:
-            batch.steps.append(TruncateStep(tables, Position(self._begin.commit_lsn, self._base + relative)))
+            position = Position(self._begin.commit_lsn, self._base + relative)
+            batch.steps.append(TruncateStep(list(tables.values()), position))
             batch.change_count += 1
 
     def _logical_message(self, message: bytes, batch: Batch) -> None:

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 
 import asyncpg
 
-from live_migration.common.errors import ConnectionLost, LaneStopped, LiveMigrationError
+from live_migration.common.errors import ConnectionLost, LaneStopped, LiveMigrationError, Retry
 from live_migration.common.postgres import asking
 from live_migration.common.segment import START, Position
 from live_migration.common.settings import Settings
 from live_migration.common.tasks import TaskGroup
 from live_migration.consumer.applier import Applier
 from live_migration.consumer.checkpoint import Advance, Checkpoint, advance
+from live_migration.consumer.chunk_rebuild import due_chunks
 from live_migration.consumer.decoder import Batch, LaneDecoder
 from live_migration.consumer.log_reader import LogReader, Segment
 from live_migration.consumer.memory_budget import MemoryBudget
@@ -26,12 +27,18 @@ from live_migration.consumer.refusal import Place
 from live_migration.consumer.refusal_search import apply_carefully
 from live_migration.consumer.segment_walk import place_relation
 from live_migration.consumer.skips import LaneSkips, SkippedChange
-from live_migration.consumer.target_tables import RelationRefused
+from live_migration.consumer.target_tables import ChunkChangedUnseen, RelationRefused
 
 READ_AHEAD_BYTES = 2 * 1024 * 1024
 """How much is read and not yet decoded: a lane whose target is slow must not use up the budget of all."""
 MOST_RUNS = 400
 """Runs in one target transaction: tables and their staging tables take some ten locks a run from the server's few thousand."""
+
+
+class ChunksDue(LiveMigrationError):
+    """The lane has to copy chunks before it goes on."""
+
+    retry = Retry.RECONNECT
 
 
 @dataclass(slots=True)
@@ -185,6 +192,8 @@ class LanePipeline:
         try:
             with asking("target", "looking at the tables"):
                 await self._decoder.decode(body, flush.batch)
+        except ChunkChangedUnseen:
+            raise
         except RelationRefused as refusal:
             if segment.last > self._careful_until:
                 raise
@@ -287,6 +296,10 @@ class LanePipeline:
             await self._connection.execute("commit")
         self._checkpoint = reached
         self._on_progress(reached)
+        if barrier is not None:  # the coordinator writes one when it has found something to be copied
+            with asking("target", f"looking for chunks of lane {reached.lane}"):
+                if await due_chunks(self._connection, reached.lane, reached.position.commit_lsn):
+                    raise ChunksDue(f"lane {reached.lane} has chunks to copy")
 
     async def _apply_batch(self, applier: Applier, flush: Flush) -> None:
         if flush.position > self._careful_until:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from live_migration.common.errors import LiveMigrationError
 from live_migration.common.telemetry import get_logger
-from live_migration.consumer.claim_endings import finish_part, finish_table, share_snapshot
+from live_migration.consumer.chunk_copy import CHANGED, copy_compressed, is_as_planned, look_without
+from live_migration.consumer.claim_endings import CopyOrigin, finish_part, finish_table, share_snapshot
 from live_migration.consumer.claims import PartClaim, TableClaim, claim_part, claim_table
 from live_migration.consumer.copy_context import CopyContext
-from live_migration.consumer.copy_errors import server_errors
-from live_migration.consumer.copy_stream import stream_copy
+from live_migration.consumer.copy_errors import CopyDeferred, server_errors
+from live_migration.consumer.copy_stream import CopyCount, stream_copy
 from live_migration.consumer.lease_keeper import Lease
 from live_migration.consumer.sessions import CopySession, SessionPair
 from live_migration.consumer.snapshot_holder import hold_snapshot
@@ -109,12 +110,18 @@ class CopyWorker:
         settings = self._context.settings
         if claim.has_parts:
             await end_earlier_parts(target.connection, claim)
+        if claim.is_chunk and not await self._is_chunk_whole(claim, source, target):
+            return False
         table = await lock_table(source.connection, claim, settings.lock_timeout)
+        if claim.is_chunk and not await is_as_planned(source.connection, claim):
+            raise CopyDeferred(f"chunk {claim} is being compressed or decompressed just now")
         await require_known_timeline(target.connection, table)
         plan, origin = await check_target(target.connection, table)
         await self._context.watch.flush_barrier()
         ranges = table.parts(settings.part_size)
-        await _begin_on_target(target, str(claim), f"truncate only {claim.name.sql}")
+        await _begin_on_target(target, str(claim), _empty(claim))
+        if claim.compressed is not None:
+            await copy_compressed(source.connection, target.connection, claim, lease.progress)
         if len(ranges) > 1:
             with server_errors("source", f"exporting the snapshot of {claim}"):
                 snapshot_id = await source.connection.fetchval("select pg_export_snapshot()")
@@ -135,6 +142,34 @@ class CopyWorker:
         log.info("table copied", table=str(claim), rows=count.rows, bytes=count.bytes, attempt=claim.attempt)
         self._context.bell.ring()
         return False
+
+    async def _is_chunk_whole(self, claim: TableClaim, source: CopySession, target: CopySession) -> bool:
+        """Tell whether a chunk is as it was planned; end its copy without rows where it is not."""
+        if await self._is_gone(claim, source):
+            origin = await look_without(source.connection, claim)
+            log.info("chunk was dropped on the source", table=str(claim))
+        elif await is_as_planned(source.connection, claim):
+            return True
+        else:
+            origin = CopyOrigin(None, None, None, "[]", False, rebuild=CHANGED)
+            log.info("chunk is copied by its lane", table=str(claim), reason=CHANGED)
+        await _begin_on_target(target, str(claim), _empty(claim))
+        with server_errors("target", f"finishing {claim}"):
+            await finish_table(target.connection, claim, self._context.owner, origin, CopyCount(0, 0))
+            await target.connection.execute("commit")
+        self._context.bell.ring()
+        return False
+
+    async def _is_gone(self, claim: TableClaim, source: CopySession) -> bool:
+        with server_errors("source", f"looking at {claim}"):
+            return not await source.connection.fetchval(
+                "select exists (select from pg_class where oid = $1)", claim.oid
+            )
+
+
+def _empty(claim: TableClaim) -> str:
+    also = f", only {claim.compressed[0]}" if claim.compressed else ""
+    return f"truncate only {claim.name.sql}{also}"
 
 
 async def _begin_on_target(target: CopySession, what: str, *statements: str) -> None:

@@ -11,19 +11,22 @@ import asyncpg
 
 from live_migration.common.errors import ConnectionLost, Fenced, LaneStopped, LiveMigrationError, Retry, TargetError
 from live_migration.common.postgres import asking, connect, end_with, session
-from live_migration.common.segment import START
+from live_migration.common.segment import START, Position
 from live_migration.common.settings import Settings
 from live_migration.common.state import Migration
 from live_migration.common.telemetry import get_logger
 from live_migration.consumer import checkpoint as checkpoints
+from live_migration.consumer.applier import Applier
 from live_migration.consumer.checkpoint import Checkpoint
+from live_migration.consumer.chunk_rebuild import due_chunks, find_chunk, mark_chunk, rebuild_chunk
 from live_migration.consumer.decoder import LaneDecoder
-from live_migration.consumer.lane_pipeline import LanePipeline
+from live_migration.consumer.lane_pipeline import ChunksDue, LanePipeline
 from live_migration.consumer.log_reader import LogReader
 from live_migration.consumer.memory_budget import MemoryBudget
 from live_migration.consumer.refusal import ChangeRefused, is_of_a_change
 from live_migration.consumer.skips import LaneSkips
-from live_migration.consumer.target_tables import TargetTables
+from live_migration.consumer.source_watch import write_flush_barrier
+from live_migration.consumer.target_tables import ChunkChangedUnseen, TargetTables
 
 STANDBY_SECONDS = 1.0
 STOPPED_SECONDS = 5.0
@@ -57,6 +60,7 @@ class PartitionTask:
         # After a refusal each segment is applied by itself up to here, and the refused change is looked for: all segments
         # before its own get through, as they must before the target is altered (a segment holds but one shape of a table).
         self._careful_until = START
+        self._refused_at: Position | None = None  # where chunks that wait were copied early
         self._must_take = True  # the group gave us the partition: whoever still holds the lane has to go
         self._skips = LaneSkips(settings, migration, lane)
         self._backoff = _FIRST_BACKOFF_SECONDS
@@ -70,7 +74,13 @@ class PartitionTask:
             except Fenced as error:
                 self._log.info("lane left", reason=error.message)
                 await asyncio.sleep(STANDBY_SECONDS)
+            except ChunksDue as error:
+                self._log.info("lane begins again", reason=error.message)
+            except ChunkChangedUnseen as error:
+                await self._mark(error)
             except LiveMigrationError as error:
+                if isinstance(error, ChangeRefused) and await self._has_chunks_to_copy(error):
+                    continue
                 if is_of_a_change(error):
                     self._log.info("lane looks for the refused change", reason=error.message)
                 else:
@@ -96,6 +106,7 @@ class PartitionTask:
                 await self._skips.load(connection, held.position)
             self._checkpoint = held
             self._must_take = False
+            await self._rebuild_chunks(connection, held)
             beside = await self._connect(stack, f"live-migration lane {self._lane} tables")
             end_with(connection, beside)
             reader = LogReader(
@@ -111,6 +122,60 @@ class PartitionTask:
             self._log.info("lane taken", next_offset=held.next_offset, position=str(held.position), epoch=held.epoch)
             decoder = LaneDecoder(TargetTables(beside, self._lane), str(self._migration.id))
             await self._run_pipeline(held, connection, reader, decoder)
+
+    async def _rebuild_chunks(self, connection: asyncpg.Connection, held: Checkpoint) -> None:
+        """Copy what the lane has to copy before it goes on, each chunk in a transaction of its own."""
+        with asking("target", f"looking for chunks of lane {self._lane}"):
+            chunks = await due_chunks(
+                connection, self._lane, held.position.commit_lsn, early=self._refused_at is not None
+            )
+        if not chunks:
+            return
+        settings, migration_id = self._settings, self._migration.id
+        async with session(settings.source_uri(), "source", application=f"live-migration lane {self._lane}") as source:
+            async with session(settings.source_uri(), "source", application="live-migration barrier") as other:
+                for chunk in chunks:
+                    with asking("target", f"copying chunk {chunk.name}"):
+                        applier = Applier(connection, self._lane)
+                        await applier.begin()
+                        await rebuild_chunk(
+                            source,
+                            connection,
+                            chunk,
+                            applied_lsn=held.position.commit_lsn,
+                            lock_timeout=settings.lock_timeout,
+                            flush=lambda: write_flush_barrier(other, migration_id),
+                        )
+                        await checkpoints.confirm(connection, held)
+                        await connection.execute("commit")
+
+    async def _has_chunks_to_copy(self, refused: ChangeRefused) -> bool:
+        """Tell whether chunks of the lane wait to be copied anew, which may be why a change is refused: they are copied early then, once."""
+        if self._refused_at == refused.position:
+            return False
+        try:
+            async with session(self._settings.target_uri(), "target", application="live-migration lane") as target:
+                with asking("target", f"looking for chunks of lane {self._lane}"):
+                    chunks = await due_chunks(target, self._lane, 0, early=True)
+        except LiveMigrationError:
+            return False
+        if chunks:
+            self._refused_at = refused.position
+            self._log.info("chunks are copied early", reason=refused.message, chunks=len(chunks))
+        return bool(chunks)
+
+    async def _mark(self, error: ChunkChangedUnseen) -> None:
+        """Have a chunk copied anew at the lane's next beginning."""
+        self._log.info("chunk is copied anew", reason=error.message)
+        try:
+            async with session(self._settings.source_uri(), "source", application="live-migration lane") as source:
+                with asking("source", f"looking for chunk {error.home.chunk}"):
+                    oid = await find_chunk(source, error.home.chunk)
+            async with session(self._settings.target_uri(), "target", application="live-migration lane") as target:
+                with asking("target", f"marking chunk {error.home.chunk}"):
+                    await mark_chunk(target, oid or error.relation.oid, error.home, reason="rows changed unseen")
+        except LiveMigrationError as failure:
+            await self._pause(failure)
 
     async def _run_pipeline(
         self, held: Checkpoint, connection: asyncpg.Connection, reader: LogReader, decoder: LaneDecoder
@@ -138,6 +203,7 @@ class PartitionTask:
 
     def _advanced(self, reached: Checkpoint) -> None:
         self._checkpoint = reached
+        self._refused_at = None
         self._backoff = _FIRST_BACKOFF_SECONDS
         self._on_progress(self._lane, reached.next_offset)
 

@@ -27,6 +27,16 @@ _WAITERS = """
 """
 
 
+async def write_flush_barrier(connection: asyncpg.Connection, migration_id: UUID) -> None:
+    """Commit something that waits until the source's WAL is flushed up to it."""
+    message = WalMessage(kind="heartbeat", migration_id=str(migration_id), id=str(uuid4()))
+    await connection.execute("begin read write; set local synchronous_commit = local")
+    await connection.fetchval(
+        "select pg_logical_emit_message(true, $1, $2::text)", MESSAGE_PREFIX, message.model_dump_json()
+    )
+    await connection.execute("commit")
+
+
 class SourceWatch:
     """One session on the source for a consumer, beside those that copy."""
 
@@ -42,13 +52,8 @@ class SourceWatch:
         A row that is visible may come from a commit that is not on disk yet, and would be undone by a crash; its
         transaction id would then come again with another row (DESIGN.md, section 4).
         """
-        message = WalMessage(kind="heartbeat", migration_id=str(self._migration_id), id=str(uuid4()))
         async with self._session.use("writing a flush barrier") as connection:
-            await connection.execute("begin read write; set local synchronous_commit = local")
-            await connection.fetchval(
-                "select pg_logical_emit_message(true, $1, $2::text)", MESSAGE_PREFIX, message.model_dump_json()
-            )
-            await connection.execute("commit")
+            await write_flush_barrier(connection, self._migration_id)
 
     @contextmanager
     def watching(self, pid: int, lease: Lease[Claim]) -> Iterator[None]:

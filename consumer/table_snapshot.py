@@ -67,6 +67,10 @@ _TARGET = """
 """
 
 
+class ChunkGone(CopyDeferred):
+    """A chunk was dropped on the source, by its retention policy or by hand: there is nothing to copy."""
+
+
 @dataclass(frozen=True, slots=True)
 class LockedTable:
     """A table on the source as seen under our lock, by the transaction that is to copy it."""
@@ -94,7 +98,7 @@ async def lock_table(connection: asyncpg.Connection, claim: TableClaim, lock_tim
     """
     with server_errors("source", f"looking at {claim.name}"):
         _check_name(claim, await connection.fetchrow(_NAME, claim.oid))
-    await _begin_locked(connection, claim.name, lock_timeout)
+    await _begin_locked(connection, claim.name, lock_timeout, claim.compressed)
     with server_errors("source", f"looking at {claim.name}"):
         seen = await connection.fetchrow(_UNDER_LOCK, claim.oid)
         _check_name(claim, await connection.fetchrow(_NAME, claim.oid))
@@ -136,13 +140,16 @@ async def import_snapshot(connection: asyncpg.Connection, claim: PartClaim, lock
         raise AttemptOver(f"the source failed over while {claim.name} was copied")
 
 
-async def _begin_locked(connection: asyncpg.Connection, name: QualifiedName, lock_timeout: float) -> None:
+async def _begin_locked(
+    connection: asyncpg.Connection, name: QualifiedName, lock_timeout: float, compressed: tuple[str, int] | None = None
+) -> None:
+    also = f", only {compressed[0]}" if compressed else ""
     with server_errors("source", f"locking {name}"):
         try:
             await connection.execute(
                 "begin isolation level repeatable read read only;"
                 f" set local lock_timeout = '{max(1, round(lock_timeout * 1000))}ms';"
-                f" lock table only {name.sql} in access share mode"
+                f" lock table only {name.sql}{also} in access share mode"
             )
         except asyncpg.UndefinedTableError as error:
             raise CopyDeferred(f"{name} was renamed or dropped on the source just now") from error
@@ -151,6 +158,8 @@ async def _begin_locked(connection: asyncpg.Connection, name: QualifiedName, loc
 def _check_name(claim: TableClaim, row: asyncpg.Record | None) -> None:
     """Raise TableStopped unless the relation with the planned oid is still an ordinary table of the planned name."""
     where = f"table {claim.name} (oid {claim.oid} on the source)"
+    if row is None and claim.is_chunk:
+        raise ChunkGone(f"chunk {claim.name} was dropped on the source")
     if row is None:
         raise TableStopped(
             f"{where} was dropped on the source",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import asyncpg
 
 from live_migration.common.catalog import ColumnInfo, read_columns
 from live_migration.common.errors import LaneStopped
-from live_migration.common.relation import QualifiedName, Relation, ReplicaIdentity, quote_identifier
+from live_migration.common.home import Home
+from live_migration.common.relation import Column, QualifiedName, Relation, ReplicaIdentity, quote_identifier
 from live_migration.common.visibility import CopySnapshot
 from live_migration.consumer.hypertables import HypertableInfo, read_hypertable
 
@@ -45,7 +47,6 @@ class TargetTable:
     has_other_unique: bool
     is_deferrable: bool
     is_ordinary: bool
-    snapshot: CopySnapshot | None
     hypertable: HypertableInfo | None = None
 
     @property
@@ -58,7 +59,7 @@ class TargetTable:
         if self is other or self.name != other.name:
             return self is other
         relation = replace(self.relation, oid=other.source_oid, name=other.relation.name)
-        alike = replace(self, source_oid=other.source_oid, relation=relation, snapshot=other.snapshot)
+        alike = replace(self, source_oid=other.source_oid, relation=relation)
         return self.source_oid != other.source_oid and alike == other
 
     @property
@@ -79,13 +80,16 @@ class TargetTable:
 
 
 _TABLE = """
-    select t.schema_name, t.table_name, t.lane, t.snapshot, t.horizon - '0/0'::pg_lsn as horizon, c.oid, c.relkind::text as kind,
+    select coalesce(t.root_schema, t.schema_name) as schema_name, coalesce(t.root_name, t.table_name) as table_name,
+           t.lane, t.snapshot, t.horizon - '0/0'::pg_lsn as horizon, c.oid, c.relkind::text as kind,
            to_regclass('_timescaledb_catalog.dimension') is not null as has_timescale
     from _live_migration.tables t
-    left join pg_namespace n on n.nspname = t.schema_name
-    left join pg_class c on c.relnamespace = n.oid and c.relname = t.table_name
-    where t.oid = $1
+    left join pg_namespace n on n.nspname = coalesce(t.root_schema, t.schema_name)
+    left join pg_class c on c.relnamespace = n.oid and c.relname = coalesce(t.root_name, t.table_name)
+    where {}
 """
+_BY_OID = _TABLE.format("t.oid = $1")
+_BY_NAME = _TABLE.format("t.kind = $1 and t.schema_name = $2 and t.table_name = $3")
 
 # each unique index of a table, with its columns' numbers, whether it may identify rows, and the equality operator of each column
 _UNIQUE_INDEXES = """
@@ -139,33 +143,82 @@ class RelationRefused(LaneStopped):
         self.snapshot = snapshot
 
 
+class ChunkChangedUnseen(RelationRefused):
+    """Rows of a chunk changed on the source in a way that the stream does not tell: the chunk must be copied anew."""
+
+    def __init__(self, home: Home, relation: Relation, snapshot: CopySnapshot | None) -> None:
+        message = f"compressed rows of chunk {home.chunk} of {home.hypertable} changed on the source unseen"
+        super().__init__(LaneStopped(message, hint="The chunk is copied again."), relation, snapshot)
+        self.home = home
+
+
+class Resolution(NamedTuple):
+    """The target's table of a relation, and what the relation's copy holds already. Chunks that are alike share one table."""
+
+    table: TargetTable
+    snapshot: CopySnapshot | None
+
+
 class TargetTables:
     """Looks the tables of one lane up."""
 
     def __init__(self, connection: asyncpg.Connection, lane: int) -> None:
         self._connection = connection
         self._lane = lane
+        self._shared: dict[tuple[int, ReplicaIdentity, tuple[Column, ...]], TargetTable] = {}
 
-    async def resolve(self, relation: Relation) -> TargetTable:
-        """Give the target's table for a source relation.
+    async def resolve(self, relation: Relation, home: Home | None = None) -> Resolution:
+        """Give the target's table for a source relation; for a chunk the hypertable that it belongs to (`home`).
 
         Raises:
             LaneStopped: the relation is not part of the migration.
             RelationRefused: the target cannot take its rows.
+            ChunkChangedUnseen: it holds compressed rows.
         """
-        row = await self._connection.fetchrow(_TABLE, relation.oid)
+        row = await self._find(relation, home)
         if row is None:
             raise LaneStopped(
                 f"relation {relation.name} (oid {relation.oid}) is in the stream but not part of the migration",
                 hint="It was made after the migration was planned. Drop it from our publication, or `clean` and start again.",
             )
         snapshot = CopySnapshot.parse(row["snapshot"], int(row["horizon"])) if row["snapshot"] else None
+        if home is not None and home.is_compressed:
+            raise ChunkChangedUnseen(home, relation, snapshot)
         try:
-            return await self._describe(relation, row, snapshot)
+            if home is None:
+                return Resolution(await self._describe(relation, row), snapshot)
+            return Resolution(await self._describe_chunk(relation, row), snapshot)
         except LaneStopped as refusal:
             raise RelationRefused(refusal, relation, snapshot) from refusal
 
-    async def _describe(self, relation: Relation, row: asyncpg.Record, snapshot: CopySnapshot | None) -> TargetTable:
+    async def _describe_chunk(self, relation: Relation, row: asyncpg.Record) -> TargetTable:
+        """Describe the hypertable that takes a chunk's rows: once for all chunks whose rows look alike."""
+        alike = (row["oid"] or 0, relation.identity, relation.columns)
+        if alike not in self._shared:
+            self._shared[alike] = await self._describe(relation, row)
+        return self._shared[alike]
+
+    async def _find(self, relation: Relation, home: Home | None) -> asyncpg.Record | None:
+        """Give a relation's row of the plan. A chunk without one was made after the plan, or was gone before it.
+
+        It has the snapshot of its hypertable then, which is the plan's: what that shows of a chunk that was gone is nothing.
+        """
+        if home is None:
+            return await self._connection.fetchrow(_BY_OID, relation.oid)
+        if home.is_compressed:
+            row = await self._connection.fetchrow(_BY_NAME, "chunk", home.chunk.schema, home.chunk.name)
+        else:
+            row = await self._connection.fetchrow(_BY_OID, relation.oid)
+        if row is None:
+            row = await self._connection.fetchrow(_BY_NAME, "hypertable", home.hypertable.schema, home.hypertable.name)
+        if row is None:
+            raise LaneStopped(
+                f"hypertable {home.hypertable} is in the stream but not part of the migration yet",
+                hint="It was made after the migration was planned; the coordinator brings it to the target, then the lane goes on.",
+            )
+        return row
+
+    async def _describe(self, relation: Relation, row: asyncpg.Record) -> TargetTable:
         name = QualifiedName(row["schema_name"], row["table_name"])
         if row["lane"] != self._lane:
             raise LaneStopped(
@@ -193,7 +246,6 @@ class TargetTables:
             any(set(index["columns"]) != set(key_names) or not index["is_identity"] for index in indexes),
             any(index["is_deferrable"] for index in indexes),
             row["kind"] == "r",
-            snapshot,
             await read_hypertable(self._connection, row["oid"], name, on_target) if row["has_timescale"] else None,
         )
 

@@ -23,7 +23,7 @@ from live_migration.coordinator import migrating, report
 from live_migration.coordinator.cutover import request_cutover
 from live_migration.coordinator.dead_letters import read_letters
 from live_migration.coordinator.demo import run_demo
-from live_migration.coordinator.options import CONDUCTOR, CONSUMER, KAFKA, LOG, PRODUCER, settings_options
+from live_migration.coordinator.options import CONDUCTOR, CONSUMER, HYPERTABLES, KAFKA, LOG, PRODUCER, settings_options
 from live_migration.coordinator.preflight import validate
 from live_migration.coordinator.skip import parse_position, request_skip
 from live_migration.coordinator.status import StatusReader
@@ -126,7 +126,19 @@ def commands() -> None:
 
 
 @commands.command("validate")
-@settings_options("source", "target", *KAFKA, "name", "pg_bin", "replica_identity_full", "replication_factor", *LOG)
+@settings_options(
+    "source",
+    "target",
+    *KAFKA,
+    "name",
+    "pg_bin",
+    "replica_identity_full",
+    *HYPERTABLES,
+    "pause_source_jobs",
+    "flatten",
+    "replication_factor",
+    *LOG,
+)
 def validate_command(**options: Any) -> int:
     """Check everything that a migration needs, and touch nothing."""
     settings = _load(options)

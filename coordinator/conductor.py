@@ -16,6 +16,7 @@ from live_migration.common.settings import Settings
 from live_migration.common.state import Phase
 from live_migration.coordinator import steps
 from live_migration.coordinator.beside import beside, translated
+from live_migration.coordinator.chunk_watch import watch_chunks
 from live_migration.coordinator.cutover import SourceBusy, cut_over
 from live_migration.coordinator.drift import watch_drift
 from live_migration.coordinator.handover import finish_after_handover
@@ -178,7 +179,7 @@ class _Conductor:
         if run.phase is Phase.SCHEMA:
             await restore_schema(run)
             self._show(run)
-        await beside(self._follow(run), [watch_drift(run), watch_trimming(run)])
+        await beside(self._follow(run), [watch_drift(run), watch_trimming(run), watch_chunks(run)])
 
     async def _follow(self, run: Run) -> None:
         if run.phase is Phase.COPY:

@@ -20,6 +20,7 @@ from live_migration.common.settings import Settings
 from live_migration.common.state import Phase
 from live_migration.coordinator import steps
 from live_migration.coordinator.barrier import Barrier, await_barrier, changes_between, emit_barrier, emit_heartbeat
+from live_migration.coordinator.chunk_watch import follow_chunks
 from live_migration.coordinator.drift import find_drift, shape_differences
 from live_migration.coordinator.handover import hand_over
 from live_migration.coordinator.identity_watch import reconcile
@@ -148,6 +149,7 @@ async def _prove_everything_arrived(run: Run, source: asyncpg.Connection) -> Non
     migration_id = str(run.migration.id)
     await _require_quiet(run, source)
     await _require_accounted_for(run, source)
+    await follow_chunks(run, source, run.target)
     first = await emit_barrier(source, migration_id)
     run.reporter.note("the first barrier is in the WAL; waiting until the target has reached it")
     positions = await await_barrier(run, first, what="first barrier")

@@ -66,8 +66,8 @@ def compare(planned: Mapping[int, QualifiedName], found: Mapping[int, QualifiedN
 
 
 async def read_planned(target: asyncpg.Connection) -> dict[int, QualifiedName]:
-    """Give the planned tables by oid."""
-    rows = await target.fetch("select oid, schema_name, table_name from _live_migration.tables")
+    """Give the planned tables by oid, without chunks, which come and go with their hypertables."""
+    rows = await target.fetch("select oid, schema_name, table_name from _live_migration.tables where kind <> 'chunk'")
     return {row["oid"]: QualifiedName(row["schema_name"], row["table_name"]) for row in rows}
 
 
@@ -75,7 +75,7 @@ async def find_drift(run: Run, source: asyncpg.Connection, target: asyncpg.Conne
     """Compare the source's logged tables with the plan."""
     with asking("target", "reading the plan"):
         planned = await read_planned(target)
-    found = {table.oid: table.name for table in await run.list_tables(source) if table.persistence == "p"}
+    found = {t.oid: t.name for t in await run.list_tables(source) if t.persistence == "p" and t.is_users}
     return compare(planned, found)
 
 
@@ -114,6 +114,7 @@ async def read_shapes(connection: asyncpg.Connection) -> dict[QualifiedName, Sha
     return {
         table.name: Shape(table.persistence, parents.get(table.oid), _columns(table.columns))
         for table in await list_tables(connection)
+        if table.is_users
     }
 
 

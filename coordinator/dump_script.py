@@ -24,8 +24,10 @@ from live_migration.common.errors import FormatError
 
 PG_CLASS = 1259
 PG_CONSTRAINT = 2606
+PG_TRIGGER = 2620
 PG_PUBLICATION = 6104
 PG_PUBLICATION_REL = 6106
+PG_PUBLICATION_NAMESPACE = 6237
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,12 @@ from live_migration.coordinator.drift import read_sequences
 from live_migration.coordinator.entries import run_entries
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.schema import read_post_data
+from live_migration.coordinator.timescale_handover import (
+    bring_watermarks,
+    compress_like_source,
+    copy_unfollowed_chunks,
+    release_jobs,
+)
 from live_migration.producer.publication import identity_without_full
 
 _SEQUENCE_BATCH = 100
@@ -37,12 +43,15 @@ async def hand_over(run: Run, source: asyncpg.Connection) -> None:
     await _once(run, "foreign keys", lambda: add_foreign_keys(run))
     await _once(run, "replica identities", lambda: take_identities_back(run))
     await _once(run, "materialized views", lambda: refresh_materialized_views(run, source))
+    await _once(run, "watermarks", lambda: bring_watermarks(run, source))
     await run_entries(run, "post-data last", post_data.last)  # event triggers: after all else that they would fire for
 
 
 async def finish_after_handover(run: Run) -> None:
     """Validate the foreign keys and gather statistics, while the target is in use already."""
     await _once(run, "validation of foreign keys", lambda: validate_foreign_keys(run))
+    await _once(run, "compression", lambda: compress_like_source(run))
+    await _once(run, "jobs", lambda: release_jobs(run))
     await _once(run, "analyze", lambda: _analyze(run))
 
 
@@ -66,8 +75,9 @@ async def copy_outside_stream(run: Run, source: asyncpg.Connection) -> None:
     with asking("target", "reading the plan"):
         again = {r[0] for r in await run.target.fetch("select oid from _live_migration.tables where copy_again")}
     for table in tables:
-        if table.persistence == "u" or table.oid in again:
+        if table.is_users and (table.persistence == "u" or table.oid in again):
             await _copy(run, source, table)
+    await copy_unfollowed_chunks(run, source, tables)
 
 
 async def _mark_unfollowed(run: Run, tables: Iterable[TableInfo]) -> None:
@@ -154,13 +164,16 @@ async def take_identities_back(run: Run) -> None:
     """Give tables the replica identity that they had on the source before we made it FULL: the dump has them as FULL."""
     async with run.target_transaction("taking REPLICA IDENTITY FULL back") as target:
         rows = await target.fetch(
-            """select schema_name, table_name, before from _live_migration.source_changes join _live_migration.tables using (oid)
-               where kind = 'replica_identity'"""
+            """select case when t.oid = c.oid then format('%I.%I', t.schema_name, t.table_name) else t.compressed_name end as name,
+                      c.before
+               from _live_migration.source_changes c join _live_migration.tables t on c.oid in (t.oid, t.compressed_oid)
+               where c.kind = 'replica_identity'"""
         )
         for row in rows:
-            name = QualifiedName(row["schema_name"], row["table_name"])
+            if not await target.fetchval("select to_regclass($1) is not null", row["name"]):
+                continue  # a chunk that was dropped or decompressed
             identity = identity_without_full(ReplicaIdentity(row["before"]))
-            await target.execute(f"alter table only {name.sql} replica identity {identity}")
+            await target.execute(f"alter table {row['name']} replica identity {identity}")
 
 
 async def set_sequences(run: Run, source: asyncpg.Connection) -> None:
@@ -245,14 +258,32 @@ async def validate_foreign_keys(run: Run) -> None:
                         await run.target.execute("set local session_replication_role = replica")
                         await run.target.execute(key.validate_statement)
             except TargetError as error:
-                if not isinstance(error.__cause__, asyncpg.IntegrityConstraintViolationError):
+                if isinstance(error.__cause__, asyncpg.FeatureNotSupportedError):
+                    state = await _add_anew(run, key)
+                elif isinstance(error.__cause__, asyncpg.IntegrityConstraintViolationError):
+                    run.reporter.warning(f"rows on the target violate a foreign key, as on the source: {error.message}")
+                    state = "failed"
+                else:
                     raise
-                run.reporter.warning(f"rows on the target violate a foreign key, as on the source: {error.message}")
-                state = "failed"
         with asking("target", "recording a foreign key"):
             await run.target.execute(
                 "update _live_migration.foreign_keys set state = $2 where oid = $1", key.oid, state
             )
+
+
+async def _add_anew(run: Run, key: ForeignKey) -> str:
+    """Make a foreign key valid that cannot be validated, as those of hypertables with compression; give its state then."""
+    try:
+        async with run.target_transaction(f"validating foreign key {key.name} of {key.table}") as target:
+            await target.execute("set local session_replication_role = replica")
+            await target.execute(f"alter table {key.table.sql} drop constraint {quote_identifier(key.name)}")
+            await target.execute(key.statement)
+    except TargetError as error:
+        if not isinstance(error.__cause__, asyncpg.IntegrityConstraintViolationError):
+            raise
+        run.reporter.warning(f"rows on the target violate a foreign key, as on the source: {error.message}")
+        return "failed"
+    return "valid"
 
 
 async def refresh_materialized_views(run: Run, source: asyncpg.Connection) -> None:

@@ -16,6 +16,7 @@ from live_migration.producer.publication import publications_present
 from live_migration.producer.slot import describe_slot, read_slot
 
 _TIMEOUT_SECONDS = 10.0
+_CHANGES = {"replica_identity": "REPLICA IDENTITY FULL of", "job": "paused jobs:"}
 
 
 async def say_what_is_held(settings: Settings, reporter: Reporter) -> None:
@@ -34,18 +35,20 @@ async def say_what_is_held(settings: Settings, reporter: Reporter) -> None:
 
 
 async def list_held(settings: Settings) -> list[str]:
-    """Give slot with its retained WAL, publications, and changed replica identities, for people."""
+    """Give slot with its retained WAL, publications, changed replica identities and paused jobs, for people."""
     async with session(settings.source_uri(), "source", application=f"{APPLICATION} exit") as source:
         slot = await read_slot(source, settings.slot)
         publications = await publications_present(source, [settings.publication, settings.insert_publication])
     async with session(settings.target_uri(), "target", application=f"{APPLICATION} exit") as target:
-        identities = []
+        changes = []
         if await target.fetchval("select to_regclass('_live_migration.source_changes') is not null"):
-            rows = await target.fetch("select object from _live_migration.source_changes where not restored order by 1")
-            identities = [row["object"] for row in rows]
+            changes = await target.fetch(
+                "select kind, object from _live_migration.source_changes where not restored order by object"
+            )
     held = [describe_slot(settings.slot, slot)] if slot else []
     if publications:
         held.append(f"publications {', '.join(publications)}")
-    if identities:
-        held.append(f"REPLICA IDENTITY FULL of {name_list(identities)}")
+    for kind, what in _CHANGES.items():
+        if objects := [row["object"] for row in changes if row["kind"] == kind]:
+            held.append(f"{what} {name_list(objects)}")
     return held

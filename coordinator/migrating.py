@@ -23,6 +23,7 @@ from live_migration.coordinator.conductor import conduct
 from live_migration.coordinator.display import Display, stop_hint
 from live_migration.coordinator.handover import is_finished
 from live_migration.coordinator.report import print_summary
+from live_migration.coordinator.source_jobs import find_jobs_to_pause
 
 _STOPPED = 130
 
@@ -36,6 +37,8 @@ async def migrate(settings: Settings, *, recopy: bool = False) -> int:
     """
     stop, ask_cutover = asyncio.Event(), asyncio.Event()
     has_keys = sys.stdin is not None and sys.stdin.isatty()
+    if has_keys and not settings.pause_source_jobs and not recopy:
+        settings = await ask_to_pause_jobs(settings, sys.stdin.fileno())
     async with Display(Console(stderr=True), stop_hint(has_keys=has_keys)) as display:
         async with _signals(stop, ask_cutover, display), _keys(ask_cutover if has_keys else None):
             async with _broker(settings, display.note) as reachable:
@@ -89,6 +92,40 @@ async def _signals(stop: asyncio.Event, ask_cutover: asyncio.Event, display: Dis
     finally:
         for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             loop.remove_signal_handler(each)
+
+
+async def ask_to_pause_jobs(settings: Settings, terminal: int) -> Settings:
+    """Ask whether jobs that stand in the way may be paused; without consent the conductor's checks refuse.
+
+    `terminal`: its file number.
+    """
+    try:
+        jobs = await find_jobs_to_pause(settings)
+    except LiveMigrationError:
+        return settings  # the conductor's checks name it
+    if not jobs:
+        return settings
+    for job in jobs:
+        click.echo(f"  {'moves data' if job.is_policy else 'may move data'}: {job}", err=True)
+    click.echo("Pause these jobs of TimescaleDB on the source until `live-migration clean`? [y/N] ", nl=False, err=True)
+    answer = await read_line(terminal)
+    return settings.model_copy(update={"pause_source_jobs": answer.strip().lower() in ("y", "yes")})
+
+
+async def read_line(file: int) -> str:
+    """Read a line from a terminal, by its file number, so that signals still get through; empty at its end."""
+    loop = asyncio.get_running_loop()
+    read: asyncio.Future[bytes] = loop.create_future()
+
+    def typed() -> None:
+        if not read.done():
+            read.set_result(os.read(file, 1024))
+
+    loop.add_reader(file, typed)
+    try:
+        return (await read).decode(errors="replace")
+    finally:
+        loop.remove_reader(file)
 
 
 @asynccontextmanager

@@ -128,4 +128,6 @@ async def _resume(settings: Settings, migration: Migration, target: asyncpg.Conn
     if settings.partitions != migration.lane_count:
         reporter.note(f"the migration keeps its {migration.lane_count} lanes; --partitions cannot change them any more")
     reporter.note(f"going on in phase {migration.phase.value}")
-    return settings.model_copy(update={"kafka": kafka, "partitions": migration.lane_count})
+    pause = settings.pause_source_jobs or bool(migration.settings.get("pause_source_jobs"))
+    fixed = {"kafka": kafka, "partitions": migration.lane_count, "pause_source_jobs": pause}
+    return settings.model_copy(update=fixed)

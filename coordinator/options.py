@@ -18,6 +18,7 @@ _TYPES: dict[str, click.ParamType[Any] | type] = {
     "kafka_ca_file": _PATH,
     "dir": _PATH,
     "pg_bin": _PATH,
+    "hypertables_file": _PATH,
     "cutover": click.Choice(["ask", "auto"]),
     "log_level": click.Choice(["debug", "info", "warning", "error"]),
     "flush_interval": float,
@@ -56,6 +57,11 @@ _HELP = {
     "consumers": "Consumers that `migrate` starts.  [default: 2]",
     "cutover": "Cut over when asked to, or as soon as the target has caught up.  [default: ask]",
     "replica_identity_full": "Give tables without a replica identity REPLICA IDENTITY FULL until `clean`.",
+    "hypertable": "A table that becomes a hypertable, 'schema.table:time_column,interval[,partition_column,number]'; repeatable.",
+    "hypertables_file": "File of such tables, one a line; # begins a comment line.",
+    "skip_hypertable_incompatible_objects": "Leave out keys and foreign keys that hypertables cannot have.",
+    "pause_source_jobs": "Pause TimescaleDB's jobs on the source that move data, until `clean`.",
+    "flatten": "Let hypertables become plain tables on a target without TimescaleDB.",
     "partitions": "Lanes of the change log, applied in parallel.  [default: 8]",
     "replication_factor": "Replicas of the topics; 0: 3, or as many as there are brokers.  [default: 0]",
     "segment_bytes": "Size of a segment of the change log.  [default: 131072]",
@@ -101,6 +107,7 @@ CONSUMER = (
     "batch_bytes",
     "memory",
 )
+HYPERTABLES = ("hypertable", "hypertables_file", "skip_hypertable_incompatible_objects")
 CONDUCTOR = (
     "dir",
     "pg_bin",
@@ -108,6 +115,9 @@ CONDUCTOR = (
     "consumers",
     "cutover",
     "replica_identity_full",
+    *HYPERTABLES,
+    "pause_source_jobs",
+    "flatten",
     "partitions",
     "replication_factor",
     "keep_changes",
@@ -138,6 +148,20 @@ def _option(field: str) -> Callable[[Command], Command]:
     text = f"{_HELP[field]}  [env: {variable(field)}]"
     if field in ("workers", "keep_changes"):
         return click.option(f"{flag}/--no-{flag.removeprefix('--')}", default=None, help=text)
-    if field in ("replica_identity_full", "log_json"):
+    if field in (
+        "replica_identity_full",
+        "skip_hypertable_incompatible_objects",
+        "pause_source_jobs",
+        "flatten",
+        "log_json",
+    ):
         return click.option(flag, is_flag=True, default=None, help=text)
+    if field == "hypertable":
+        return click.option(flag, multiple=True, callback=_none_if_empty, help=text)
     return click.option(flag, type=_TYPES.get(field, str), default=None, help=text)
+
+
+def _none_if_empty(
+    _context: click.Context, _option: click.Parameter, values: tuple[str, ...]
+) -> tuple[str, ...] | None:
+    return values or None  # not given: the environment may say it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,13 +45,18 @@ def may_become_full(table: TableInfo, source_version: int) -> bool:
     return source_version < GENERATED_IN_FULL and table.identity is not ReplicaIdentity.INDEX
 
 
+def is_followed(table: TableInfo) -> bool:
+    """Tell whether a table's changes are users' own: it is logged, and no inner table of compressed rows."""
+    return table.persistence == "p" and (table.is_users or table.part == "chunk")
+
+
 def assign(tables: Iterable[TableInfo], source_version: int) -> Memberships:
-    """Assign tables to the publications."""
-    logged = [table for table in tables if table.persistence == "p"]
+    """Assign tables to the publications; those of compressed rows are published apart."""
+    logged = [table for table in tables if is_followed(table)]
     return Memberships(
         tuple(table for table in logged if has_identity(table, source_version)),
         tuple(table for table in logged if not has_identity(table, source_version)),
-        tuple(table for table in tables if table.persistence == "u"),
+        tuple(table for table in tables if table.persistence == "u" and table.is_users),
     )
 
 
@@ -60,23 +65,57 @@ def columns_json(columns: Iterable[ColumnInfo]) -> str:
     return json.dumps([{"name": c.name, "type": c.type, "generated": c.generated} for c in columns])
 
 
-def table_row(table: TableInfo, lane_count: int, membership: Membership) -> tuple[object, ...]:
-    """Give a table's row for `_live_migration.tables`: the values of `TABLE_COLUMNS`."""
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """The snapshot that a plan is of, where the WAL then ended, and the timeline."""
+
+    snapshot: str
+    horizon: int
+    timeline: int
+
+
+def table_row(
+    table: TableInfo, lane_count: int, membership: Membership, others: Mapping[int, TableInfo], moment: Moment
+) -> tuple[object, ...]:
+    """Give a table's row for `_live_migration.tables`: the values of `TABLE_COLUMNS`.
+
+    Args:
+        table: to be followed.
+        lane_count: of the change log.
+        membership: its publication.
+        others: all tables of the plan by oid, for what a chunk belongs to.
+        moment: of the plan. A hypertable has no rows to copy, its snapshot says which chunks were gone by then.
+    """
+    root = others.get(table.hypertable or 0, table if table.part == "hypertable" else None)
+    compressed = others.get(table.compressed or 0)
+    is_root = table.part == "hypertable"
     return (
         table.oid,
         table.name.schema,
         table.name.name,
-        lane_of(table.name, lane_count),
+        lane_of(root.name if root else table.name, lane_count),
         membership,
         columns_json(table.columns),
         table.is_binary_safe,
         table.row_estimate,
-        table.size_bytes,
+        table.size_bytes + (compressed.size_bytes if compressed else 0),
         table.changed_row_count,
+        table.part,
+        table.hypertable,
+        compressed.oid if compressed else None,
+        compressed.name.sql if compressed else None,
+        table.range,
+        root.name.schema if root else None,
+        root.name.name if root else None,
+        "copied" if is_root else "planned",
+        moment.snapshot if is_root else None,
+        moment.horizon if is_root else None,
+        moment.timeline if is_root else None,
     )
 
 
 TABLE_COLUMNS = (
     "oid", "schema_name", "table_name", "lane", "publication", "columns", "binary_copy", "row_estimate", "size_bytes",
-    "changed_row_count",
+    "changed_row_count", "kind", "hypertable_oid", "compressed_oid", "compressed_name", "range", "root_schema", "root_name",
+    "state", "snapshot", "horizon", "timeline",
 )  # fmt: skip

@@ -17,7 +17,7 @@ from live_migration.common.errors import LiveMigrationError, SourceError, Target
 from live_migration.common.postgres import CONNECTION_ERRORS, Side
 from live_migration.common.progress import name_list
 from live_migration.common.settings import Settings
-from live_migration.coordinator import client_programs, findings, source_findings
+from live_migration.coordinator import client_programs, findings, source_findings, timescale_facts, timescale_findings
 from live_migration.coordinator.findings import Finding
 from live_migration.producer.replication import ReplicationConnection
 
@@ -146,6 +146,7 @@ class _Preflight:
         if source and target:
             await self._check("target", self._check_pair, source, target)
             await self._check("target", self._check_conflicts, source, target)
+            await self._check("source", self._check_timescale, source, target)
         if self._settings.kafka:
             await self._check("target", self._check_kafka)
 
@@ -267,8 +268,8 @@ class _Preflight:
                 )
             )
         try:
-            await target.execute("set session_replication_role = 'replica'")
-            await target.execute("reset session_replication_role")
+            async with target.transaction(readonly=True):
+                await target.execute("set local session_replication_role = 'replica'")
         except asyncpg.InsufficientPrivilegeError:
             found.append(
                 findings.error(
@@ -283,7 +284,7 @@ class _Preflight:
             return []
         found = findings.assess_pair(self._servers["source"], self._servers["target"])
         rows = await source.fetch(_query("extensions"))
-        extensions = [findings.Extension(**dict(row)) for row in rows]
+        extensions = [findings.Extension(**dict(row)) for row in rows if row["name"] != "timescaledb"]
         available = await target.fetch("select name::text from pg_available_extensions")
         found += findings.assess_extensions(extensions, frozenset(row["name"] for row in available))
         schemas = await source.fetchval(_SCHEMAS) or []
@@ -303,6 +304,22 @@ class _Preflight:
             {f"{row['kind']} {row['name']}" for row in await each.fetch(_query("objects"))} for each in (source, target)
         ]
         return findings.assess_conflicts(sorted(ours & theirs))
+
+    async def _check_timescale(self, source: asyncpg.Connection, target: asyncpg.Connection) -> list[Finding]:
+        async with source.transaction(readonly=True):
+            await source.execute(f"set local lock_timeout = {round(self._settings.lock_timeout * 1000)}")
+            facts = await timescale_facts.read_source(source)
+        if facts is None:
+            return []
+        begun = self._migration
+        pause = self._settings.pause_source_jobs or bool(begun and begun.settings.get("pause_source_jobs"))
+        return timescale_findings.assess_source(facts) + timescale_findings.assess_target(
+            facts,
+            await timescale_facts.read_target(target, facts),
+            flatten=self._settings.flatten,
+            pause_source_jobs=pause,
+            is_begun=begun is not None,
+        )
 
     def _is_same_database(self) -> bool:
         return len(self._servers) == 2 and findings.is_same_database(self._servers["source"], self._servers["target"])

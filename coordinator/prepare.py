@@ -28,6 +28,8 @@ from live_migration.coordinator.identity_watch import watch_identities
 from live_migration.coordinator.planning import Memberships
 from live_migration.coordinator.recopy import adopt_memberships, drop_built_indexes, planned_tables
 from live_migration.coordinator.run import Run
+from live_migration.coordinator.source_jobs import pause_source_jobs
+from live_migration.coordinator.timescale_source import compressed_tables, publish_inner
 from live_migration.producer.publication import (
     ALL_OPERATIONS,
     INSERT_ONLY,
@@ -89,6 +91,9 @@ async def _prepare_source(run: Run, source: asyncpg.Connection) -> None:
         )
     await create_publication(source, settings.publication, ALL_OPERATIONS)
     await create_publication(source, settings.insert_publication, INSERT_ONLY)
+    await publish_inner(run, source)
+    if settings.pause_source_jobs:
+        await pause_source_jobs(run, source)
     if settings.replica_identity_full:
         await _give_full_identities(run, source)
     with asking("target", "reading the plan"):
@@ -187,20 +192,38 @@ async def _give_full_identities(run: Run, source: asyncpg.Connection) -> None:
     """Give tables without identity REPLICA IDENTITY FULL where UPDATE and DELETE then succeed, recorded before."""
     version = run.migration.source_version
     for table in planning.assign(await run.list_tables(source), version).insert:
-        if not planning.may_become_full(table, version):
-            continue
-        async with run.target_transaction("recording a change on the source"):
-            await run.target.execute(
-                """insert into _live_migration.source_changes (kind, oid, object, before, after)
-                   select 'replica_identity', $1, $2, $3, 'f'
-                   where not exists (select from _live_migration.source_changes
-                                     where kind = 'replica_identity' and oid = $1 and not restored)""",
-                table.oid,
-                str(table.name),
-                table.identity.value,
-            )
-        await set_identity_full(source, PublishedTable(table.oid, table.name), lock_timeout=run.settings.lock_timeout)
-        run.reporter.note(f"{table.name} has REPLICA IDENTITY FULL until `clean`")
+        if planning.may_become_full(table, version):
+            await _give_full_identity(run, source, run.target, table)
+            run.reporter.note(f"{table.name} has REPLICA IDENTITY FULL until `clean`")
+
+
+async def _give_full_identity(
+    run: Run, source: asyncpg.Connection, target: asyncpg.Connection, table: TableInfo
+) -> None:
+    with asking("target", "recording a change on the source"):
+        await target.execute(
+            """insert into _live_migration.source_changes (kind, oid, object, before, after)
+               select 'replica_identity', $1, $2, $3, 'f'
+               where not exists (select from _live_migration.source_changes
+                                 where kind = 'replica_identity' and oid = $1 and not restored)""",
+            table.oid,
+            str(table.name),
+            table.identity.value,
+        )
+    await set_identity_full(source, PublishedTable(table.oid, table.name), lock_timeout=run.settings.lock_timeout)
+
+
+async def publish_compressed(
+    run: Run, source: asyncpg.Connection, target: asyncpg.Connection, tables: Sequence[TableInfo]
+) -> None:
+    """Publish the tables of compressed rows, FULL: a change there that no marker encloses is one that the stream does not tell."""
+    present = await published_tables(source, run.settings.publication)
+    wanted = [table for table in compressed_tables(tables) if table.oid not in present]
+    for table in wanted:
+        if table.identity is not ReplicaIdentity.FULL:
+            await _give_full_identity(run, source, target, table)
+    names = [PublishedTable(table.oid, table.name) for table in wanted]
+    await add_tables(source, run.settings.publication, names, lock_timeout=run.settings.lock_timeout)
 
 
 async def give_identities_back(target: asyncpg.Connection, source: asyncpg.Connection, settings: Settings) -> list[str]:
@@ -230,13 +253,14 @@ async def publish_tables(run: Run, source: asyncpg.Connection, *, only: frozense
     settings, version = run.settings, run.migration.source_version
     for _ in range(_PLANNING_ATTEMPTS):
         found = await run.list_tables(source)
-        considered = [t for t in found if only is None or t.persistence != "p" or t.oid in only]
+        considered = [t for t in found if only is None or not planning.is_followed(t) or t.oid in only]
         members = planning.assign(considered, version)
         try:
             for name, tables in ((settings.publication, members.all), (settings.insert_publication, members.insert)):
                 other = await published_tables(source, _other(settings, name))
                 wanted = [PublishedTable(t.oid, t.name) for t in tables if t.oid not in other]
                 await add_tables(source, name, wanted, lock_timeout=settings.lock_timeout)
+            await publish_compressed(run, source, run.target, found)
         except SourceError as error:
             if not isinstance(error.__cause__, asyncpg.UndefinedTableError | asyncpg.InvalidSchemaNameError):
                 raise

@@ -28,7 +28,7 @@ FORGET_COPY = f"""attempt = attempt + 1, retry_at = null, snapshot_id = null, sn
 # Not 'planned', which a consumer that sleeps through the change of phase could claim before there is a slot.
 VOID = f"""
     update _live_migration.tables
-    set state = 'stopped', started_at = null, copy_again = false, {FORGET_COPY};
+    set state = 'stopped', started_at = null, copy_again = false, {FORGET_COPY} where kind <> 'hypertable';
     delete from _live_migration.parts;
     update _live_migration.indexes set state = 'pending', error = null, retry_at = null, {FREE} where state = 'building';
     update _live_migration.checkpoints
@@ -42,7 +42,7 @@ VOID = f"""
     insert into _live_migration.steps (name) values ('{_STEP}') on conflict (name) do update set is_done = false
 """
 
-RELEASE = "update _live_migration.tables set state = 'planned', attempt = attempt + 1"
+RELEASE = "update _live_migration.tables set state = 'planned', attempt = attempt + 1 where kind <> 'hypertable'"
 
 _BACKENDS = """
     select backend_pid, backend_start from _live_migration.tables where backend_pid is not null

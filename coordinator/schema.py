@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import asyncpg
 
-from live_migration.common.catalog import TableInfo, list_tables
+from live_migration.common.catalog import CURRENT_TIMELINE, TableInfo, list_tables
 from live_migration.common.errors import SourceError
 from live_migration.common.postgres import asking
 from live_migration.common.settings import Settings
@@ -27,15 +27,20 @@ from live_migration.coordinator.dump_script import (
     PG_CLASS,
     PG_CONSTRAINT,
     PG_PUBLICATION,
+    PG_PUBLICATION_NAMESPACE,
     PG_PUBLICATION_REL,
+    PG_TRIGGER,
     Entry,
     parse_script,
 )
 from live_migration.coordinator.entries import run_entries
+from live_migration.coordinator.planning import Moment
 from live_migration.coordinator.post_data import PostData, sort_post_data
 from live_migration.coordinator.prepare import publish_tables
 from live_migration.coordinator.recopy import release_tables
 from live_migration.coordinator.run import Run
+from live_migration.coordinator.timescale_catalog import ARCHIVE as CATALOG_ARCHIVE
+from live_migration.coordinator.timescale_catalog import Catalog, begin_restoring, read_catalog, restore_catalog
 from live_migration.producer.publication import published_tables
 from live_migration.producer.slot import await_older_transactions
 
@@ -54,10 +59,16 @@ _INDEXES = """
     where t.relkind in ('r', 'p') and t.relnamespace not in (select oid from pg_namespace where nspname like 'pg\\_%')
 """
 _FOREIGN_KEYS = """
-    select con.oid, n.nspname as schema_name, c.relname as table_name, con.conname as name,
+    select con.oid, con.conrelid as table_oid, n.nspname as schema_name, c.relname as table_name, con.conname as name,
            c.relkind = 'p' as is_partitioned, con.convalidated as is_valid
     from pg_constraint con join pg_class c on c.oid = con.conrelid join pg_namespace n on n.oid = c.relnamespace
     where con.contype = 'f'
+"""
+_TABLES_IN_SCHEMA = 150_000
+_SCHEMA_MEMBERS = "select oid from pg_publication_namespace where pnpubid = any($1::oid[])"
+_TRIGGERS = "select oid, tgrelid as table_oid from pg_trigger where not tgisinternal"
+_MOMENT = f"""
+    select pg_current_snapshot()::text as snapshot, pg_current_wal_insert_lsn() as horizon, {CURRENT_TIMELINE} as timeline
 """
 _OUR_PUBLICATIONS = """
     select p.oid, (select array_agg(r.oid) from pg_publication_rel r where r.prpubid = p.oid) as members
@@ -69,6 +80,12 @@ _OUR_PUBLICATIONS = """
 """Those of another migration from the same source included: it names slot and publications as we do."""
 
 
+_READY_WITHOUT_INDEX = """
+    update _live_migration.tables t set state = 'ready'
+    where kind = 'hypertable' and not exists (select from _live_migration.indexes i where i.table_oid = t.oid)
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class SourceSchema:
     """What the planning snapshot showed."""
@@ -76,8 +93,22 @@ class SourceSchema:
     tables: list[TableInfo]
     indexes: list[asyncpg.Record]
     foreign_keys: list[asyncpg.Record]
-    our_publications: frozenset[tuple[int, int]]
-    """(catalog, oid) of what is ours and must not come to the target."""
+    left_out: frozenset[tuple[int, int]]
+    """(catalog, oid) of what must not come to the target: our publications, and triggers of chunks, which their hypertable's make."""
+    moment: Moment
+    catalog: Catalog | None
+    """TimescaleDB's."""
+
+    @property
+    def followed(self) -> list[TableInfo]:
+        """The tables that have a row in the plan."""
+        return [table for table in self.tables if planning.is_followed(table)]
+
+    @property
+    def index_owners(self) -> dict[int, int]:
+        """Whose row in the plan the indexes of a table belong to, by oid: those of compressed rows to the chunk's."""
+        own = {table.oid: table.oid for table in self.followed}
+        return own | {table.compressed: table.oid for table in self.followed if table.compressed is not None}
 
 
 async def restore_schema(run: Run) -> None:
@@ -87,7 +118,9 @@ async def restore_schema(run: Run) -> None:
         await _plan(run, programs)
     entries = await read_entries(run, programs, PRE_DATA)
     run.reporter.note(f"restoring the schema: {len(entries)} objects")
+    await begin_restoring(run)
     await run_entries(run, PRE_DATA, entries)
+    await restore_catalog(run)
     async with run.target_transaction("leaving phase schema"):
         await release_tables(run)
         await run.enter(Phase.COPY)
@@ -134,19 +167,35 @@ async def _look(run: Run, source: asyncpg.Connection, programs: ClientPrograms, 
     settings = run.settings
     async with source.transaction(isolation="repeatable_read", readonly=True):
         snapshot = await source.fetchval("select pg_export_snapshot()")
+        moment = Moment(**dict(await source.fetchrow(_MOMENT)))
         tables = await list_tables(source)
         published = {
             **await published_tables(source, settings.publication),
             **await published_tables(source, settings.insert_publication),
         }
-        if any(table.persistence == "p" and table.oid not in published for table in tables):
+        wanted = [table for table in tables if planning.is_followed(table) or table.part == "compressed"]
+        if any(table.oid not in published for table in wanted):
             return None
         await _dump(run, programs, archive, snapshot)
         ours = await source.fetch(_OUR_PUBLICATIONS, [settings.publication, settings.insert_publication])
         indexes, foreign_keys = await source.fetch(_INDEXES), await source.fetch(_FOREIGN_KEYS)
-    members = {(PG_PUBLICATION_REL, member) for row in ours for member in row["members"] or ()}
+        triggers = await source.fetch(_TRIGGERS)
+        schemas = []
+        if run.migration.source_version >= _TABLES_IN_SCHEMA:
+            schemas = await source.fetch(_SCHEMA_MEMBERS, [row["oid"] for row in ours])
+        catalog = await read_catalog(source)
+    inner = {table.oid for table in tables if not table.is_users}
+    left_out = {(PG_PUBLICATION_REL, member) for row in ours for member in row["members"] or ()}
+    left_out |= {(PG_PUBLICATION, row["oid"]) for row in ours}
+    left_out |= {(PG_PUBLICATION_NAMESPACE, row["oid"]) for row in schemas}
+    left_out |= {(PG_TRIGGER, row["oid"]) for row in triggers if row["table_oid"] in inner}
     return SourceSchema(
-        tables, indexes, foreign_keys, frozenset({(PG_PUBLICATION, row["oid"]) for row in ours} | members)
+        tables,
+        indexes,
+        [row for row in foreign_keys if row["table_oid"] not in inner],
+        frozenset(left_out),
+        moment,
+        catalog,
     )
 
 
@@ -176,10 +225,18 @@ async def _publish_newcomers(run: Run, source: asyncpg.Connection) -> None:
 async def _save_plan(
     run: Run, schema: SourceSchema, archive: bytes, post_data: Sequence[Entry], all_operations: frozenset[int]
 ) -> None:
-    tables = [table for table in schema.tables if table.persistence == "p"]
+    by_oid = {table.oid: table for table in schema.tables}
     rows = [
-        planning.table_row(t, run.migration.lane_count, "all" if t.oid in all_operations else "insert") for t in tables
+        planning.table_row(
+            table,
+            run.migration.lane_count,
+            "all" if table.oid in all_operations else "insert",
+            by_oid,
+            schema.moment,
+        )
+        for table in schema.followed
     ]
+    owners = schema.index_owners
     columns = ", ".join(planning.TABLE_COLUMNS)
     places = ", ".join(f"${n}" for n in range(1, len(planning.TABLE_COLUMNS) + 1))
     async with run.target_transaction("saving the plan") as target:
@@ -189,8 +246,9 @@ async def _save_plan(
         await target.executemany(
             """insert into _live_migration.indexes (oid, table_oid, name, is_primary, is_unique, size_bytes, statements)
                values ($1, $2, $3, $4, $5, $6, $7)""",
-            plan_indexes(schema.indexes, post_data, {table.oid for table in tables}),
+            plan_indexes(schema.indexes, post_data, owners),
         )
+        await target.execute(_READY_WITHOUT_INDEX)
         await target.executemany(
             """insert into _live_migration.foreign_keys
                (oid, schema_name, table_name, name, is_partitioned, is_valid, statement)
@@ -202,10 +260,14 @@ async def _save_plan(
             run.migration.lane_count,
         )
         await target.execute("insert into _live_migration.archives values ($1, $2)", ARCHIVE, archive)
+        if schema.catalog is not None:
+            await target.execute(
+                "insert into _live_migration.archives values ($1, $2)", CATALOG_ARCHIVE, schema.catalog.encode()
+            )
         await target.execute(
             "insert into _live_migration.archives values ($1, $2)",
             _KEYS,
-            plan_keys(schema, {t.oid for t in tables}).encode(),
+            plan_keys(schema).encode(),
         )
         await steps.finish(target, run.epoch, _PLAN)
 
@@ -227,16 +289,18 @@ class EntryKeys:
         return cls(*(frozenset((catalog, oid) for catalog, oid in found[field]) for field in cls.__slots__))
 
 
-def plan_keys(schema: SourceSchema, tables: set[int]) -> EntryKeys:
-    """Give the keys of index entries, by who makes them, and of what is ours."""
+def plan_keys(schema: SourceSchema) -> EntryKeys:
+    """Give the keys of index entries, by who makes them, and of what is left out."""
     built, roots = set(), set()
+    owners = schema.index_owners
+    empty_roots = {table.oid for table in schema.tables if table.part == "compressed root"}
     for index in schema.indexes:
         key = (PG_CONSTRAINT, index["constraint_oid"]) if index["constraint_oid"] else (PG_CLASS, index["oid"])
-        if index["table_oid"] in tables:
+        if index["table_oid"] in owners:
             built.add(key)
-        elif index["table_kind"] == "p":
+        elif index["table_kind"] == "p" or index["table_oid"] in empty_roots:
             roots.add(key)
-    return EntryKeys(frozenset(built), frozenset(roots), schema.our_publications)
+    return EntryKeys(frozenset(built), frozenset(roots), schema.left_out)
 
 
 async def read_post_data(run: Run) -> PostData:
@@ -252,18 +316,21 @@ async def read_post_data(run: Run) -> PostData:
 
 
 def plan_indexes(
-    indexes: Sequence[asyncpg.Record], post_data: Sequence[Entry], tables: set[int]
+    indexes: Sequence[asyncpg.Record], post_data: Sequence[Entry], owners: Mapping[int, int]
 ) -> list[tuple[object, ...]]:
-    """Give rows for the indexes of migrated tables, each with the statements that pg_dump gives for it."""
+    """Give rows for the indexes of migrated tables, each with the statements that pg_dump gives for it.
+
+    `owners`: whose indexes in the plan those of a table are, by oid.
+    """
     entries = {(entry.catalog, entry.oid): entry for entry in post_data}
     rows: list[tuple[object, ...]] = []
     for index in indexes:
         key = (PG_CONSTRAINT, index["constraint_oid"]) if index["constraint_oid"] else (PG_CLASS, index["oid"])
         entry = entries.get(key)
         # Without an entry it is an invalid index, which pg_dump leaves out, too.
-        if entry is not None and index["table_oid"] in tables:
-            fields = ("oid", "table_oid", "name", "is_primary", "is_unique", "size_bytes")
-            rows.append((*(index[field] for field in fields), [entry.statements]))
+        if entry is not None and (owner := owners.get(index["table_oid"])) is not None:
+            fields = ("name", "is_primary", "is_unique", "size_bytes")
+            rows.append((index["oid"], owner, *(index[field] for field in fields), [entry.statements]))
     return rows
 
 
@@ -271,8 +338,12 @@ def plan_foreign_keys(foreign_keys: Sequence[asyncpg.Record], post_data: Sequenc
     """Give rows for the foreign keys that pg_dump restores; those of partitions come with their root's."""
     by_oid = {row["oid"]: row for row in foreign_keys}
     fields = ("oid", "schema_name", "table_name", "name", "is_partitioned", "is_valid")
+    # A hypertable takes no ONLY, and to all others it is the same: inheritance hands no foreign key down.
     return [
-        (*(by_oid[entry.oid][field] for field in fields), entry.statements)
+        (
+            *(by_oid[entry.oid][field] for field in fields),
+            entry.statements.replace("ALTER TABLE ONLY ", "ALTER TABLE ", 1),
+        )
         for entry in post_data
         if entry.type == "FK CONSTRAINT" and entry.oid in by_oid
     ]

@@ -95,14 +95,14 @@ class Report:
         return {"equal": self.is_equal, "seconds": round(self.seconds, 3), "results": results, "skips": skips}
 
 
-def digest_statement(table: QualifiedName, columns: list[ColumnInfo], *, is_utf8: bool) -> str:
+def digest_statement(table: TableInfo, columns: list[ColumnInfo], *, is_utf8: bool) -> str:
     """Give the query for a table's Content: sums of both halves of an MD5 of each row's text.
 
     Values are compared by their text form, so -0.0 is not 0.0 and 1.00 is not 1.0. bytea goes in by its own digest,
     which spares the server a text twice its size.
 
     Args:
-        table: read with ONLY.
+        table: to be read; a hypertable with all its chunks.
         columns: in the same order on both sides.
         is_utf8: whether both databases are in UTF8; else texts are converted first.
     """
@@ -118,7 +118,7 @@ def digest_statement(table: QualifiedName, columns: list[ColumnInfo], *, is_utf8
         "select count(*) as row_count,"
         " coalesce(sum(('x' || substr(h, 1, 16))::bit(64)::bigint::numeric), 0)::text || ':' ||"
         " coalesce(sum(('x' || substr(h, 17))::bit(64)::bigint::numeric), 0)::text as digest"
-        f" from (select {hashed} as h from only {table.sql} t) hashes"
+        f" from (select {hashed} as h from {table.sql} t) hashes"
     )
 
 
@@ -182,7 +182,7 @@ async def _plan(pair: _Pair, lock_timeout: float, tell: Callable[[Result], None]
         with postgres.asking(side, "listing the tables"):
             async with connection.transaction(readonly=True):
                 await connection.execute(_set_lock_timeout(lock_timeout))  # reading a table's size takes a lock
-                sides.append({table.name: table for table in await list_tables(connection)})
+                sides.append({table.name: table for table in await list_tables(connection) if table.is_users})
             encodings.append(await connection.fetchval("show server_encoding"))
     source, target = sides
     for name in source.keys() - target.keys():
@@ -224,8 +224,10 @@ async def _compare_table(pair: _Pair, tables: _TablePair, is_utf8: bool, lock_ti
         return Result("table", name, Verdict.DIFFERENT, detail=f"columns missing on source: {', '.join(extra)}")
     columns = list(tables.source.columns)
     source, target = await asyncio.gather(
-        _read_content(pair.source, "source", tables.name, columns, is_utf8, lock_timeout),
-        _read_content(pair.target, "target", tables.name, [on_target[c.name] for c in columns], is_utf8, lock_timeout),
+        _read_content(pair.source, "source", tables.source, columns, is_utf8, lock_timeout),
+        _read_content(
+            pair.target, "target", tables.target, [on_target[c.name] for c in columns], is_utf8, lock_timeout
+        ),
         return_exceptions=True,  # else the other would go on with its connection
     )
     for content in (source, target):
@@ -245,12 +247,12 @@ async def _compare_table(pair: _Pair, tables: _TablePair, is_utf8: bool, lock_ti
 async def _read_content(
     connection: asyncpg.Connection,
     side: Side,
-    table: QualifiedName,
+    table: TableInfo,
     columns: list[ColumnInfo],
     is_utf8: bool,
     lock_timeout: float,
 ) -> Content:
-    with postgres.asking(side, f"reading {table}"):
+    with postgres.asking(side, f"reading {table.name}"):
         async with connection.transaction(readonly=True):
             await connection.execute(_set_lock_timeout(lock_timeout))
             row = await connection.fetchrow(digest_statement(table, columns, is_utf8=is_utf8))

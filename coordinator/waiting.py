@@ -20,6 +20,7 @@ from live_migration.coordinator import cutover
 from live_migration.coordinator.entries import run_entries
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.schema import read_post_data
+from live_migration.coordinator.timescale_catalog import end_restoring
 
 _POLL_SECONDS = 0.25
 _LAG_SECONDS = 2.0
@@ -51,6 +52,7 @@ async def await_copy(run: Run) -> None:
         await asyncio.sleep(_POLL_SECONDS)
     post_data = await read_post_data(run)
     await run_entries(run, "partitioned indexes", post_data.partitioned)
+    await end_restoring(run)
     async with run.target_transaction("leaving phase copy"):
         await run.enter(Phase.REPLAY)
     await run.reload()

@@ -40,6 +40,8 @@ class Route(NamedTuple):
     lane: LaneBuffer
     relation_frame: bytes
     name: str
+    stands_alone: bool = False
+    """Whether its changes begin a segment: all before them can be applied, whatever they mean."""
 
 
 class LaneBuffer:

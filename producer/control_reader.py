@@ -11,14 +11,14 @@ from aiokafka import TopicPartition
 from aiokafka import errors as kafka_errors
 from pydantic import ValidationError
 
-from live_migration.common.control import CONFIG, HELLO, POSITION, LogPosition, ProducerConfig
+from live_migration.common.control import CONFIG, HELLO, HOMES, POSITION, LearntHomes, LogPosition, ProducerConfig
 from live_migration.common.errors import ConnectionLost, KafkaError
 from live_migration.common.kafka_clients import log_consumer
 from live_migration.common.settings import Settings
 
 _START_SECONDS = 60.0
 _POLL_MS = 1_000
-_Record = TypeVar("_Record", ProducerConfig, LogPosition)
+_Record = TypeVar("_Record", ProducerConfig, LogPosition, LearntHomes)
 
 
 _PERMANENT = (
@@ -116,6 +116,14 @@ class ControlReader:
     def position(self) -> LogPosition | None:
         """Give the newest position record."""
         return self._parse(POSITION, LogPosition)
+
+    def homes(self) -> dict[str, tuple[str, ...]]:
+        """Give the homes of chunks that were learnt from the stream."""
+        found = self._parse(HOMES, LearntHomes)
+        try:
+            return found.unpack() if found else {}
+        except ValueError as error:
+            raise self._unreadable(HOMES.decode()) from error
 
     def _parse(self, key: bytes, model: type[_Record]) -> _Record | None:
         value = self._newest.get(key)

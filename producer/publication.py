@@ -186,7 +186,7 @@ async def set_identity_full(
     """Give a table REPLICA IDENTITY FULL."""
     await execute_politely(
         connection,
-        [f"alter table only {table.name.sql} replica identity full"],
+        [f"alter table {table.name.sql} replica identity full"],
         lock_timeout=lock_timeout,
         doing=f"giving {table.name} REPLICA IDENTITY FULL",
         relations=[table.oid],
@@ -216,7 +216,7 @@ async def restore_identity(
     name = QualifiedName(row["schema"], row["name"])
     await execute_politely(
         connection,
-        [f"alter table only {name.sql} replica identity {identity_without_full(before)}"],
+        [f"alter table {name.sql} replica identity {identity_without_full(before)}"],
         lock_timeout=lock_timeout,
         doing=f"giving {name} its replica identity back",
         relations=[oid],

@@ -13,7 +13,16 @@ from uuid import uuid4
 import orjson
 from aiokafka import errors as kafka_errors
 
-from live_migration.common.control import HELLO, POSITION, STATUS, LogPosition, ProducerConfig, ProducerStatus
+from live_migration.common.control import (
+    HELLO,
+    HOMES,
+    POSITION,
+    STATUS,
+    LearntHomes,
+    LogPosition,
+    ProducerConfig,
+    ProducerStatus,
+)
 from live_migration.common.errors import KafkaError
 from live_migration.common.kafka import admin, topic_exists
 from live_migration.common.kafka_clients import LogProducer, client_options
@@ -48,6 +57,8 @@ class Publisher:
         self.is_superseded = False
         """Whether somebody took over: nothing of ours may be written any more."""
         self.position: LogPosition | None = control.position()
+        self.homes = control.homes()
+        """Homes of chunks that are in the control topic."""
 
     @property
     def config(self) -> ProducerConfig | None:
@@ -86,9 +97,15 @@ class Publisher:
             raise _superseded(self._settings)
 
     async def publish(
-        self, records: deque[Record], position: LogPosition | None, status: ProducerStatus | None
+        self,
+        records: deque[Record],
+        position: LogPosition | None,
+        status: ProducerStatus | None,
+        homes: dict[str, tuple[str, ...]] | None = None,
     ) -> None:
         """Write all in one transaction, taking the records off the queue one by one. On return it is committed.
+
+        `homes` are written where there are more than the control topic has.
 
         Raises:
             KafkaError: another producer took over, or the broker refuses for good.
@@ -99,6 +116,9 @@ class Publisher:
             values.append((POSITION, position.model_dump_json().encode()))
         if status:
             values.append((STATUS, status.model_dump_json().encode()))
+        if homes is not None and len(homes) > len(self.homes):
+            homes = dict(homes)
+            values.append((HOMES, LearntHomes.pack(homes).model_dump_json().encode()))
         if not self._is_usable:
             raise BrokerLost("Kafka: our last transaction was not completed")
         self._is_usable = False
@@ -110,6 +130,8 @@ class Publisher:
         self._is_usable = True
         if position:
             self.position = position
+        if homes is not None and len(homes) > len(self.homes):
+            self.homes = homes
 
     async def _check_successor(self) -> None:
         """Raise KafkaError if somebody took over; the broker also fences one whose transaction lasted too long."""

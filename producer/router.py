@@ -14,11 +14,14 @@ from pydantic import ValidationError
 from live_migration.common import pgoutput
 from live_migration.common.control import MESSAGE_PREFIX, WalMessage
 from live_migration.common.errors import FormatError
+from live_migration.common.home import encode_home
 from live_migration.common.lanes import lane_of
 from live_migration.common.lsn import Lsn
+from live_migration.common.relation import QualifiedName
 from live_migration.common.segment import COMMIT_ORDINAL, FRAME, Position, frame
 from live_migration.producer.ack_tracker import AckTracker
 from live_migration.producer.batcher import LaneBuffer, Message, Record, Route
+from live_migration.producer.homes import Homes
 from live_migration.producer.spans import BEFORE_MESSAGE_BYTES, SHORTEST_SPAN, SpanFinder, log_frames
 
 XLOG_DATA_BYTES = 25
@@ -34,6 +37,13 @@ _COPY_DATA, _XLOG_DATA = ord("d"), ord("w")
 _KEEPALIVE = struct.Struct(">BQQB")
 _ROW_KINDS = (b"I", b"U", b"D")
 _PREFIX = MESSAGE_PREFIX.encode() + b"\0"
+_MOVE_PREFIXES = {
+    b"::timescaledb-compression-start": 1,
+    b"::timescaledb-decompression-start": 1,
+    b"::timescaledb-compression-end": -1,
+    b"::timescaledb-decompression-end": -1,
+}
+"""Logical messages that enclose rows which TimescaleDB moves between a chunk and its compressed table: no change of a user's."""
 
 
 class Router:
@@ -50,8 +60,12 @@ class Router:
         segment_bytes: int,
         positions: Sequence[Position],
         acks: AckTracker,
+        homes: Homes | None = None,
     ) -> None:
         self._migration_id = migration_id
+        self._homes = homes or Homes(None, {})
+        self._hidden: dict[bytes, QualifiedName] = {}  # relations that are not replayed
+        self._moves = 0  # how many markers are open: all rows between them are moves
         self._segment_bytes = segment_bytes
         self._acks = acks
         self._lanes = [LaneBuffer(lane, topic_id, last) for lane, last in enumerate(positions)]
@@ -190,6 +204,7 @@ class Router:
             raise FormatError(f"begin message of {len(message)} bytes after {self._where()}")
         self._commit_lsn = int.from_bytes(message[1:9], "big")
         self._ordinal = 0
+        self._moves = 0
         self._acks.begin()
 
     def _commit(self, message: bytes) -> None:
@@ -219,19 +234,34 @@ class Router:
         framed = frame(message)
         oid = message[1:5]
         before = self._routes.get(oid)
-        if before and before.relation_frame == framed:
+        if before and before.relation_frame.endswith(framed):
             return
         if before and oid in before.lane.relations:
             self._cut(before.lane)
         relation = pgoutput.decode_relation(message)
+        if self._homes.is_used:
+            self._homes.learn_columns(relation)
+            if self._homes.is_hidden(relation.name):
+                self._hidden[oid] = relation.name
+                return
+        home = self._homes.find(relation.name)
+        if home is not None:
+            framed_home = frame(encode_home(relation.oid, home))
+            lane = self._lanes[lane_of(home.hypertable, len(self._lanes))]
+            self._routes[oid] = Route(lane, framed_home + framed, str(home.hypertable), home.is_compressed)
+            return
         lane = self._lanes[lane_of(relation.name, len(self._lanes))]
         self._routes[oid] = Route(lane, framed, str(relation.name))
 
     def _truncate(self, message: bytes) -> None:
+        if self._moves:
+            return
         truncate = pgoutput.decode_truncate(message)
         by_lane: dict[LaneBuffer, list[bytes]] = {}
         for relation_oid in truncate.relation_oids:
             oid = relation_oid.to_bytes(4, "big")
+            if oid in self._hidden:
+                continue
             by_lane.setdefault(self._route(oid).lane, []).append(oid)
         for oids in by_lane.values():
             own = message[:1] + len(oids).to_bytes(4, "big") + message[5:6] + b"".join(oids)
@@ -243,6 +273,7 @@ class Router:
             return  # stands outside of transactions, and is not ordered with them
         self._ordinal += 1
         if bytes(message[10 : 10 + len(_PREFIX)]) != _PREFIX:
+            self._mark(bytes(message[10:50]))
             return
         try:
             content = WalMessage.model_validate_json(pgoutput.decode_logical_message(bytes(message)).content)
@@ -252,10 +283,25 @@ class Router:
             for lane in self._lanes:
                 self._change_in(lane, message, ())
 
+    def _mark(self, prefix: bytes) -> None:
+        """Take note of a marker, if it is one: from a start to its end no row may take the fast path."""
+        step = _MOVE_PREFIXES.get(prefix.partition(b"\0")[0]) if self._homes.is_used else None
+        if step is not None:
+            self._moves = max(0, self._moves + step)
+            self._ready_lanes.clear()
+
     def _change(self, message: Message, oids: tuple[bytes, ...]) -> None:
         """Put a change of relations of one lane into it."""
+        if self._moves:
+            return
+        if self._hidden and oids[0] in self._hidden:
+            self._homes.learn_row(self._hidden[oids[0]], bytes(message))
+            return
         routes = [(oid, self._route(oid)) for oid in oids]
-        self._change_in(routes[0][1].lane, message, routes)
+        lane = routes[0][1].lane
+        if routes[0][1].stands_alone and lane.change_count and (self._commit_lsn, self._ordinal) > lane.position:
+            self._cut(lane)
+        self._change_in(lane, message, routes)
 
     def _change_in(self, lane: LaneBuffer, message: Message, routes: Sequence[tuple[bytes, Route]]) -> None:
         self._touched[lane] = None
@@ -273,7 +319,9 @@ class Router:
             self._records.append(lane.cut_fragments(message, ordinal, self._segment_bytes))
             return
         lane.append_change(bytes(message), ordinal)
-        for oid, _ in routes:
+        for oid, route in routes:
+            if route.stands_alone:
+                continue
             for kind in _ROW_KINDS:
                 self._ready_lanes[kind + oid] = lane
 

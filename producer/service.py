@@ -16,6 +16,7 @@ from live_migration.common.settings import Settings
 from live_migration.common.tasks import TaskGroup
 from live_migration.common.telemetry import get_logger
 from live_migration.producer.control_reader import BrokerLost, translate_broker_error
+from live_migration.producer.homes import read_homes
 from live_migration.producer.losses import name_tables
 from live_migration.producer.publisher import Publisher, topics_exist
 from live_migration.producer.replication import ReplicationConnection, StreamFailed
@@ -155,7 +156,8 @@ class _Service:
             await check_slot(uri, config, publisher.position)
             before = publisher.position
             try:
-                session = Session(self._settings, config, publisher, stream, timeline, self._report)
+                homes = await read_homes(uri, publisher.homes)
+                session = Session(self._settings, config, publisher, stream, timeline, self._report, homes)
                 await session.run(self._stop)
             except BaseExceptionGroup as group:
                 raise worst_of(group) from group

@@ -17,6 +17,7 @@ from live_migration.common.settings import KIB, Settings
 from live_migration.common.tasks import TaskGroup
 from live_migration.common.telemetry import get_logger
 from live_migration.producer.ack_tracker import AckTracker
+from live_migration.producer.homes import Homes
 from live_migration.producer.probe import SourceProbe
 from live_migration.producer.publisher import Publisher
 from live_migration.producer.replication import ReplicationConnection
@@ -48,6 +49,7 @@ class Session:
         stream: ReplicationConnection,
         timeline: int,
         report: StatusReport,
+        homes: Homes,
     ) -> None:
         self._settings = settings
         self._config = config
@@ -64,7 +66,9 @@ class Session:
             segment_bytes=settings.segment_bytes,
             positions=lane_positions(position, config.lane_count),
             acks=self._acks,
+            homes=homes,
         )
+        self._homes = homes
         self._probe = SourceProbe(
             settings.source_uri(), config.migration_id, settings.heartbeat_interval, lambda: self._acks.recorded_lsn
         )
@@ -166,7 +170,8 @@ class Session:
         self._report.update(self._acks.received_lsn, self._acks.recorded_lsn, self._probe.source_lsn)
         warning = asyncio.get_running_loop().call_later(_SLOW_SECONDS, _warn_of_kafka)
         try:
-            await self._publisher.publish(records, position, self._report.make() if is_status_due else None)
+            status = self._report.make() if is_status_due else None
+            await self._publisher.publish(records, position, status, self._homes.learnt)
         finally:
             warning.cancel()
         self._acks.record(position.confirm_lsn)

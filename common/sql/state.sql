@@ -36,6 +36,17 @@ create table _live_migration.tables (
     lane integer not null,
     publication text not null check (publication in ('all', 'insert')),
     persistence "char" not null default 'p',
+    kind text not null default 'table' check (kind in ('table', 'hypertable', 'chunk')),
+    hypertable_oid oid,                     -- of a chunk, on the source
+    compressed_oid oid,                     -- table of the chunk's compressed rows, copied together with it
+    compressed_name text,                   -- its quoted, qualified name
+    range text,                             -- condition that holds for the rows of a chunk alone
+    root_schema text,                       -- hypertable on the target that changes of the chunk (or hypertable) go to
+    root_name text,
+    copies_to_root boolean not null default false,  -- rows of the chunk are copied through the hypertable, too
+    rebuild text,                           -- why its lane must copy the chunk anew, null: it need not
+    rebuild_lsn pg_lsn,                     -- which it does once it has applied all before this
+    unseen_lsn pg_lsn,                      -- what may have been missed was before this: a copy from after it is whole
     columns jsonb not null,                 -- [{"name", "type", "generated"}] as planned, in attnum order
     binary_copy boolean not null,
     row_estimate bigint not null default 0,
@@ -145,12 +156,19 @@ create table _live_migration.workers (
 
 create table _live_migration.source_changes (   -- what `clean` gives back
     id bigint generated always as identity primary key,
-    kind text not null,                     -- replica_identity
-    oid oid,
+    kind text not null,                     -- replica_identity, job
+    oid oid,                                -- of the table; a job's id
     object text not null,
     before text not null,
     after text not null,
     restored boolean not null default false
+);
+
+create table _live_migration.target_jobs (      -- TimescaleDB's jobs of the target, held until the hand-over
+    id integer primary key,                     -- on the target
+    name text not null,
+    is_scheduled boolean not null,              -- on the source, before we paused any: what it gets at the end
+    is_released boolean not null default false
 );
 
 create table _live_migration.requests (

@@ -238,7 +238,7 @@ async def test_only_keys_whose_equality_is_that_of_their_bytes_are_folded(pair: 
     async with postgres.session(pair.target_uri, "target") as connection:
         tables = TargetTables(connection, 0)
         relations = [pgoutput.decode_relation(m) for m in messages if m[0] == pgoutput.RELATION]
-        found = {str(r.name.name): (await tables.resolve(r)).is_foldable for r in relations}
+        found = {str(r.name.name): (await tables.resolve(r)).table.is_foldable for r in relations}
     assert found == {
         "by_int": True,
         "by_text": True,

@@ -26,7 +26,7 @@ def make_table(keys: tuple[int, ...] = (0,), *, kept: tuple[int, ...] | None = N
     key = tuple(KeyColumn(i, f"c{i}", "=", True) for i in keys)
     name = QualifiedName("public", "t")
     relation = Relation(OID, name, ReplicaIdentity("d"), columns)
-    return TargetTable(OID, name, relation, cast(Any, on_target), kept, key, False, False, False, True, None)
+    return TargetTable(OID, name, relation, cast(Any, on_target), kept, key, False, False, False, True)
 
 
 def update(row: list[Value], *, binary: bool) -> bytes:

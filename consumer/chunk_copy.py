@@ -1,0 +1,83 @@
+"""What is particular in copying a hypertable's chunk as it is: its compressed rows lie in a table of their own.
+
+A chunk and that table are one unit: one lock, one snapshot, one transaction on either side. A chunk that was compressed or
+decompressed since it was planned has no twin on the target: it is left empty, and its lane copies it anew through the hypertable.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+
+import asyncpg
+
+from live_migration.common.catalog import CURRENT_TIMELINE
+from live_migration.common.relation import QualifiedName
+from live_migration.common.timescale import compressed_table
+from live_migration.consumer.claim_endings import CopyOrigin
+from live_migration.consumer.claims import TableClaim
+from live_migration.consumer.copy_errors import CopyDeferred, TableStopped, server_errors
+from live_migration.consumer.copy_stream import CopyCount, CopyPlan, stream_copy
+from live_migration.consumer.table_shape import ColumnDefinition
+from live_migration.consumer.table_snapshot import read_definitions
+
+_COMPRESSED = "_timescaledb_internal.compressed_data"
+"""Its binary form is the extension's own, the same under the same version. (`bloom1`, of sparse indexes, has none: text then.)"""
+
+_GONE = f"""
+    select pg_current_snapshot()::text as snapshot, pg_current_wal_insert_lsn() as horizon, {CURRENT_TIMELINE} as timeline,
+           exists (select from pg_class where oid = $1) as is_there
+"""
+
+CHANGED = "it was compressed or decompressed between planning and copy"
+
+
+async def is_as_planned(source: asyncpg.Connection, claim: TableClaim) -> bool:
+    """Tell whether a chunk has its compressed rows where it had them when it was planned."""
+    with server_errors("source", f"looking at {claim.name}"):
+        found = await compressed_table(source, claim.oid)
+    return found == claim.compressed
+
+
+async def look_without(source: asyncpg.Connection, claim: TableClaim) -> CopyOrigin:
+    """Give a snapshot in which a chunk is gone: all its changes are to be passed over.
+
+    Raises:
+        CopyDeferred: it is there, after all.
+    """
+    with server_errors("source", f"looking at {claim.name}"):
+        await source.execute("begin isolation level repeatable read read only")
+        row = await source.fetchrow(_GONE, claim.oid)
+        await source.execute("rollback")
+    if row["is_there"]:
+        raise CopyDeferred(f"chunk {claim.name} is there, after all")
+    return CopyOrigin(row["snapshot"], row["horizon"], row["timeline"], json.dumps([]), False)
+
+
+async def copy_compressed(
+    source: asyncpg.Connection, target: asyncpg.Connection, claim: TableClaim, on_bytes: Callable[[int], None]
+) -> CopyCount:
+    """Copy a chunk's compressed rows, inside the transactions that copy the chunk."""
+    assert claim.compressed is not None
+    name, oid = claim.compressed
+    with server_errors("source", f"looking at {name}"):
+        columns = await read_definitions(source, oid)
+        schema, table = await source.fetchrow(
+            "select n.nspname::text, c.relname::text from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = $1",
+            oid,
+        )
+    with server_errors("target", f"looking at {name}"):
+        twin = await target.fetchval("select to_regclass($1)::oid", name)
+        there = await read_definitions(target, twin) if twin is not None else ()
+    if _shape(columns) != _shape(there):
+        raise TableStopped(
+            f"target: {name}, which holds the compressed rows of {claim.name}, has another shape than on the source",
+            hint="Both ends must have the same version of TimescaleDB.",
+        )
+    is_binary = all(column.info.is_binary_safe or column.info.type == _COMPRESSED for column in columns)
+    plan = CopyPlan(QualifiedName(schema, table), tuple(column.name for column in columns), is_binary)
+    return await stream_copy(source, target, plan, blocks=None, freeze=True, on_bytes=on_bytes)
+
+
+def _shape(columns: Sequence[ColumnDefinition]) -> list[tuple[str, str]]:
+    return [(column.name, column.info.type) for column in columns]

@@ -1,0 +1,202 @@
+"""Copying a chunk anew through the target's hypertable, in its lane's turn: what the stream does not tell of it, or told too late.
+
+The lane stands still meanwhile, so the rule of every copy holds: a change that the new snapshot shows is passed over from here on.
+All that came before the chunk was made must be applied (`rebuild_lsn`), or an older TRUNCATE of the hypertable would take its rows along.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import asyncpg
+
+from live_migration.common.errors import Fenced
+from live_migration.common.home import Home
+from live_migration.common.relation import QualifiedName
+from live_migration.common.telemetry import get_logger
+from live_migration.common.timescale import chunk_range, compressed_table
+from live_migration.consumer.chunk_copy import look_without
+from live_migration.consumer.claim_endings import CopyOrigin
+from live_migration.consumer.claims import TableClaim
+from live_migration.consumer.copy_errors import CopyDeferred, TableStopped, server_errors
+from live_migration.consumer.copy_stream import CopyCount, CopyPlan, stream_copy
+from live_migration.consumer.table_shape import copied_columns, find_differences, travels_binary
+from live_migration.consumer.table_snapshot import ChunkGone, lock_table, read_definitions, require_known_timeline
+
+log = get_logger(__name__)
+
+_REBUILD = """
+    select oid, schema_name, table_name, root_schema, root_name, range, coalesce(rebuild, 'rows changed unseen') as reason
+    from _live_migration.tables where kind = 'chunk' and {} order by oid
+"""
+_DUE = _REBUILD.format("rebuild is not null and lane = $1 and ($3 or coalesce(rebuild_lsn <= $2, true))")
+_ALL = _REBUILD.format("(rebuild is not null or copy_again)")
+_MARK = """
+    insert into _live_migration.tables
+        (oid, schema_name, table_name, lane, publication, columns, binary_copy, state, kind, hypertable_oid, root_schema,
+         root_name, rebuild, rebuild_lsn, unseen_lsn)
+    select $1, $2, $3, h.lane, h.publication, h.columns, h.binary_copy, 'ready', 'chunk', h.oid, h.root_schema, h.root_name, $4, $5, $6
+    from _live_migration.tables h where h.kind = 'hypertable' and h.schema_name = $7 and h.table_name = $8
+    on conflict (schema_name, table_name) do update
+    set rebuild = coalesce(tables.rebuild, excluded.rebuild), unseen_lsn = coalesce(excluded.unseen_lsn, tables.unseen_lsn),
+        rebuild_lsn = case when tables.rebuild is null then excluded.rebuild_lsn else tables.rebuild_lsn end
+"""
+_DONE = """
+    update _live_migration.tables
+    set rebuild = case when coalesce(rebuild_lsn <= $9, true) and coalesce(unseen_lsn <= $3, true) then null else rebuild end,
+        snapshot = $2, horizon = $3, timeline = $4, columns = $5, binary_copy = $6, row_count = $7,
+        byte_count = $8, copied_at = clock_timestamp(), error = null, hint = null, copy_again = false
+    where oid = $1
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkToRebuild:
+    """A chunk that its lane must copy anew, and the hypertable on the target that it belongs to."""
+
+    oid: int
+    name: QualifiedName
+    root: QualifiedName
+    range: str | None
+    reason: str
+
+
+async def due_chunks(
+    target: asyncpg.Connection, lane: int, applied_lsn: int, *, early: bool = False
+) -> list[ChunkToRebuild]:
+    """Give the chunks that a lane which has applied all before `applied_lsn` must copy anew.
+
+    `early`: those too whose time has not come; they stay marked, for what is applied before that may undo it.
+    """
+    return [_chunk(row) for row in await target.fetch(_DUE, lane, applied_lsn, early)]
+
+
+async def all_due_chunks(target: asyncpg.Connection) -> list[ChunkToRebuild]:
+    """Give the chunks that must be copied anew once all lanes stand at the last barrier."""
+    return [_chunk(row) for row in await target.fetch(_ALL)]
+
+
+def _chunk(row: asyncpg.Record) -> ChunkToRebuild:
+    name = QualifiedName(row["schema_name"], row["table_name"])
+    return ChunkToRebuild(
+        row["oid"], name, QualifiedName(row["root_schema"], row["root_name"]), row["range"], row["reason"]
+    )
+
+
+async def mark_chunk(
+    target: asyncpg.Connection, oid: int, home: Home, *, reason: str, lsn: int | None = None, is_new: bool = False
+) -> None:
+    """Say that a chunk is to be copied anew by its lane: what was missed of it was before `lsn`.
+
+    `is_new`: it was made after the plan, so all before `lsn` must have been applied first.
+    """
+    await target.execute(
+        _MARK,
+        oid,
+        home.chunk.schema,
+        home.chunk.name,
+        reason,
+        lsn if is_new else None,
+        lsn,
+        home.hypertable.schema,
+        home.hypertable.name,
+    )
+
+
+async def find_chunk(source: asyncpg.Connection, name: QualifiedName) -> int | None:
+    """Give a chunk's oid on the source; None when it is gone."""
+    oid: int | None = await source.fetchval("select to_regclass($1)::oid", name.sql)
+    return oid
+
+
+async def rebuild_chunk(
+    source: asyncpg.Connection,
+    target: asyncpg.Connection,
+    chunk: ChunkToRebuild,
+    *,
+    applied_lsn: int,
+    lock_timeout: float,
+    flush: Callable[[], Awaitable[None]],
+) -> CopyCount:
+    """Empty a chunk's range of the target's hypertable and copy the chunk into it; inside a transaction on the target, in the replica role.
+
+    `applied_lsn`: all before it is applied.
+
+    Raises:
+        CopyDeferred | TableStopped | ConnectionLost: it cannot be copied just now; nothing may be committed.
+    """
+    with server_errors("source", f"looking at {chunk.name}"):
+        compressed = await compressed_table(source, chunk.oid)
+    claim = TableClaim(chunk.oid, chunk.name, 0, has_parts=False, is_chunk=True, compressed=compressed)
+    try:
+        origin, plan, condition = await _look(source, target, chunk, claim, lock_timeout)
+    except ChunkGone:
+        await source.execute("rollback")
+        origin, plan, condition = await look_without(source, claim), None, chunk.range
+    await flush()
+    count = CopyCount(0, 0)
+    if plan is not None:
+        await _empty(target, chunk, condition)
+        count = await stream_copy(source, target, plan, blocks=None, freeze=False, on_bytes=lambda _: None)
+        with server_errors("source", f"ending the copy of {chunk.name}"):
+            await source.execute("rollback")
+    await _finish(target, chunk, origin, count, applied_lsn)
+    log.info("chunk copied anew", chunk=str(chunk.name), reason=chunk.reason, rows=count.rows, bytes=count.bytes)
+    return count
+
+
+async def _look(
+    source: asyncpg.Connection,
+    target: asyncpg.Connection,
+    chunk: ChunkToRebuild,
+    claim: TableClaim,
+    lock_timeout: float,
+) -> tuple[CopyOrigin, CopyPlan, str | None]:
+    locked = await lock_table(source, claim, lock_timeout)
+    with server_errors("source", f"looking at {chunk.name}"):
+        if await compressed_table(source, chunk.oid) != claim.compressed:
+            raise CopyDeferred(f"chunk {chunk.name} is being compressed or decompressed just now")
+        condition = await chunk_range(source, chunk.oid)
+    await require_known_timeline(target, locked)
+    with server_errors("target", f"looking at {chunk.root}"):
+        root = await target.fetchval("select to_regclass($1)::oid", chunk.root.sql)
+        there = await read_definitions(target, root) if root is not None else ()
+    if differences := find_differences(locked.columns, there):
+        raise TableStopped(
+            f"{chunk.root} has another shape on the source than on the target: {'; '.join(differences)}",
+            hint="Mend the target as the source was altered; the chunk is then copied by itself.",
+        )
+    columns = tuple(column.name for column in copied_columns(locked.columns))
+    described = [{"name": c.info.name, "type": c.info.type, "generated": c.info.generated} for c in locked.columns]
+    is_binary = travels_binary(locked.columns, there)
+    origin = CopyOrigin(
+        locked.snapshot, locked.horizon, locked.timeline, json.dumps(described, ensure_ascii=False), is_binary
+    )
+    return origin, CopyPlan(chunk.name, columns, is_binary, target=chunk.root, decompresses=True), condition
+
+
+async def _empty(target: asyncpg.Connection, chunk: ChunkToRebuild, condition: str | None) -> None:
+    with server_errors("target", f"emptying the range of {chunk.name} in {chunk.root}"):
+        await target.execute(f"delete from {chunk.root.sql} where {condition or chunk.range or 'false'}")
+
+
+async def _finish(
+    target: asyncpg.Connection, chunk: ChunkToRebuild, origin: CopyOrigin, count: CopyCount, applied_lsn: int
+) -> None:
+    with server_errors("target", f"finishing {chunk.name}"):
+        status = await target.execute(
+            _DONE,
+            chunk.oid,
+            origin.snapshot,
+            origin.horizon,
+            origin.timeline,
+            origin.columns,
+            origin.is_binary,
+            count.rows,
+            count.bytes,
+            applied_lsn,
+        )
+    if status != "UPDATE 1":
+        raise Fenced(f"chunk {chunk.name} is not part of the plan any more")

@@ -1,0 +1,149 @@
+"""Chunks and tables of compressed rows that came after the plan: each is published, and what was missed before is copied anew.
+
+A chunk made by a session that TimescaleDB's own publishing of new chunks does not reach lacks its updates and deletes in the
+stream, or all of it. A chunk compressed since the plan has a table of compressed rows that nobody watches yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import asyncpg
+
+from live_migration.common.catalog import TableInfo
+from live_migration.common.home import Home
+from live_migration.common.postgres import asking
+from live_migration.common.progress import name_list
+from live_migration.common.relation import QualifiedName
+from live_migration.common.timescale import read_version
+from live_migration.consumer.chunk_rebuild import mark_chunk
+from live_migration.coordinator import planning
+from live_migration.coordinator.barrier import emit_barrier
+from live_migration.coordinator.prepare import publish_compressed
+from live_migration.coordinator.run import Run
+from live_migration.producer.publication import PublishedTable, add_tables, published_tables
+from live_migration.producer.slot import await_older_transactions
+
+INTERVAL_SECONDS = 15.0
+
+_PLAN = """
+    select oid, schema_name, table_name, kind, publication, compressed_oid from _live_migration.tables where kind <> 'table'
+"""
+
+
+_UNWATCHED = "its compressed rows were changed before they were watched"
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """The hypertables and chunks of the plan. `roots`: by oid, whether they are published with all operations."""
+
+    roots: dict[int, tuple[QualifiedName, bool]] = field(default_factory=dict)
+    chunks: frozenset[int] = frozenset()
+    compressed: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """A chunk that the stream does not tell all of, and why."""
+
+    chunk: TableInfo
+    root: QualifiedName
+    reason: str
+    is_new: bool
+
+
+def find_missed(
+    known: Known, tables: Sequence[TableInfo], in_all: frozenset[int], in_insert: frozenset[int]
+) -> list[Missed]:
+    """Give the chunks made since the plan that are not published as their hypertable is. Pure."""
+    missed = []
+    for table in tables:
+        root = known.roots.get(table.hypertable or 0)
+        if table.part != "chunk" or root is None or table.oid in known.chunks:
+            continue
+        name, has_all = root
+        if table.oid not in (in_all if has_all else in_all | in_insert):
+            missed.append(Missed(table, name, "it was made by a session that publishes no new chunks", is_new=True))
+    return missed
+
+
+def find_changed(known: Known, tables: Sequence[TableInfo], present: frozenset[int]) -> list[Missed]:
+    """Give the chunks compressed since the plan whose compressed rows were changed before we began to watch them. Pure."""
+    owners = {table.compressed: table for table in tables if table.compressed is not None}
+    return [
+        Missed(owner, known.roots[owner.hypertable or 0][0], _UNWATCHED, owner.oid not in known.chunks)
+        for table in tables
+        if table.part == "compressed" and table.oid not in present and table.oid not in known.compressed
+        if table.changed_row_count and (owner := owners.get(table.oid)) and owner.hypertable in known.roots
+    ]
+
+
+async def watch_chunks(run: Run) -> None:
+    """Follow chunks now and then; never returns. Returns at once where the source has no TimescaleDB."""
+    async with run.source_session("chunks") as source, run.target_session("chunks") as target:
+        with asking("source", "looking for TimescaleDB"):
+            if await read_version(source) is None:
+                await asyncio.Event().wait()
+        while True:
+            await follow_chunks(run, source, target)
+            await asyncio.sleep(INTERVAL_SECONDS)
+
+
+async def follow_chunks(run: Run, source: asyncpg.Connection, target: asyncpg.Connection) -> int:
+    """Publish what came since, and have copied anew what was missed; give how many chunks that is."""
+    settings = run.settings
+    with asking("target", "reading the plan"):
+        known = _known(await target.fetch(_PLAN))
+    tables = await run.list_tables(source)
+    with asking("source", "reading the publications"):
+        in_all = frozenset(await published_tables(source, settings.publication))
+        in_insert = frozenset(await published_tables(source, settings.insert_publication))
+    missed = find_missed(known, tables, in_all, in_insert)
+    has_new = any(table.part == "compressed" and table.oid not in in_all for table in tables)
+    if not missed and not has_new:
+        return 0
+    for publication, wanted in ((settings.publication, True), (settings.insert_publication, False)):
+        chunks = [each.chunk for each in missed if _goes_into_all(run, each.chunk) is wanted]
+        names = [PublishedTable(chunk.oid, chunk.name) for chunk in chunks]
+        await add_tables(source, publication, names, lock_timeout=settings.lock_timeout)
+    await publish_compressed(run, source, target, tables)
+    await await_older_transactions(
+        source, timeout=settings.slot_timeout, on_wait=run.reporter.note, what="publishing new chunks"
+    )
+    await run.publications_changed(target)
+    missed += find_changed(known, await run.list_tables(source), in_all)
+    await _mark(run, source, target, missed)
+    return len(missed)
+
+
+def _goes_into_all(run: Run, chunk: TableInfo) -> bool:
+    return planning.has_identity(chunk, run.migration.source_version)
+
+
+async def _mark(run: Run, source: asyncpg.Connection, target: asyncpg.Connection, missed: Sequence[Missed]) -> None:
+    if not missed:
+        return
+    with asking("source", "reading the WAL's end"):
+        lsn = int(await source.fetchval("select pg_current_wal_insert_lsn()"))
+    with asking("target", "marking chunks"):
+        for each in missed:
+            home = Home(each.root, each.chunk.name)
+            await mark_chunk(target, each.chunk.oid, home, reason=each.reason, lsn=lsn, is_new=each.is_new)
+    # Lanes look for what they have to copy when they meet a barrier, which brings them past that position, too.
+    await emit_barrier(source, str(run.migration.id))
+    run.reporter.note(f"{len(missed)} chunks are copied anew: {name_list(each.chunk.name for each in missed)}")
+
+
+def _known(rows: Sequence[asyncpg.Record]) -> Known:
+    return Known(
+        {
+            row["oid"]: (QualifiedName(row["schema_name"], row["table_name"]), row["publication"] == "all")
+            for row in rows
+            if row["kind"] == "hypertable"
+        },
+        frozenset(row["oid"] for row in rows if row["kind"] == "chunk"),
+        frozenset(row["compressed_oid"] for row in rows if row["compressed_oid"] is not None),
+    )

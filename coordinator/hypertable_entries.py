@@ -1,0 +1,112 @@
+"""Which entries of a source's archive a target of another version must not run, and which only once aggregates are there.
+
+pg_dump writes chunks, tables of compressed rows, materializations and the views of continuous aggregates like any others. TimescaleDB
+makes these anew, so they are left out. What stands on an aggregate, a user's view for instance, comes after it; pg_dump's own
+order does not tell, for an aggregate's views look as if they came from its materialization.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+import asyncpg
+
+from live_migration.common.relation import QualifiedName
+from live_migration.common.timescale import read_layout
+from live_migration.coordinator.dump_script import Entry
+
+_AGGREGATE_VIEWS = """
+    select c.oid from _timescaledb_catalog.continuous_agg a
+    cross join lateral (values (a.user_view_schema, a.user_view_name), (a.partial_view_schema, a.partial_view_name),
+                               (a.direct_view_schema, a.direct_view_name)) v (schema, name)
+    join pg_namespace n on n.nspname = v.schema join pg_class c on c.relnamespace = n.oid and c.relname = v.name
+"""
+
+_PARTS = """
+    select 'pg_class'::regclass::oid as catalog, u.oid from unnest($1::oid[]) u (oid)
+    union all select 'pg_class'::regclass, indexrelid from pg_index where indrelid = any($1::oid[])
+    union all select 'pg_constraint'::regclass, oid from pg_constraint where conrelid = any($1::oid[])
+    union all select 'pg_trigger'::regclass, oid from pg_trigger where tgrelid = any($1::oid[])
+    union all select 'pg_attrdef'::regclass, oid from pg_attrdef where adrelid = any($1::oid[])
+    union all select 'pg_statistic_ext'::regclass, oid from pg_statistic_ext where stxrelid = any($1::oid[])
+    union all select 'pg_policy'::regclass, oid from pg_policy where polrelid = any($1::oid[])
+    union all select 'pg_rewrite'::regclass, oid from pg_rewrite where ev_class = any($1::oid[])
+    union all select 'pg_trigger'::regclass, t.oid from pg_trigger t join pg_proc p on p.oid = t.tgfoid
+              join pg_namespace n on n.oid = p.pronamespace where n.nspname like '\\_timescaledb\\_%'
+"""
+"""The relations themselves, and what hangs on them; last TimescaleDB's own triggers on hypertables."""
+
+_DEPENDENTS = """
+    with recursive found (catalog, oid) as (
+        select 'pg_class'::regclass::oid, u.oid from unnest($1::oid[]) u (oid)
+        union
+        select d.catalog, d.oid from found f
+        cross join lateral (
+            select coalesce(case when w.oid is not null then 'pg_class'::regclass::oid end, p.classid) as catalog,
+                   coalesce(w.ev_class, p.objid) as oid
+            from pg_depend p left join pg_rewrite w on p.classid = 'pg_rewrite'::regclass and w.oid = p.objid
+            where p.refclassid = f.catalog and p.refobjid = f.oid and p.deptype in ('n', 'a', 'i')
+        ) d
+    )
+    select catalog, oid from found
+"""
+_INTERNAL = "_timescaledb_"
+_NAME = r'(?:"(?:[^"]|"")+"|[^\s".;]+)'
+_ONLY = re.compile(rf"^ALTER TABLE ONLY (?P<schema>{_NAME})\.(?P<name>{_NAME})(?=\s)", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class EntriesOfTimescale:
+    """(catalog, oid) of rows on the source. `made`: what TimescaleDB makes itself; `after_aggregates`: what stands on those."""
+
+    made: frozenset[tuple[int, int]]
+    after_aggregates: frozenset[tuple[int, int]]
+
+
+async def read_entries_of_timescale(connection: asyncpg.Connection) -> EntriesOfTimescale:
+    """Give what of an archive is to be treated otherwise; empty without TimescaleDB.
+
+    Several queries: call it in the transaction with the archive's snapshot.
+    """
+    layout = await read_layout(connection)
+    if layout is None:
+        return EntriesOfTimescale(frozenset(), frozenset())
+    views = [row["oid"] for row in await connection.fetch(_AGGREGATE_VIEWS)]
+    materializations = [each.oid for each in layout.hypertables.values() if each.view]
+    relations = [*views, *materializations, *layout.chunks, *layout.compressed, *layout.compressed_roots]
+    made = {tuple(row) for row in await connection.fetch(_PARTS, relations)}
+    after = {tuple(row) for row in await connection.fetch(_DEPENDENTS, views)} - made
+    return EntriesOfTimescale(frozenset(made), frozenset(after))
+
+
+def part_entries(entries: Iterable[Entry], keys: EntriesOfTimescale) -> tuple[list[Entry], list[Entry]]:
+    """Part a section's entries into those to run before hypertables and aggregates are made, and those to run after.
+
+    What TimescaleDB makes is in neither. Comments come after, for they name no catalog row that tells what they are on.
+    """
+    before: list[Entry] = []
+    after: list[Entry] = []
+    for entry in entries:
+        key = (entry.catalog, entry.oid)
+        if key in keys.made or (entry.catalog == 0 and entry.schema.startswith(_INTERNAL)):
+            continue
+        is_late = key in keys.after_aggregates or (entry.catalog == 0 and entry.type in ("COMMENT", "SECURITY LABEL"))
+        (after if is_late else before).append(entry)
+    return before, after
+
+
+def without_only(entry: Entry, hypertables: Collection[QualifiedName]) -> Entry:
+    """Give an entry of post-data so that it can be run on a hypertable, which refuses the ONLY that pg_dump writes."""
+
+    def relax(found: re.Match[str]) -> str:
+        name = QualifiedName(_unquoted(found["schema"]), _unquoted(found["name"]))
+        return found[0].replace(" ONLY ", " ", 1) if name in hypertables else found[0]
+
+    return dataclasses.replace(entry, statements=_ONLY.sub(relax, entry.statements))
+
+
+def _unquoted(name: str) -> str:
+    return name[1:-1].replace('""', '"') if name.startswith('"') else name

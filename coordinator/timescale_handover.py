@@ -1,0 +1,121 @@
+"""What follows the last barrier on hypertables: chunks that the stream did not tell all of, aggregates' watermarks; after the hand-over
+compression as on the source, and at last the jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import asyncpg
+
+from live_migration.common.catalog import TableInfo
+from live_migration.common.home import Home
+from live_migration.common.postgres import asking, session
+from live_migration.common.progress import name_list
+from live_migration.common.relation import QualifiedName
+from live_migration.common.timescale import Layout, read_layout
+from live_migration.consumer.chunk_rebuild import all_due_chunks, mark_chunk, rebuild_chunk
+from live_migration.consumer.hypertables import session_settings
+from live_migration.consumer.source_watch import write_flush_barrier
+from live_migration.coordinator.run import APPLICATION, Run
+from live_migration.coordinator.source_jobs import release_target_jobs
+from live_migration.coordinator.timescale_catalog import load_catalog
+
+_WATERMARKS = "select mat_hypertable_id, watermark from _timescaledb_catalog.continuous_aggs_watermark"
+_EVERYTHING = 2**63 - 1
+"""An LSN: behind the last barrier all is applied."""
+_INSERT_ONLY = """
+    select oid, schema_name, table_name from _live_migration.tables where kind = 'hypertable' and publication = 'insert'
+"""
+
+
+async def copy_unfollowed_chunks(run: Run, source: asyncpg.Connection, tables: Iterable[TableInfo]) -> None:
+    """Copy the chunks anew that wait for it, and those in which rows were changed that the stream does not tell of."""
+    await _mark_new_unfollowed(run, tables)
+    with asking("target", "looking for chunks to copy"):
+        chunks = await all_due_chunks(run.target)
+    if not chunks:
+        return
+    run.reporter.note(f"copying {len(chunks)} chunks that were changed unseen: {name_list(c.name for c in chunks)}")
+    settings, migration_id = run.settings, run.migration.id
+    async with session(settings.source_uri(), "source", application=f"{APPLICATION} barrier") as other:
+        for chunk in chunks:
+            async with run.target_transaction(f"copying chunk {chunk.name}") as target:
+                await target.execute("set local session_replication_role = replica")
+                if more := await session_settings(target):
+                    await target.execute(more)
+                await rebuild_chunk(
+                    source,
+                    target,
+                    chunk,
+                    applied_lsn=_EVERYTHING,
+                    lock_timeout=settings.lock_timeout,
+                    flush=lambda: write_flush_barrier(other, migration_id),
+                )
+
+
+async def _mark_new_unfollowed(run: Run, tables: Iterable[TableInfo]) -> None:
+    """Mark chunks made since the plan, of hypertables without identity, in which rows were updated or deleted."""
+    with asking("target", "reading the plan"):
+        roots = {
+            row["oid"]: QualifiedName(row["schema_name"], row["table_name"])
+            for row in await run.target.fetch(_INSERT_ONLY)
+        }
+        known = {row[0] for row in await run.target.fetch("select oid from _live_migration.tables")}
+        for table in tables:
+            root = roots.get(table.hypertable or 0)
+            if table.part == "chunk" and root is not None and table.oid not in known and table.changed_row_count:
+                await mark_chunk(
+                    run.target, table.oid, Home(root, table.name), reason="rows changed, and it has no replica identity"
+                )
+
+
+async def bring_watermarks(run: Run, source: asyncpg.Connection) -> None:
+    """Set each aggregate's watermark to the source's: what is materialized has been followed, up to where is in no stream."""
+    if await load_catalog(run) is None:
+        return
+    with asking("source", "reading the aggregates' watermarks"):
+        rows = await source.fetch(_WATERMARKS)
+    async with run.target_transaction("setting the aggregates' watermarks") as target:
+        await target.executemany(
+            "update _timescaledb_catalog.continuous_aggs_watermark set watermark = $2 where mat_hypertable_id = $1",
+            [(row["mat_hypertable_id"], row["watermark"]) for row in rows],
+        )
+
+
+async def compress_like_source(run: Run) -> None:
+    """Compress the target's chunks whose twins on the source are compressed, each in a transaction of its own."""
+    async with run.source_session("compression") as source:
+        theirs = await run.patiently("reading the hypertables", lambda: read_layout(source))
+    with asking("target", "reading the hypertables"):
+        ours = await read_layout(run.target)
+    if theirs is None or ours is None:
+        return
+    twins = _twins(theirs, ours)
+    if twins:
+        run.reporter.note(f"compressing {len(twins)} chunks as on the source")
+    schema = await run.target.fetchval(
+        "select extnamespace::regnamespace::text from pg_extension where extname = 'timescaledb'"
+    )
+    for name in twins:
+        with asking("target", f"compressing {name}"):
+            await run.target.execute(
+                f"select {schema}.compress_chunk($1::text::regclass, if_not_compressed => true)", name.sql
+            )
+
+
+def _twins(theirs: Layout, ours: Layout) -> list[QualifiedName]:
+    """Give our chunks that hold the same range of the same hypertable as a compressed one of theirs."""
+    wanted = {
+        (theirs.hypertables[chunk.hypertable].name, chunk.range)
+        for chunk in theirs.chunks.values()
+        if chunk.compressed is not None
+    }
+    return sorted(
+        chunk.name for chunk in ours.chunks.values() if (ours.hypertables[chunk.hypertable].name, chunk.range) in wanted
+    )
+
+
+async def release_jobs(run: Run) -> None:
+    """Give the target's jobs the schedule that they have on the source."""
+    if scheduled := await release_target_jobs(run):
+        run.reporter.note(f"jobs of the target are scheduled now: {name_list(scheduled)}")

@@ -1,0 +1,156 @@
+"""Which hypertable a relation of the stream belongs to: from the stream's own catalog rows first, from the source's catalogs second.
+
+A chunk that was made and dropped while we lagged is in no catalog any more; the row that made it stands in the stream before
+its own first row. What was learnt so is kept in the control topic (`learnt`), for after a restart the stream does not repeat it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from live_migration.common import pgoutput
+from live_migration.common.home import Home
+from live_migration.common.postgres import asking, session
+from live_migration.common.relation import QualifiedName, Relation
+from live_migration.common.timescale import Layout, read_layout
+
+CATALOG_SCHEMA = "_timescaledb_catalog"
+CATALOG_TABLES = ("hypertable", "chunk", "compression_settings")
+"""What the source publishes of its catalog, inserts alone."""
+
+_PART = re.compile(r'"((?:[^"]|"")*)"|([^".]+)')
+_COMPRESSED_HYPERTABLE = b"2"
+
+Learnt = dict[str, tuple[str, ...]]
+"""Homes as they are kept: a relation's name in SQL to (hypertable's schema, name, chunk's schema, name, 'z' or '')."""
+
+
+def parse_relation(text: str) -> QualifiedName | None:
+    """Read a relation as regclass prints it under an empty search_path; None where it is but a number: it is gone."""
+    parts = [quoted.replace('""', '"') if quoted else plain for quoted, plain in _PART.findall(text)]
+    return QualifiedName(parts[0], parts[1]) if len(parts) == 2 else None
+
+
+class Homes:
+    """Knows the homes of relations, by name, for one session of the stream."""
+
+    def __init__(self, layout: Layout | None, learnt: Mapping[str, tuple[str, ...]]) -> None:
+        self.is_used = layout is not None
+        """Whether the source has TimescaleDB."""
+        self.learnt: Learnt = dict(learnt)
+        self._homes: dict[QualifiedName, Home] = {}
+        self._hypertables: dict[int, QualifiedName] = {}
+        self._hidden: set[QualifiedName] = set()
+        self._columns: dict[str, tuple[str, ...]] = {}
+        for name, (schema, table, chunk_schema, chunk, kind) in self.learnt.items():
+            home = Home(QualifiedName(schema, table), QualifiedName(chunk_schema, chunk), kind == "z")
+            self._homes[_require(name)] = home
+        if layout is not None:
+            self._take_layout(layout)
+
+    def _take_layout(self, layout: Layout) -> None:
+        for hypertable in layout.hypertables.values():
+            self._hypertables[hypertable.id] = hypertable.name
+        for chunk in layout.chunks.values():
+            self._homes[chunk.name] = Home(layout.hypertables[chunk.hypertable].name, chunk.name)
+        for compressed, name in layout.compressed_names.items():
+            owner = layout.chunks.get(layout.compressed[compressed])
+            if owner is not None:
+                self._homes[name] = Home(layout.hypertables[owner.hypertable].name, owner.name, is_compressed=True)
+        self._hidden = set(layout.own_tables)
+
+    def find(self, name: QualifiedName) -> Home | None:
+        """Give where a relation belongs; None for what is no part of a hypertable, or of one that nobody knows."""
+        return self._homes.get(name)
+
+    def is_hidden(self, name: QualifiedName) -> bool:
+        """Tell whether a relation is TimescaleDB's own, whose rows are not replayed."""
+        return name.schema == CATALOG_SCHEMA or name in self._hidden
+
+    def learn_columns(self, relation: Relation) -> None:
+        """Take note of a catalog table's columns."""
+        if relation.name.schema == CATALOG_SCHEMA and relation.name.name in CATALOG_TABLES:
+            self._columns[relation.name.name] = tuple(column.name for column in relation.columns)
+
+    def learn_row(self, table: QualifiedName, message: bytes) -> None:
+        """Learn from an INSERT into a catalog table."""
+        columns = self._columns.get(table.name)
+        if columns is None or message[0] != pgoutput.INSERT:
+            return
+        row = dict(zip(columns, text_values(message), strict=False))
+        match table.name:
+            case "hypertable":
+                self._learn_hypertable(row)
+            case "chunk":
+                self._learn_chunk(row)
+            case "compression_settings":
+                self._learn_compressed(row)
+
+    def _learn_hypertable(self, row: Mapping[str, str | None]) -> None:
+        schema, name = row.get("schema_name"), row.get("table_name")
+        if schema is None or name is None or row.get("compression_state") == _COMPRESSED_HYPERTABLE.decode():
+            return
+        self._hypertables[int(row["id"] or 0)] = QualifiedName(schema, name)
+
+    def _learn_chunk(self, row: Mapping[str, str | None]) -> None:
+        name = _chunk_name(row)
+        hypertable = self._hypertables.get(int(row["hypertable_id"] or 0))
+        if name is not None and hypertable is not None:
+            self._learn(name, Home(hypertable, name))
+
+    def _learn_compressed(self, row: Mapping[str, str | None]) -> None:
+        chunk, compressed = parse_relation(row.get("relid") or ""), parse_relation(row.get("compress_relid") or "")
+        home = self._homes.get(chunk) if chunk else None
+        if compressed is not None and home is not None:
+            self._learn(compressed, Home(home.hypertable, home.chunk, is_compressed=True))
+
+    def _learn(self, name: QualifiedName, home: Home) -> None:
+        if self._homes.get(name) == home:
+            return
+        self._homes[name] = home
+        kind = "z" if home.is_compressed else ""
+        self.learnt[name.sql] = (
+            home.hypertable.schema, home.hypertable.name, home.chunk.schema, home.chunk.name, kind
+        )  # fmt: skip
+
+
+def _chunk_name(row: Mapping[str, str | None]) -> QualifiedName | None:
+    schema, name = row.get("schema_name"), row.get("table_name")
+    if schema is not None and name is not None:  # before 2.29
+        return QualifiedName(schema, name)
+    return parse_relation(row.get("relid") or "")
+
+
+def _require(sql: str) -> QualifiedName:
+    name = parse_relation(sql)
+    assert name is not None, sql
+    return name
+
+
+def text_values(message: bytes) -> list[str | None]:
+    """Give the values of an INSERT in text mode; None for NULL and for what is not text."""
+    values: list[str | None] = []
+    at = 8
+    for _ in range(int.from_bytes(message[6:8], "big")):
+        kind = message[at : at + 1]
+        if kind in (b"t", b"b"):
+            length = int.from_bytes(message[at + 1 : at + 5], "big")
+            values.append(message[at + 5 : at + 5 + length].decode() if kind == b"t" else None)
+            at += 5 + length
+        else:
+            values.append(None)
+            at += 1
+    return values
+
+
+async def read_homes(uri: str, learnt: Mapping[str, tuple[str, ...]]) -> Homes:
+    """Give what the source's catalogs say now, beside what was learnt.
+
+    Raises:
+        ConnectionLost | SourceError: the source does not say.
+    """
+    async with session(uri, "source", application="live-migration producer") as connection:
+        with asking("source", "reading the hypertables"):
+            async with connection.transaction(isolation="repeatable_read", readonly=True):
+                return Homes(await read_layout(connection), learnt)

@@ -1,0 +1,140 @@
+"""A database with hypertables of every kind, and what must be equal of it on both ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import asyncpg
+
+SCHEMA = """
+    create schema app;
+    create schema store;
+    create table devices (id int primary key, name text not null);
+    create table metrics (time timestamptz not null, device int not null, temp float8, note text, primary key (device, time));
+    select create_hypertable('metrics', 'time', chunk_time_interval => interval '1 day');
+    alter table metrics set (timescaledb.compress, timescaledb.compress_segmentby = 'device', timescaledb.compress_orderby = 'time');
+    create index metrics_note on metrics (note, time);
+    create table events (ts timestamptz not null, kind text, payload jsonb);
+    select create_hypertable('events', 'ts', chunk_time_interval => interval '1 day');
+    create table app.readings (time timestamptz not null, sensor int not null, val numeric, primary key (sensor, time));
+    select create_hypertable('app.readings', 'time', partitioning_column => 'sensor', number_partitions => 3,
+                             chunk_time_interval => interval '1 day', associated_schema_name => 'store',
+                             associated_table_prefix => 'rd');
+    create table plain (id int primary key, v text);
+    insert into devices select d, 'device ' || d from generate_series(1, 8) d;
+    alter table metrics add foreign key (device) references devices;
+    create function stamp() returns trigger language plpgsql as
+        $$begin if new.note is null then new.note := 'none'; end if; return new; end$$;
+    create trigger stamp before insert on metrics for each row execute function stamp();
+    insert into metrics select t, d, extract(epoch from t)::int % 97 + d, 'n' || d
+        from generate_series('2026-01-01'::timestamptz, '2026-01-05', '10 min') t, generate_series(1, 5) d;
+    insert into events select t, 'k' || extract(minute from t), jsonb_build_object('a', extract(epoch from t)::int % 13)
+        from generate_series('2026-01-01'::timestamptz, '2026-01-05', '17 min') t;
+    insert into events select * from events where ts < '2026-01-01 06:00';
+    insert into app.readings select t, d, round(extract(epoch from t)::int % 101 / 7.0, 3)
+        from generate_series('2026-01-01'::timestamptz, '2026-01-05', '20 min') t, generate_series(1, 5) d;
+    insert into plain select g, 'v' || g from generate_series(1, 100) g;
+"""
+AGGREGATES = (
+    """create materialized view hourly with (timescaledb.continuous) as
+       select time_bucket('1 hour', time) as hour, device, avg(temp) as avg, count(*) as n from metrics group by 1, 2 with no data""",
+    """create materialized view daily with (timescaledb.continuous, timescaledb.materialized_only = false) as
+       select time_bucket('1 day', hour) as day, device, sum(n) as n from hourly group by 1, 2 with no data""",
+    "call refresh_continuous_aggregate('hourly', null, '2026-01-04')",
+    "call refresh_continuous_aggregate('daily', null, '2026-01-03')",
+)
+POLICIES = """
+    select add_continuous_aggregate_policy('hourly', start_offset => interval '3 days', end_offset => interval '1 hour',
+                                           schedule_interval => interval '1 hour');
+    select add_compression_policy('metrics', interval '1000 days');
+    select add_retention_policy('events', interval '1000 days');
+    select compress_chunk(c) from show_chunks('metrics', older_than => '2026-01-03'::timestamptz) c;
+"""
+TABLES = ("devices", "metrics", "events", "app.readings", "plain")
+AGGREGATE_NAMES = ("hourly", "daily")
+
+_JOBS = """
+    select proc_name, scheduled, schedule_interval::text, hypertable_schema, hypertable_name,
+           (config - 'hypertable_id' - 'mat_hypertable_id')::text as config
+    from timescaledb_information.jobs where job_id >= 1000 order by 1, 4, 5, 6
+"""
+_COMPRESSION = """
+    select hypertable_schema, hypertable_name, range_start::text, is_compressed from timescaledb_information.chunks
+    where hypertable_name !~ '^_materialized' order by 1, 2, 3, 4
+"""
+
+
+async def make(uri: str) -> None:
+    connection = await asyncpg.connect(uri)
+    await connection.execute(SCHEMA)
+    for statement in AGGREGATES:
+        await connection.execute(statement)
+    await connection.execute(POLICIES)
+    await connection.close()
+
+
+async def rows_of(connection: asyncpg.Connection, relation: str) -> list[str]:
+    return sorted(row[0] for row in await connection.fetch(f"select x::text from {relation} x"))
+
+
+async def differences(
+    source_uri: str, target_uri: str, *, tables: tuple[str, ...] = TABLES, aggregates: tuple[str, ...] = AGGREGATE_NAMES
+) -> list[str]:
+    """Compare every row of each table and aggregate, what aggregates have materialized, and the shape of hypertables."""
+    source, target = await asyncpg.connect(source_uri), await asyncpg.connect(target_uri)
+    found = []
+    try:
+        for relation in (*tables, *aggregates):
+            ours, theirs = await rows_of(source, relation), await rows_of(target, relation)
+            if ours != theirs:
+                missing, extra = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
+                found.append(
+                    f"{relation}: {len(ours)} rows here, {len(theirs)} there; missing {missing[:3]}, extra {extra[:3]}"
+                )
+        for query in (_HYPERTABLES, _FOREIGN_KEYS, _TRIGGERS):
+            ours, theirs = [[tuple(r) for r in await each.fetch(query)] for each in (source, target)]
+            if ours != theirs:
+                found.append(
+                    f"{query.split()[1:6]}: {[r for r in ours if r not in theirs]} {[r for r in theirs if r not in ours]}"
+                )
+        return found
+    finally:
+        await source.close()
+        await target.close()
+
+
+_HYPERTABLES = """
+    select h.hypertable_schema, h.hypertable_name, h.num_dimensions, h.compression_enabled, d.column_name, d.time_interval::text,
+           d.integer_interval, d.num_partitions
+    from timescaledb_information.hypertables h
+    join timescaledb_information.dimensions d using (hypertable_schema, hypertable_name)
+    where h.hypertable_name !~ '^_materialized' order by 1, 2, d.dimension_number
+"""
+_FOREIGN_KEYS = """
+    select conrelid::regclass::text, conname, pg_get_constraintdef(oid), convalidated from pg_constraint
+    where contype = 'f' and connamespace <> '_timescaledb_catalog'::regnamespace
+      and connamespace not in ('_timescaledb_internal'::regnamespace, coalesce(to_regnamespace('_live_migration'), 0)) and coninhcount = 0
+      and conrelid not in (select inhrelid from pg_inherits) order by 1, 2
+"""
+_TRIGGERS = """
+    select tgrelid::regclass::text, tgname from pg_trigger
+    where not tgisinternal and tgrelid::regclass::text in ('metrics', 'events', 'plain') order by 1, 2
+"""
+
+
+async def jobs(uri: str) -> list[tuple[Any, ...]]:
+    """Give the jobs but for what differs from server to server."""
+    connection = await asyncpg.connect(uri)
+    try:
+        return [tuple(row) for row in await connection.fetch(_JOBS)]
+    finally:
+        await connection.close()
+
+
+async def compression(uri: str) -> list[tuple[Any, ...]]:
+    """Give which chunk of which hypertable is compressed."""
+    connection = await asyncpg.connect(uri)
+    try:
+        return [tuple(row) for row in await connection.fetch(_COMPRESSION)]
+    finally:
+        await connection.close()

@@ -1,0 +1,76 @@
+"""Questions on a terminal: what `migrate` takes for consent."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+
+from live_migration.common.errors import TargetError
+from live_migration.common.settings import Settings, load_settings
+from live_migration.coordinator import migrating
+from live_migration.coordinator.source_jobs import Job
+
+POLICY = Job(1000, "Columnstore Policy [1000]", "alice", True, "public.metrics", True, True)
+ACTION = Job(1001, "User-Defined Action [1001]", "alice", True, "public.act", False, True)
+
+
+@contextmanager
+def terminal(typed: bytes) -> Iterator[int]:
+    reading, writing = os.pipe()
+    os.write(writing, typed)
+    os.close(writing)
+    try:
+        yield reading
+    finally:
+        os.close(reading)
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    found = [POLICY, ACTION]
+
+    async def find(_: Settings) -> list[Job]:
+        if not found:
+            raise TargetError("away")
+        return found
+
+    monkeypatch.setattr(migrating, "find_jobs_to_pause", find)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("typed", "is_consent"), [(b"y\n", True), (b" YES \n", True), (b"\n", False), (b"c\n", False), (b"", False)]
+)
+async def test_only_a_yes_is_consent(
+    typed: bytes, is_consent: bool, jobs: list[Job], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with terminal(typed) as file:
+        asked = await migrating.ask_to_pause_jobs(load_settings({}), file)
+    assert asked.pause_source_jobs is is_consent
+    said = capsys.readouterr().err
+    assert "  moves data: Columnstore Policy [1000] of public.metrics\n" in said
+    assert "  may move data: User-Defined Action [1001] of public.act\n" in said
+
+
+async def test_nothing_is_asked_where_a_server_cannot_be(jobs: list[Job], capsys: pytest.CaptureFixture[str]) -> None:
+    jobs.clear()
+    with terminal(b"y\n") as file:
+        asked = await migrating.ask_to_pause_jobs(load_settings({}), file)
+    assert not asked.pause_source_jobs
+    assert capsys.readouterr().err == ""
+
+
+async def test_a_question_can_be_cancelled() -> None:
+    reading, writing = os.pipe()
+    task = asyncio.ensure_future(migrating.read_line(reading))
+    await asyncio.sleep(0)
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+    assert task.cancelled()
+    os.close(reading)
+    os.close(writing)
