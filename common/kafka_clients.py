@@ -14,7 +14,6 @@ from live_migration.common.settings import Settings
 from live_migration.common.tasks import kept_cancellation
 from live_migration.common.telemetry import get_logger
 
-
 _CANCEL_AGAIN_SECONDS = 1.0
 _GIVE_UP_SECONDS = 10.0
 
