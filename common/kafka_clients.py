@@ -1,8 +1,10 @@
-"""Kafka's clients as we use them: their options, and an end that never swallows a cancellation."""
+"""Kafka's clients as we use them: their options, and an end that comes and never swallows a cancellation."""
 
 from __future__ import annotations
 
+import asyncio
 import ssl
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
@@ -10,6 +12,47 @@ from aiokafka.admin import AIOKafkaAdminClient
 
 from live_migration.common.settings import Settings
 from live_migration.common.tasks import kept_cancellation
+from live_migration.common.telemetry import get_logger
+
+
+_CANCEL_AGAIN_SECONDS = 1.0
+_GIVE_UP_SECONDS = 10.0
+
+log = get_logger(__name__)
+
+
+async def until_stopped(stopping: Coroutine[Any, Any, None], inner: Callable[[], list[asyncio.Task[Any]]]) -> None:
+    """Wait for a client's end, cancelling its tasks again while it does not come.
+
+    aiokafka cancels each of its tasks once and waits for it; one that loses that cancellation (it waits for another that it has
+    cancelled, just then) goes on for ever, and so did the wait: seen in a lane whose broker and target went away together.
+    """
+    task = asyncio.ensure_future(stopping)
+    try:
+        for _ in range(round(_GIVE_UP_SECONDS / _CANCEL_AGAIN_SECONDS)):
+            done, _ = await asyncio.wait([task], timeout=_CANCEL_AGAIN_SECONDS)
+            if done:
+                return task.result()
+            for each in inner():
+                each.cancel()
+    finally:
+        if not task.done():
+            task.cancel()
+    log.warning("a Kafka client did not end, and is left behind", seconds=_GIVE_UP_SECONDS)
+
+
+def inner_tasks(client: object) -> list[asyncio.Task[Any]]:
+    """Give the tasks of an aiokafka client that are not done."""
+    return [task for task in _find_tasks(client, 3) if not task.done()]
+
+
+def _find_tasks(holder: object, depth: int) -> Iterator[asyncio.Task[Any]]:
+    for value in list(getattr(holder, "__dict__", {}).values()):
+        for each in value if isinstance(value, set | list) else (value,):
+            if isinstance(each, asyncio.Task):
+                yield each
+            elif depth and type(each).__module__.startswith("aiokafka"):
+                yield from _find_tasks(each, depth - 1)
 
 
 class LogConsumer(AIOKafkaConsumer):  # type: ignore[misc]  # aiokafka has no types
@@ -17,7 +60,7 @@ class LogConsumer(AIOKafkaConsumer):  # type: ignore[misc]  # aiokafka has no ty
 
     async def stop(self) -> None:
         with kept_cancellation():
-            await super().stop()
+            await until_stopped(super().stop(), lambda: inner_tasks(self))
 
 
 class LogProducer(AIOKafkaProducer):  # type: ignore[misc]
@@ -33,7 +76,7 @@ class AdminClient(AIOKafkaAdminClient):  # type: ignore[misc]
 
     async def close(self) -> None:
         with kept_cancellation():
-            await super().close()
+            await until_stopped(super().close(), lambda: inner_tasks(self))
 
 
 def client_options(settings: Settings) -> dict[str, Any]:

@@ -43,20 +43,23 @@ _REBUILD = """
     from _live_migration.tables where (kind = 'chunk' or newcomer = 'followed' and rebuild is not null) and {}
     order by kind = 'chunk', oid
 """
-_DUE = _REBUILD.format("rebuild is not null and lane = $1 and coalesce(rebuild_lsn <= $2, true)")
+_DUE = _REBUILD.format("rebuild is not null and lane = $1 and ($3 or coalesce(rebuild_lsn <= $2, true))")
 _ALL = _REBUILD.format("(rebuild is not null or copy_again and kind = 'chunk')")
 _MARK = """
     insert into _live_migration.tables
         (oid, schema_name, table_name, lane, publication, columns, binary_copy, state, kind, hypertable_oid, root_schema,
-         root_name, snapshot, horizon, timeline, rebuild, rebuild_lsn)
+         root_name, snapshot, horizon, timeline, rebuild, rebuild_lsn, unseen_lsn)
     select $1, $2, $3, h.lane, h.publication, h.columns, h.binary_copy, 'ready', 'chunk', h.oid, h.root_schema, h.root_name,
-           h.snapshot, h.horizon, h.timeline, $4, $5
-    from _live_migration.tables h where h.kind = 'hypertable' and h.schema_name = $6 and h.table_name = $7
-    on conflict (schema_name, table_name) do update set rebuild = coalesce(tables.rebuild, excluded.rebuild), rebuild_lsn = coalesce(tables.rebuild_lsn, excluded.rebuild_lsn)
+           h.snapshot, h.horizon, h.timeline, $4, $5, $6
+    from _live_migration.tables h where h.kind = 'hypertable' and h.schema_name = $7 and h.table_name = $8
+    on conflict (schema_name, table_name) do update
+    set rebuild = coalesce(tables.rebuild, excluded.rebuild), unseen_lsn = coalesce(excluded.unseen_lsn, tables.unseen_lsn),
+        rebuild_lsn = case when tables.rebuild is null then excluded.rebuild_lsn else tables.rebuild_lsn end
 """
 _DONE = """
     update _live_migration.tables
-    set rebuild = null, rebuild_lsn = null, snapshot = $2, horizon = $3, timeline = $4, columns = $5, binary_copy = $6, row_count = $7,
+    set rebuild = case when coalesce(rebuild_lsn <= $9, true) and coalesce(unseen_lsn <= $3, true) then null else rebuild end,
+        snapshot = $2, horizon = $3, timeline = $4, columns = $5, binary_copy = $6, row_count = $7,
         byte_count = $8, copied_at = clock_timestamp(), error = null, hint = null, copy_again = false
     where oid = $1
 """
@@ -81,9 +84,14 @@ class ChunkToRebuild:
     kind: Part = "chunk"
 
 
-async def due_chunks(target: asyncpg.Connection, lane: int, applied_lsn: int) -> list[ChunkToRebuild]:
-    """Give the chunks that a lane which has applied all before `applied_lsn` must copy anew."""
-    return [_chunk(row) for row in await target.fetch(_DUE, lane, applied_lsn)]
+async def due_chunks(
+    target: asyncpg.Connection, lane: int, applied_lsn: int, *, early: bool = False
+) -> list[ChunkToRebuild]:
+    """Give the chunks that a lane which has applied all before `applied_lsn` must copy anew.
+
+    `early`: those too whose time has not come; they stay marked, for what is applied before that may undo it.
+    """
+    return [_chunk(row) for row in await target.fetch(_DUE, lane, applied_lsn, early)]
 
 
 async def all_due_chunks(target: asyncpg.Connection) -> list[ChunkToRebuild]:
@@ -103,14 +111,20 @@ def _chunk(row: asyncpg.Record) -> ChunkToRebuild:
     )
 
 
-async def mark_chunk(target: asyncpg.Connection, oid: int, home: Home, *, reason: str, lsn: int | None = None) -> None:
-    """Say that a chunk is to be copied anew by its lane, once that has applied all before `lsn`."""
+async def mark_chunk(
+    target: asyncpg.Connection, oid: int, home: Home, *, reason: str, lsn: int | None = None, is_new: bool = False
+) -> None:
+    """Say that a chunk is to be copied anew by its lane: what was missed of it was before `lsn`.
+
+    `is_new`: it was made after the plan, so all before `lsn` must have been applied first.
+    """
     await target.execute(
         _MARK,
         oid,
         home.chunk.schema,
         home.chunk.name,
         reason,
+        lsn if is_new else None,
         lsn,
         home.hypertable.schema,
         home.hypertable.name,
@@ -128,11 +142,14 @@ async def rebuild_chunk(
     target: asyncpg.Connection,
     chunk: ChunkToRebuild,
     *,
+    applied_lsn: int,
     lock_timeout: float,
     flush: Callable[[], Awaitable[None]],
 ) -> CopyCount:
     """Empty a chunk's range of the target's hypertable and copy the chunk into it, a newcomer wholly; inside a transaction on the
     target, in the replica role.
+
+    `applied_lsn`: all before it is applied.
 
     Raises:
         CopyDeferred | TableStopped | ConnectionLost: it cannot be copied just now; nothing may be committed.
@@ -153,7 +170,7 @@ async def rebuild_chunk(
         count = await stream_copy(source, target, plan, blocks=None, freeze=False, on_bytes=lambda _: None)
         with server_errors("source", f"ending the copy of {chunk.name}"):
             await source.execute("rollback")
-    await _finish(target, chunk, origin, count)
+    await _finish(target, chunk, origin, count, applied_lsn)
     log.info("chunk copied anew", chunk=str(chunk.name), reason=chunk.reason, rows=count.rows, bytes=count.bytes)
     return count
 
@@ -216,7 +233,9 @@ async def _empty(target: asyncpg.Connection, chunk: ChunkToRebuild, condition: s
         await target.execute(f"delete from {chunk.root.sql} where {condition or chunk.range or 'false'}")
 
 
-async def _finish(target: asyncpg.Connection, chunk: ChunkToRebuild, origin: CopyOrigin, count: CopyCount) -> None:
+async def _finish(
+    target: asyncpg.Connection, chunk: ChunkToRebuild, origin: CopyOrigin, count: CopyCount, applied_lsn: int
+) -> None:
     with server_errors("target", f"finishing {chunk.name}"):
         status = await target.execute(
             _DONE,
@@ -228,6 +247,7 @@ async def _finish(target: asyncpg.Connection, chunk: ChunkToRebuild, origin: Cop
             origin.is_binary,
             count.rows,
             count.bytes,
+            applied_lsn,
         )
     if status != "UPDATE 1":
         raise Fenced(f"{chunk.name} is not part of the plan any more")

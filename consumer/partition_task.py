@@ -11,7 +11,7 @@ import asyncpg
 
 from live_migration.common.errors import ConnectionLost, Fenced, LaneStopped, LiveMigrationError, Retry, TargetError
 from live_migration.common.postgres import asking, connect, end_with, session
-from live_migration.common.segment import START
+from live_migration.common.segment import START, Position
 from live_migration.common.settings import Settings
 from live_migration.common.state import Migration
 from live_migration.common.telemetry import get_logger
@@ -61,6 +61,7 @@ class PartitionTask:
         # After a refusal each segment is applied by itself up to here, and the refused change is looked for: all segments
         # before its own get through, as they must before the target is altered (a segment holds but one shape of a table).
         self._careful_until = START
+        self._refused_at: Position | None = None  # where chunks that wait were copied early
         self._must_take = True  # the group gave us the partition: whoever still holds the lane has to go
         self._skips = LaneSkips(settings, migration, lane)
         self._backoff = _FIRST_BACKOFF_SECONDS
@@ -84,6 +85,8 @@ class PartitionTask:
                 if not await self._let_go(error):
                     await self._pause(error)
             except LiveMigrationError as error:
+                if isinstance(error, ChangeRefused) and await self._has_chunks_to_copy(error):
+                    continue
                 if is_of_a_change(error):
                     self._log.info("lane looks for the refused change", reason=error.message)
                 else:
@@ -129,7 +132,9 @@ class PartitionTask:
     async def _rebuild_chunks(self, connection: asyncpg.Connection, held: Checkpoint) -> None:
         """Copy what the lane has to copy before it goes on, each chunk in a transaction of its own."""
         with asking("target", f"looking for chunks of lane {self._lane}"):
-            chunks = await due_chunks(connection, self._lane, held.position.commit_lsn)
+            chunks = await due_chunks(
+                connection, self._lane, held.position.commit_lsn, early=self._refused_at is not None
+            )
         if not chunks:
             return
         settings, migration_id = self._settings, self._migration.id
@@ -143,11 +148,27 @@ class PartitionTask:
                             source,
                             connection,
                             chunk,
+                            applied_lsn=held.position.commit_lsn,
                             lock_timeout=settings.lock_timeout,
                             flush=lambda: write_flush_barrier(other, migration_id),
                         )
                         await checkpoints.confirm(connection, held)
                         await connection.execute("commit")
+
+    async def _has_chunks_to_copy(self, refused: ChangeRefused) -> bool:
+        """Tell whether chunks of the lane wait to be copied anew, which may be why a change is refused: they are copied early then, once."""
+        if self._refused_at == refused.position:
+            return False
+        try:
+            async with session(self._settings.target_uri(), "target", application="live-migration lane") as target:
+                with asking("target", f"looking for chunks of lane {self._lane}"):
+                    chunks = await due_chunks(target, self._lane, 0, early=True)
+        except LiveMigrationError:
+            return False
+        if chunks:
+            self._refused_at = refused.position
+            self._log.info("chunks are copied early", reason=refused.message, chunks=len(chunks))
+        return bool(chunks)
 
     async def _mark(self, error: ChunkChangedUnseen) -> None:
         """Have a chunk copied anew at the lane's next beginning."""
@@ -203,6 +224,7 @@ class PartitionTask:
 
     def _advanced(self, reached: Checkpoint) -> None:
         self._checkpoint = reached
+        self._refused_at = None
         self._backoff = _FIRST_BACKOFF_SECONDS
         self._on_progress(self._lane, reached.next_offset)
 

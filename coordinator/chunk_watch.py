@@ -33,6 +33,9 @@ _PLAN = """
 """
 
 
+_UNWATCHED = "its compressed rows were changed before they were watched"
+
+
 @dataclass(frozen=True, slots=True)
 class Known:
     """The hypertables and chunks of the plan. `roots`: by oid, whether they are published with all operations."""
@@ -49,6 +52,7 @@ class Missed:
     chunk: TableInfo
     root: QualifiedName
     reason: str
+    is_new: bool
 
 
 def find_missed(
@@ -62,7 +66,7 @@ def find_missed(
             continue
         name, has_all = root
         if table.oid not in (in_all if has_all else in_all | in_insert):
-            missed.append(Missed(table, name, "it was made by a session that publishes no new chunks"))
+            missed.append(Missed(table, name, "it was made by a session that publishes no new chunks", is_new=True))
     return missed
 
 
@@ -70,9 +74,7 @@ def find_changed(known: Known, tables: Sequence[TableInfo], present: frozenset[i
     """Give the chunks compressed since the plan whose compressed rows were changed before we began to watch them. Pure."""
     owners = {table.compressed: table for table in tables if table.compressed is not None}
     return [
-        Missed(
-            owner, known.roots[owner.hypertable or 0][0], "its compressed rows were changed before they were watched"
-        )
+        Missed(owner, known.roots[owner.hypertable or 0][0], _UNWATCHED, owner.oid not in known.chunks)
         for table in tables
         if table.part == "compressed" and table.oid not in present and table.oid not in known.compressed
         if table.changed_row_count and (owner := owners.get(table.oid)) and owner.hypertable in known.roots
@@ -128,7 +130,8 @@ async def _mark(run: Run, source: asyncpg.Connection, target: asyncpg.Connection
         lsn = int(await source.fetchval("select pg_current_wal_insert_lsn()"))
     with asking("target", "marking chunks"):
         for each in missed:
-            await mark_chunk(target, each.chunk.oid, Home(each.root, each.chunk.name), reason=each.reason, lsn=lsn)
+            home = Home(each.root, each.chunk.name)
+            await mark_chunk(target, each.chunk.oid, home, reason=each.reason, lsn=lsn, is_new=each.is_new)
     # Lanes look for what they have to copy when they meet a barrier, which brings them past that position, too.
     await emit_barrier(source, str(run.migration.id))
     run.reporter.note(f"{len(missed)} chunks are copied anew: {name_list(each.chunk.name for each in missed)}")

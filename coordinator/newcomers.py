@@ -72,10 +72,10 @@ async def watch_newcomers(run: Run) -> None:
 async def bring_newcomers(run: Run, source: asyncpg.Connection, target: asyncpg.Connection) -> dict[str, str]:
     """Bring what was made on the source since the last look, let go of what is gone; give what could not be brought, and why."""
     async with run.newcomers_lock:
+        tables = await run.list_tables(source)
+        await _let_go(run, source, target, tables)
         with asking("target", "reading the plan"):
             known = await target.fetch(_KNOWN)
-        tables = await run.list_tables(source)
-        await _let_go(run, source, target, known, tables)
         newcomers, problems = await _find(source, known, tables)
         if newcomers:
             problems |= await _make(run, source, target, newcomers)
@@ -213,14 +213,12 @@ async def _save(
 
 
 async def _let_go(
-    run: Run,
-    source: asyncpg.Connection,
-    target: asyncpg.Connection,
-    known: Sequence[asyncpg.Record],
-    tables: Sequence[TableInfo],
+    run: Run, source: asyncpg.Connection, target: asyncpg.Connection, tables: Sequence[TableInfo]
 ) -> None:
     """Drop newcomers on the target that are gone from the source; what the stream still holds of them is passed over."""
     present = {table.oid for table in tables}
+    with asking("target", "reading the plan"):
+        known = await target.fetch(_KNOWN)
     gone = [row for row in known if row["newcomer"] in ("made", "followed") and row["oid"] not in present]
     if not gone:
         return

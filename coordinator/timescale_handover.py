@@ -31,6 +31,8 @@ _SET_WATERMARK = """
     from _timescaledb_catalog.continuous_agg a
     where a.mat_hypertable_id = w.mat_hypertable_id and a.user_view_schema = $1 and a.user_view_name = $2
 """
+_EVERYTHING = 2**63 - 1
+"""An LSN: behind the last barrier all is applied."""
 _INSERT_ONLY = """
     select oid, schema_name, table_name from _live_migration.tables where kind = 'hypertable' and publication = 'insert'
 """
@@ -55,6 +57,7 @@ async def copy_unfollowed_chunks(run: Run, source: asyncpg.Connection, tables: I
                     source,
                     target,
                     chunk,
+                    applied_lsn=_EVERYTHING,
                     lock_timeout=settings.lock_timeout,
                     flush=lambda: write_flush_barrier(other, migration_id),
                 )

@@ -46,6 +46,7 @@ create table _live_migration.tables (
     copies_to_root boolean not null default false,  -- rows of the chunk are copied through the hypertable, too
     rebuild text,                           -- why its lane must copy the chunk (or newcomer) anew, null: it need not
     rebuild_lsn pg_lsn,                     -- which it does once it has applied all before this
+    unseen_lsn pg_lsn,                      -- what may have been missed was before this: a copy from after it is whole
     -- of a table that came after the plan: made on the target; in the stream, all of it, from its snapshot on; gone again from the source
     newcomer text check (newcomer in ('made', 'followed', 'gone')),
     columns jsonb not null,                 -- [{"name", "type", "generated"}] as planned, in attnum order

@@ -56,3 +56,23 @@ async def test_a_cancellation_at_any_step_of_a_client_s_life_ends_the_work(
             task.cancel()
             await asyncio.wait([task])
     assert not swallowed
+
+
+async def test_a_client_whose_task_loses_its_cancellation_ends_all_the_same(kafka_bootstrap: str) -> None:
+    consumer = log_consumer(load_settings({"kafka": kafka_bootstrap, "name": "stubborn"}))
+    await consumer.start()
+    routine = consumer._fetcher._fetch_task
+
+    async def stubborn() -> None:
+        try:
+            await routine
+        except asyncio.CancelledError:
+            await (
+                asyncio.Event().wait()
+            )  # the first is lost, as where the routine awaits a task that it has cancelled itself
+
+    consumer._fetcher._fetch_task = asyncio.ensure_future(stubborn())
+    await asyncio.sleep(0)
+    async with asyncio.timeout(30):
+        await consumer.stop()
+    assert routine.done()
