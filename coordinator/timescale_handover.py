@@ -12,7 +12,7 @@ from live_migration.common.home import Home
 from live_migration.common.postgres import asking, session
 from live_migration.common.progress import name_list
 from live_migration.common.relation import QualifiedName
-from live_migration.common.timescale import Layout, read_layout
+from live_migration.common.timescale import Chunk, Layout, read_layout
 from live_migration.consumer.chunk_rebuild import all_due_chunks, mark_chunk, rebuild_chunk
 from live_migration.consumer.hypertables import session_settings
 from live_migration.consumer.source_watch import write_flush_barrier
@@ -20,7 +20,17 @@ from live_migration.coordinator.run import APPLICATION, Run
 from live_migration.coordinator.source_jobs import release_target_jobs
 from live_migration.coordinator.timescale_catalog import load_catalog
 
-_WATERMARKS = "select mat_hypertable_id, watermark from _timescaledb_catalog.continuous_aggs_watermark"
+_WATERMARKS = """
+    select a.user_view_schema::text as schema, a.user_view_name::text as name, w.watermark
+    from _timescaledb_catalog.continuous_aggs_watermark w
+    join _timescaledb_catalog.continuous_agg a on a.mat_hypertable_id = w.mat_hypertable_id
+"""
+# By the view: an aggregate that was made after the plan has another id on the target.
+_SET_WATERMARK = """
+    update _timescaledb_catalog.continuous_aggs_watermark w set watermark = $3
+    from _timescaledb_catalog.continuous_agg a
+    where a.mat_hypertable_id = w.mat_hypertable_id and a.user_view_schema = $1 and a.user_view_name = $2
+"""
 _EVERYTHING = 2**63 - 1
 """An LSN: behind the last barrier all is applied."""
 _INSERT_ONLY = """
@@ -76,10 +86,7 @@ async def bring_watermarks(run: Run, source: asyncpg.Connection) -> None:
     with asking("source", "reading the aggregates' watermarks"):
         rows = await source.fetch(_WATERMARKS)
     async with run.target_transaction("setting the aggregates' watermarks") as target:
-        await target.executemany(
-            "update _timescaledb_catalog.continuous_aggs_watermark set watermark = $2 where mat_hypertable_id = $1",
-            [(row["mat_hypertable_id"], row["watermark"]) for row in rows],
-        )
+        await target.executemany(_SET_WATERMARK, [(row["schema"], row["name"], row["watermark"]) for row in rows])
 
 
 async def compress_like_source(run: Run) -> None:
@@ -106,13 +113,15 @@ async def compress_like_source(run: Run) -> None:
 def _twins(theirs: Layout, ours: Layout) -> list[QualifiedName]:
     """Give our chunks that hold the same range of the same hypertable as a compressed one of theirs."""
     wanted = {
-        (theirs.hypertables[chunk.hypertable].name, chunk.range)
-        for chunk in theirs.chunks.values()
-        if chunk.compressed is not None
+        (_known_as(theirs, chunk), chunk.range) for chunk in theirs.chunks.values() if chunk.compressed is not None
     }
-    return sorted(
-        chunk.name for chunk in ours.chunks.values() if (ours.hypertables[chunk.hypertable].name, chunk.range) in wanted
-    )
+    return sorted(chunk.name for chunk in ours.chunks.values() if (_known_as(ours, chunk), chunk.range) in wanted)
+
+
+def _known_as(layout: Layout, chunk: Chunk) -> QualifiedName:
+    """Give what people know a chunk's hypertable by: what an aggregate materializes into has a name of its own on each server."""
+    hypertable = layout.hypertables[chunk.hypertable]
+    return hypertable.view or hypertable.name
 
 
 async def release_jobs(run: Run) -> None:
