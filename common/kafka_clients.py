@@ -31,7 +31,8 @@ async def until_stopped(stopping: Coroutine[Any, Any, None], inner: Callable[[],
         for _ in range(round(_GIVE_UP_SECONDS / _CANCEL_AGAIN_SECONDS)):
             done, _ = await asyncio.wait([task], timeout=_CANCEL_AGAIN_SECONDS)
             if done:
-                return task.result()
+                task.result()
+                return
             for each in inner():
                 each.cancel()
     finally:

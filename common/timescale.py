@@ -254,6 +254,19 @@ async def compressed_table(connection: asyncpg.Connection, chunk: int) -> tuple[
     return (QualifiedName(row["schema"], row["name"]).sql, row["oid"]) if row else None
 
 
+async def compressed_tables(connection: asyncpg.Connection, hypertable: int) -> list[str]:
+    """Give the names (in SQL, sorted) of the tables that hold the compressed rows of a hypertable's chunks."""
+    layout = await read_layout(connection)
+    if layout is None:
+        return []
+    chunks = layout.chunks
+    return sorted(
+        layout.compressed_names[oid].sql
+        for oid, chunk in layout.compressed.items()
+        if chunk in chunks and chunks[chunk].hypertable == hypertable and oid in layout.compressed_names
+    )
+
+
 async def chunk_range(connection: asyncpg.Connection, chunk: int) -> str | None:
     """Give the condition that holds for the rows of a chunk alone; None where it is gone."""
     condition: str | None = await connection.fetchval(f"select ({_RANGE}) from pg_class c where c.oid = $1", chunk)

@@ -1,7 +1,10 @@
-"""Copying a chunk anew through the target's hypertable, in its lane's turn: what the stream does not tell of it, or told too late.
+"""Copying anew in its lane's turn: a chunk, through the target's hypertable, of which the stream told not all or too late; a newcomer.
 
 The lane stands still meanwhile, so the rule of every copy holds: a change that the new snapshot shows is passed over from here on.
 All that came before the chunk was made must be applied (`rebuild_lsn`), or an older TRUNCATE of the hypertable would take its rows along.
+
+A newcomer, a table or hypertable made after the plan, is copied whole. No lane has passed over a change of it that the snapshot of
+its row does not show (`target_tables.RebuildFirst`), and the copy's own snapshot is a later one.
 """
 
 from __future__ import annotations
@@ -11,31 +14,41 @@ from dataclasses import dataclass
 
 import asyncpg
 
+from live_migration.common.catalog import Part
 from live_migration.common.errors import Fenced
 from live_migration.common.home import Home
 from live_migration.common.relation import QualifiedName
 from live_migration.common.telemetry import get_logger
-from live_migration.common.timescale import chunk_range, compressed_table
+from live_migration.common.timescale import chunk_range, compressed_table, compressed_tables
 from live_migration.consumer.chunk_copy import look_without
 from live_migration.consumer.claim_endings import CopyOrigin
 from live_migration.consumer.claims import TableClaim
 from live_migration.consumer.copy_errors import CopyDeferred, server_errors
 from live_migration.consumer.copy_stream import CopyCount, CopyPlan, stream_copy
-from live_migration.consumer.table_snapshot import ChunkGone, check_target, lock_table, require_known_timeline
+from live_migration.consumer.table_snapshot import (
+    ChunkGone,
+    LockedTable,
+    check_target,
+    lock_table,
+    require_known_timeline,
+)
 
 log = get_logger(__name__)
 
 _REBUILD = """
-    select oid, schema_name, table_name, root_schema, root_name, range, coalesce(rebuild, 'rows changed unseen') as reason
-    from _live_migration.tables where kind = 'chunk' and {} order by oid
+    select oid, schema_name, table_name, coalesce(root_schema, schema_name) as root_schema,
+           coalesce(root_name, table_name) as root_name, range, coalesce(rebuild, 'rows changed unseen') as reason, kind
+    from _live_migration.tables where (kind = 'chunk' or newcomer = 'followed' and rebuild is not null) and {}
+    order by kind = 'chunk', oid
 """
 _DUE = _REBUILD.format("rebuild is not null and lane = $1 and ($3 or coalesce(rebuild_lsn <= $2, true))")
-_ALL = _REBUILD.format("(rebuild is not null or copy_again)")
+_ALL = _REBUILD.format("(rebuild is not null or copy_again and kind = 'chunk')")
 _MARK = """
     insert into _live_migration.tables
         (oid, schema_name, table_name, lane, publication, columns, binary_copy, state, kind, hypertable_oid, root_schema,
-         root_name, rebuild, rebuild_lsn, unseen_lsn)
-    select $1, $2, $3, h.lane, h.publication, h.columns, h.binary_copy, 'ready', 'chunk', h.oid, h.root_schema, h.root_name, $4, $5, $6
+         root_name, snapshot, horizon, timeline, rebuild, rebuild_lsn, unseen_lsn)
+    select $1, $2, $3, h.lane, h.publication, h.columns, h.binary_copy, 'ready', 'chunk', h.oid, h.root_schema, h.root_name,
+           h.snapshot, h.horizon, h.timeline, $4, $5, $6
     from _live_migration.tables h where h.kind = 'hypertable' and h.schema_name = $7 and h.table_name = $8
     on conflict (schema_name, table_name) do update
     set rebuild = coalesce(tables.rebuild, excluded.rebuild), unseen_lsn = coalesce(excluded.unseen_lsn, tables.unseen_lsn),
@@ -50,15 +63,23 @@ _DONE = """
 """
 
 
+# Chunks of a hypertable that was copied whole: what its snapshot shows is theirs, but for those that have a copy of their own before them.
+_CHUNKS_DONE = """
+    update _live_migration.tables set snapshot = $2, horizon = $3, timeline = $4, copy_again = false
+    where hypertable_oid = $1 and kind = 'chunk' and rebuild is null
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class ChunkToRebuild:
-    """A chunk that its lane must copy anew, and the hypertable on the target that it belongs to."""
+    """A chunk (by `kind`, else a newcomer) that its lane must copy anew, and the table on the target that it belongs to, or is."""
 
     oid: int
     name: QualifiedName
     root: QualifiedName
     range: str | None
     reason: str
+    kind: Part = "chunk"
 
 
 async def due_chunks(
@@ -79,7 +100,12 @@ async def all_due_chunks(target: asyncpg.Connection) -> list[ChunkToRebuild]:
 def _chunk(row: asyncpg.Record) -> ChunkToRebuild:
     name = QualifiedName(row["schema_name"], row["table_name"])
     return ChunkToRebuild(
-        row["oid"], name, QualifiedName(row["root_schema"], row["root_name"]), row["range"], row["reason"]
+        row["oid"],
+        name,
+        QualifiedName(row["root_schema"], row["root_name"]),
+        row["range"],
+        row["reason"],
+        row["kind"],
     )
 
 
@@ -118,16 +144,18 @@ async def rebuild_chunk(
     lock_timeout: float,
     flush: Callable[[], Awaitable[None]],
 ) -> CopyCount:
-    """Empty a chunk's range of the target's hypertable and copy the chunk into it; inside a transaction on the target, in the replica role.
+    """Empty a chunk's range of the target's hypertable and copy the chunk into it, a newcomer wholly; inside a transaction on the
+    target, in the replica role.
 
     `applied_lsn`: all before it is applied.
 
     Raises:
         CopyDeferred | TableStopped | ConnectionLost: it cannot be copied just now; nothing may be committed.
     """
+    is_chunk = chunk.kind == "chunk"
     with server_errors("source", f"looking at {chunk.name}"):
-        compressed = await compressed_table(source, chunk.oid)
-    claim = TableClaim(chunk.oid, chunk.name, 0, has_parts=False, is_chunk=True, compressed=compressed)
+        compressed = await compressed_table(source, chunk.oid) if is_chunk else None
+    claim = TableClaim(chunk.oid, chunk.name, 0, has_parts=False, is_chunk=is_chunk, compressed=compressed)
     try:
         origin, plan, condition = await _look(source, target, chunk, claim, lock_timeout)
     except ChunkGone:
@@ -152,17 +180,39 @@ async def _look(
     claim: TableClaim,
     lock_timeout: float,
 ) -> tuple[CopyOrigin, CopyPlan, str | None]:
-    locked = await lock_table(source, claim, lock_timeout)
-    with server_errors("source", f"looking at {chunk.name}"):
-        if await compressed_table(source, chunk.oid) != claim.compressed:
-            raise CopyDeferred(f"chunk {chunk.name} is being compressed or decompressed just now")
-        condition = await chunk_range(source, chunk.oid)
+    condition = None
+    if chunk.kind == "hypertable":
+        locked = await _lock_hypertable(source, claim, lock_timeout)
+    else:
+        locked = await lock_table(source, claim, lock_timeout)
+    if chunk.kind == "chunk":
+        with server_errors("source", f"looking at {chunk.name}"):
+            if await compressed_table(source, chunk.oid) != claim.compressed:
+                raise CopyDeferred(f"chunk {chunk.name} is being compressed or decompressed just now")
+            condition = await chunk_range(source, chunk.oid)
     await require_known_timeline(target, locked)
-    plan, origin = await check_target(target, locked, chunk.root, decompresses=True)
+    plan, origin = await check_target(target, locked, chunk.root, decompresses=chunk.kind != "table")
     return origin, plan, condition
 
 
+async def _lock_hypertable(source: asyncpg.Connection, claim: TableClaim, lock_timeout: float) -> LockedTable:
+    """Lock a hypertable with all its chunks and the tables of their compressed rows, and only then take the snapshot."""
+    with server_errors("source", f"looking at {claim.name}"):
+        tables = await compressed_tables(source, claim.oid)
+    locked = await lock_table(source, claim, lock_timeout, tree=tables)
+    with server_errors("source", f"looking at {claim.name}"):
+        if await compressed_tables(source, claim.oid) != tables:
+            raise CopyDeferred(f"chunks of {claim.name} are being compressed or decompressed just now")
+    return locked
+
+
 async def _empty(target: asyncpg.Connection, chunk: ChunkToRebuild, condition: str | None) -> None:
+    if chunk.kind != "chunk":
+        # A materialization takes no TRUNCATE.
+        statement = f"truncate only {chunk.root.sql}" if chunk.kind == "table" else f"delete from {chunk.root.sql}"
+        with server_errors("target", f"emptying {chunk.root}"):
+            await target.execute(statement)
+        return
     with server_errors("target", f"emptying the range of {chunk.name} in {chunk.root}"):
         await target.execute(f"delete from {chunk.root.sql} where {condition or chunk.range or 'false'}")
 
@@ -184,4 +234,7 @@ async def _finish(
             applied_lsn,
         )
     if status != "UPDATE 1":
-        raise Fenced(f"chunk {chunk.name} is not part of the plan any more")
+        raise Fenced(f"{chunk.name} is not part of the plan any more")
+    if chunk.kind == "hypertable":
+        with server_errors("target", f"finishing the chunks of {chunk.name}"):
+            await target.execute(_CHUNKS_DONE, chunk.oid, origin.snapshot, origin.horizon, origin.timeline)

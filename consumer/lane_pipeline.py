@@ -27,7 +27,7 @@ from live_migration.consumer.refusal import Place
 from live_migration.consumer.refusal_search import apply_carefully
 from live_migration.consumer.segment_walk import place_relation
 from live_migration.consumer.skips import LaneSkips, SkippedChange
-from live_migration.consumer.target_tables import ChunkChangedUnseen, RelationRefused
+from live_migration.consumer.target_tables import ChunkChangedUnseen, RebuildFirst, RelationRefused
 
 READ_AHEAD_BYTES = 2 * 1024 * 1024
 """How much is read and not yet decoded: a lane whose target is slow must not use up the budget of all."""
@@ -192,7 +192,7 @@ class LanePipeline:
         try:
             with asking("target", "looking at the tables"):
                 await self._decoder.decode(body, flush.batch)
-        except ChunkChangedUnseen:
+        except (ChunkChangedUnseen, RebuildFirst):
             raise
         except RelationRefused as refusal:
             if segment.last > self._careful_until:

@@ -26,7 +26,8 @@ from live_migration.consumer.memory_budget import MemoryBudget
 from live_migration.consumer.refusal import ChangeRefused, is_of_a_change
 from live_migration.consumer.skips import LaneSkips
 from live_migration.consumer.source_watch import write_flush_barrier
-from live_migration.consumer.target_tables import ChunkChangedUnseen, TargetTables
+from live_migration.consumer.strangers import let_go_if_gone
+from live_migration.consumer.target_tables import ChunkChangedUnseen, NotPlanned, RebuildFirst, TargetTables
 
 STANDBY_SECONDS = 1.0
 STOPPED_SECONDS = 5.0
@@ -78,6 +79,11 @@ class PartitionTask:
                 self._log.info("lane begins again", reason=error.message)
             except ChunkChangedUnseen as error:
                 await self._mark(error)
+            except RebuildFirst as error:
+                await self._await_rebuild(error)
+            except NotPlanned as error:
+                if not await self._let_go(error):
+                    await self._pause(error)
             except LiveMigrationError as error:
                 if isinstance(error, ChangeRefused) and await self._has_chunks_to_copy(error):
                     continue
@@ -176,6 +182,21 @@ class PartitionTask:
                     await mark_chunk(target, oid or error.relation.oid, error.home, reason="rows changed unseen")
         except LiveMigrationError as failure:
             await self._pause(failure)
+
+    async def _await_rebuild(self, error: RebuildFirst) -> None:
+        """Begin again, which copies what is due, at once or when the coordinator has had the last transaction that it waits for end."""
+        self._log.info("lane begins again", reason=error.message)
+        await asyncio.sleep(STANDBY_SECONDS)
+
+    async def _let_go(self, error: NotPlanned) -> bool:
+        """Have the changes of a relation that is gone from the source again passed over; False when it is there."""
+        try:
+            async with session(self._settings.source_uri(), "source", application="live-migration lane") as source:
+                async with session(self._settings.target_uri(), "target", application="live-migration lane") as target:
+                    return await let_go_if_gone(source, target, self._lane, error)
+        except LiveMigrationError as failure:
+            self._log.warning("lane could not ask for a relation", reason=failure.message)
+            return False
 
     async def _run_pipeline(
         self, held: Checkpoint, connection: asyncpg.Connection, reader: LogReader, decoder: LaneDecoder

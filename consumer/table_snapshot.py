@@ -89,8 +89,12 @@ class LockedTable:
         return plan_parts(self.size_bytes, part_size if self.is_heap else max(self.size_bytes, 1), self.block_size)
 
 
-async def lock_table(connection: asyncpg.Connection, claim: TableClaim, lock_timeout: float) -> LockedTable:
+async def lock_table(
+    connection: asyncpg.Connection, claim: TableClaim, lock_timeout: float, *, tree: Sequence[str] | None = None
+) -> LockedTable:
     """Begin a transaction that holds the table's lock and, taken after it, a snapshot; then describe the table.
+
+    `tree`: its children are locked, too, and these other tables, by their names in SQL.
 
     Raises:
         CopyDeferred: somebody holds a conflicting lock.
@@ -98,7 +102,9 @@ async def lock_table(connection: asyncpg.Connection, claim: TableClaim, lock_tim
     """
     with server_errors("source", f"looking at {claim.name}"):
         _check_name(claim, await connection.fetchrow(_NAME, claim.oid))
-    await _begin_locked(connection, claim.name, lock_timeout, claim.compressed)
+    what = f"only {claim.name.sql}" if tree is None else claim.name.sql
+    also = [claim.compressed[0]] if claim.compressed else tree or ()
+    await _begin_locked(connection, claim.name, lock_timeout, ", only ".join([what, *also]))
     with server_errors("source", f"looking at {claim.name}"):
         seen = await connection.fetchrow(_UNDER_LOCK, claim.oid)
         _check_name(claim, await connection.fetchrow(_NAME, claim.oid))
@@ -141,15 +147,14 @@ async def import_snapshot(connection: asyncpg.Connection, claim: PartClaim, lock
 
 
 async def _begin_locked(
-    connection: asyncpg.Connection, name: QualifiedName, lock_timeout: float, compressed: tuple[str, int] | None = None
+    connection: asyncpg.Connection, name: QualifiedName, lock_timeout: float, relations: str = ""
 ) -> None:
-    also = f", only {compressed[0]}" if compressed else ""
     with server_errors("source", f"locking {name}"):
         try:
             await connection.execute(
                 "begin isolation level repeatable read read only;"
                 f" set local lock_timeout = '{max(1, round(lock_timeout * 1000))}ms';"
-                f" lock table only {name.sql}{also} in access share mode"
+                f" lock table {relations or f'only {name.sql}'} in access share mode"
             )
         except asyncpg.UndefinedTableError as error:
             raise CopyDeferred(f"{name} was renamed or dropped on the source just now") from error
@@ -214,7 +219,7 @@ async def check_target(
     Raises:
         TableStopped: the target cannot take the rows; the hint holds the statements that mend it, one a line.
     """
-    if root is not None and root != table.name:
+    if root is not None and (decompresses or root != table.name):
         return await _check_root(connection, table, root, decompresses=decompresses)
     with server_errors("target", f"looking at {table.name}"):
         row = await connection.fetchrow(_TARGET, table.name.sql)

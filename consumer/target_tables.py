@@ -82,7 +82,9 @@ class TargetTable:
 _TABLE = """
     select coalesce(t.root_schema, t.schema_name) as schema_name, coalesce(t.root_name, t.table_name) as table_name,
            t.lane, t.snapshot, t.horizon - '0/0'::pg_lsn as horizon, c.oid, c.relkind::text as kind,
-           to_regclass('_timescaledb_catalog.dimension') is not null as has_timescale
+           to_regclass('_timescaledb_catalog.dimension') is not null as has_timescale,
+           t.rebuild is not null and t.kind <> 'chunk'
+               or exists (select from _live_migration.tables h where h.oid = t.hypertable_oid and h.rebuild is not null) as is_due
     from _live_migration.tables t
     left join pg_namespace n on n.nspname = coalesce(t.root_schema, t.schema_name)
     left join pg_class c on c.relnamespace = n.oid and c.relname = coalesce(t.root_name, t.table_name)
@@ -152,6 +154,27 @@ class ChunkChangedUnseen(RelationRefused):
         self.home = home
 
 
+class RebuildFirst(RelationRefused):
+    """A newcomer whose rows the lane copies before it applies a change that `snapshot`, which the copy's will include, does not show."""
+
+    def __init__(self, relation: Relation, snapshot: CopySnapshot | None) -> None:
+        message = f"{relation.name} was made on the source after the plan and is copied first"
+        super().__init__(LaneStopped(message, hint="The lane goes on by itself."), relation, snapshot)
+
+
+class NotPlanned(LaneStopped):
+    """A relation is in the stream and not in the plan: it was made since, and may be gone again."""
+
+    def __init__(self, message: str, relation: Relation, home: Home | None) -> None:
+        super().__init__(
+            message,
+            hint="It was made after the migration was planned; the coordinator brings it to the target, then the lane goes on. "
+            "Where it says that it cannot: see why there, or drop it on the source.",
+        )
+        self.relation = relation
+        self.home = home
+
+
 class Resolution(NamedTuple):
     """The target's table of a relation, and what the relation's copy holds already. Chunks that are alike share one table."""
 
@@ -171,17 +194,20 @@ class TargetTables:
         """Give the target's table for a source relation; for a chunk the hypertable that it belongs to (`home`).
 
         Raises:
-            LaneStopped: the relation is not part of the migration.
+            NotPlanned: the relation is not part of the migration.
             RelationRefused: the target cannot take its rows.
+            RebuildFirst: its rows are to be copied first.
             ChunkChangedUnseen: it holds compressed rows.
         """
         row = await self._find(relation, home)
         if row is None:
-            raise LaneStopped(
-                f"relation {relation.name} (oid {relation.oid}) is in the stream but not part of the migration",
-                hint="It was made after the migration was planned. Drop it from our publication, or `clean` and start again.",
+            message = (
+                f"relation {relation.name} (oid {relation.oid}) is in the stream but not part of the migration yet"
             )
+            raise NotPlanned(message, relation, home)
         snapshot = CopySnapshot.parse(row["snapshot"], int(row["horizon"])) if row["snapshot"] else None
+        if row["is_due"]:
+            raise RebuildFirst(relation, snapshot)
         if home is not None and home.is_compressed:
             raise ChunkChangedUnseen(home, relation, snapshot)
         try:
@@ -212,10 +238,8 @@ class TargetTables:
         if row is None:
             row = await self._connection.fetchrow(_BY_NAME, "hypertable", home.hypertable.schema, home.hypertable.name)
         if row is None:
-            raise LaneStopped(
-                f"hypertable {home.hypertable} is in the stream but not part of the migration yet",
-                hint="It was made after the migration was planned; the coordinator brings it to the target, then the lane goes on.",
-            )
+            message = f"hypertable {home.hypertable} is in the stream but not part of the migration yet"
+            raise NotPlanned(message, relation, home)
         return row
 
     async def _describe(self, relation: Relation, row: asyncpg.Record) -> TargetTable:

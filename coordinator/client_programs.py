@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 from live_migration.common.errors import SourceError, UsageError
+from live_migration.common.relation import QualifiedName
 from live_migration.common.settings import Settings
 
 _VERSION = re.compile(r"\(PostgreSQL\) (\d+)")
@@ -146,9 +147,16 @@ def password_file(password: str) -> Iterator[Path]:
 
 
 async def dump_schema(
-    programs: ClientPrograms, uri: str, archive: Path, *, snapshot: str, lock_timeout: float, timeout: float = 3600
+    programs: ClientPrograms,
+    uri: str,
+    archive: Path,
+    *,
+    snapshot: str,
+    lock_timeout: float,
+    table: QualifiedName | None = None,
+    timeout: float = 3600,
 ) -> None:
-    """Write the schema of a database, as an exported snapshot shows it, into a custom-format archive.
+    """Write the schema of a database, or of one `table` alone, as an exported snapshot shows it, into a custom-format archive.
 
     Raises:
         ProgramError: pg_dump failed; its last lines are in the message.
@@ -169,6 +177,8 @@ async def dump_schema(
         f"--file={archive}",
         f"--dbname={address}",
     ]
+    if table is not None:
+        arguments.append(f"--table={table.sql}")
     environment = programs.environment()
     os.close(os.open(archive, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600))
     if password is None:

@@ -23,6 +23,7 @@ from live_migration.coordinator.handover import finish_after_handover
 from live_migration.coordinator.held import say_what_is_held
 from live_migration.coordinator.identity_watch import watch_identities
 from live_migration.coordinator.losses import find_loss
+from live_migration.coordinator.newcomers import watch_newcomers
 from live_migration.coordinator.observer import Observer, Reporter
 from live_migration.coordinator.opening import open_migration
 from live_migration.coordinator.prepare import prepare
@@ -179,7 +180,9 @@ class _Conductor:
         if run.phase is Phase.SCHEMA:
             await restore_schema(run)
             self._show(run)
-        await beside(self._follow(run), [watch_drift(run), watch_trimming(run), watch_chunks(run)])
+        await beside(
+            self._follow(run), [watch_drift(run), watch_trimming(run), watch_chunks(run), watch_newcomers(run)]
+        )
 
     async def _follow(self, run: Run) -> None:
         if run.phase is Phase.COPY:

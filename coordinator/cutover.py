@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 import asyncpg
 
@@ -24,6 +25,7 @@ from live_migration.coordinator.chunk_watch import follow_chunks
 from live_migration.coordinator.drift import find_drift, shape_differences
 from live_migration.coordinator.handover import hand_over
 from live_migration.coordinator.identity_watch import reconcile
+from live_migration.coordinator.newcomers import bring_newcomers
 from live_migration.coordinator.run import APPLICATION, Run
 from live_migration.coordinator.skip import describe_skips, read_skips
 from live_migration.producer.slot import OpenTransaction, describe_transactions, open_transactions
@@ -148,7 +150,8 @@ async def _back_to_replay(run: Run, error: LiveMigrationError) -> None:
 async def _prove_everything_arrived(run: Run, source: asyncpg.Connection) -> None:
     migration_id = str(run.migration.id)
     await _require_quiet(run, source)
-    await _require_accounted_for(run, source)
+    problems = await bring_newcomers(run, source, run.target)
+    await _require_accounted_for(run, source, [f"{name} cannot be brought: {why}" for name, why in problems.items()])
     await follow_chunks(run, source, run.target)
     first = await emit_barrier(source, migration_id)
     run.reporter.note("the first barrier is in the WAL; waiting until the target has reached it")
@@ -211,14 +214,17 @@ def _is_ours(transaction: OpenTransaction) -> bool:
     return transaction.application.startswith(APPLICATION)
 
 
-async def _require_accounted_for(run: Run, source: asyncpg.Connection) -> None:
-    """Refuse while a table of the source is not on the target as it is, or not followed."""
-    found = (await find_drift(run, source, run.target)).lines
+async def _require_accounted_for(run: Run, source: asyncpg.Connection, problems: Sequence[str] = ()) -> None:
+    """Refuse while a table of the source is not on the target as it is, or not followed; `problems`: what else is known to be."""
+    found = [*problems, *(await find_drift(run, source, run.target)).lines]
     found += await shape_differences(run, source, run.target)
     with asking("target", "looking at tables and indexes"):
         tables = await run.target.fetch(
             """select format('%s.%s is %s', schema_name, table_name, state) || coalesce(': ' || error, '') as line
-               from _live_migration.tables where state <> 'ready' order by 1"""
+               from _live_migration.tables where state <> 'ready'
+               union all
+               select format('%s.%s was made on the source and is not followed yet', schema_name, table_name)
+               from _live_migration.tables where newcomer = 'made' order by 1"""
         )
         indexes = await run.target.fetch(
             """select format('index %s is %s', name, state) || coalesce(': ' || error, '') as line

@@ -27,7 +27,7 @@ _SEQUENCES = """
                       where d.classid = 'pg_class'::regclass and d.objid = c.oid and d.deptype = 'e')
     order by 1, 2
 """
-_PARENTS = """
+PARENTS = """
     select i.inhrelid as oid, n.nspname as schema, p.relname as name
     from pg_inherits i join pg_class p on p.oid = i.inhparent join pg_namespace n on n.oid = p.relnamespace
     where p.relkind = 'p'
@@ -68,7 +68,9 @@ def compare(planned: Mapping[int, QualifiedName], found: Mapping[int, QualifiedN
 
 async def read_planned(target: asyncpg.Connection) -> dict[int, QualifiedName]:
     """Give the planned tables by oid, without chunks, which come and go with their hypertables."""
-    rows = await target.fetch("select oid, schema_name, table_name from _live_migration.tables where kind <> 'chunk'")
+    rows = await target.fetch(
+        "select oid, schema_name, table_name from _live_migration.tables where kind <> 'chunk' and newcomer is distinct from 'gone'"
+    )
     return {row["oid"]: QualifiedName(row["schema_name"], row["table_name"]) for row in rows}
 
 
@@ -81,18 +83,18 @@ async def find_drift(run: Run, source: asyncpg.Connection, target: asyncpg.Conne
 
 
 async def watch_drift(run: Run) -> None:
-    """Name tables that come, go or change their name, each change once; never returns."""
+    """Name tables that go or change their name, each change once; never returns."""
     async with run.source_session("drift") as source, run.target_session("drift") as target:
         while True:
             drift = await find_drift(run, source, target)
-            for kind, names in (("created", drift.created), ("renamed", drift.renamed), ("dropped", drift.dropped)):
+            # What was created is brought, or named, by `newcomers`.
+            for kind, names in (("renamed", drift.renamed), ("dropped", drift.dropped)):
                 _name_each(run.reporter, kind, names)
             await asyncio.sleep(_INTERVAL_SECONDS)
 
 
 def _name_each(reporter: Reporter, kind: str, names: tuple[str, ...]) -> None:
     consequence = {
-        "created": "is not followed; the cutover is refused while it is there",
         "renamed": "stays under its old name on the target; the cutover is refused",
         "dropped": "stays on the target; the cutover is refused",
     }[kind]
@@ -111,7 +113,7 @@ class Shape:
 
 async def read_shapes(connection: asyncpg.Connection) -> dict[QualifiedName, Shape]:
     """Give the shape of each table of a database: columns with type and kind, partitioned parent."""
-    parents = {row["oid"]: QualifiedName(row["schema"], row["name"]) for row in await connection.fetch(_PARENTS)}
+    parents = {row["oid"]: QualifiedName(row["schema"], row["name"]) for row in await connection.fetch(PARENTS)}
     return {
         table.name: Shape(table.persistence, parents.get(table.oid), _columns(table.columns))
         for table in await list_tables(connection)
@@ -122,6 +124,18 @@ async def read_shapes(connection: asyncpg.Connection) -> dict[QualifiedName, Sha
 
 def _columns(columns: tuple[ColumnInfo, ...]) -> tuple[tuple[str, str, str], ...]:
     return tuple(sorted((column.name, column.type, column.generated) for column in columns))
+
+
+async def read_other_names(target: asyncpg.Connection) -> dict[QualifiedName, QualifiedName]:
+    """Give the names of hypertables that the target has by another name than the source: what aggregates materialize into."""
+    rows = await target.fetch(
+        """select schema_name, table_name, root_schema, root_name from _live_migration.tables
+           where kind = 'hypertable' and (root_schema, root_name) <> (schema_name, table_name)"""
+    )
+    return {
+        QualifiedName(row["schema_name"], row["table_name"]): QualifiedName(row["root_schema"], row["root_name"])
+        for row in rows
+    }
 
 
 async def read_sequences(connection: asyncpg.Connection) -> list[QualifiedName]:
@@ -135,7 +149,12 @@ async def shape_differences(run: Run, source: asyncpg.Connection, target: asyncp
     sequences = await run.patiently("listing sequences", lambda: read_sequences(source))
     with asking("target", "reading the tables' shape"):
         theirs, there = await read_shapes(target), set(await read_sequences(target))
-    found = [line for name, shape in sorted(ours.items()) if (line := _difference(name, shape, theirs.get(name)))]
+        names = await read_other_names(target)
+    found = [
+        line
+        for name, shape in sorted(ours.items())
+        if (line := _difference(name, shape, theirs.get(names.get(name, name))))
+    ]
     missing = [str(name) for name in sequences if name not in there]
     return found + ([f"the target lacks sequences: {name_list(missing)}"] if missing else [])
 

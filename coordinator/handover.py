@@ -44,6 +44,7 @@ async def hand_over(run: Run, source: asyncpg.Connection) -> None:
     run.reporter.note(f"restoring the rest of the schema: {len(post_data.main) + len(post_data.last)} objects")
     await run_entries(run, "post-data", post_data.main)
     await _once(run, "foreign keys", lambda: add_foreign_keys(run))
+    await _once(run, "triggers of newcomers", lambda: run_late_statements(run))
     await _once(run, "replica identities", lambda: take_identities_back(run))
     await _once(run, "materialized views", lambda: refresh_materialized_views(run, source))
     await _once(run, "watermarks", lambda: bring_watermarks(run, source))
@@ -250,6 +251,19 @@ async def add_foreign_keys(run: Run) -> None:
         async with run.target_transaction(f"adding foreign key {key.name} of {key.table}") as target:
             await target.execute(key.add_statement(version))
             await target.execute("update _live_migration.foreign_keys set state = 'added' where oid = $1", key.oid)
+
+
+async def run_late_statements(run: Run) -> None:
+    """Make the triggers, rules and policies of tables that came after the plan; each in a transaction of its own."""
+    with asking("target", "reading the plan"):
+        rows = await run.target.fetch(
+            "select id, label, statement from _live_migration.late_statements where not is_done order by id"
+        )
+    for row in rows:
+        async with run.target_transaction(f"making {row['label']}") as target:
+            await target.execute("set local check_function_bodies = off")
+            await target.execute(row["statement"])
+            await target.execute("update _live_migration.late_statements set is_done = true where id = $1", row["id"])
 
 
 async def validate_foreign_keys(run: Run) -> None:

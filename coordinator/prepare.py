@@ -21,6 +21,7 @@ from live_migration.common.progress import format_bytes
 from live_migration.common.relation import ReplicaIdentity
 from live_migration.common.settings import Settings
 from live_migration.common.state import Phase
+from live_migration.common.timescale import read_version
 from live_migration.coordinator import planning, steps
 from live_migration.coordinator.beside import beside
 from live_migration.coordinator.control_topic import producer_config, write_config
@@ -111,11 +112,14 @@ async def _begin_change_log(run: Run, source: asyncpg.Connection, timeline: int,
     await await_older_transactions(
         source, timeout=settings.slot_timeout, on_wait=reporter.note, what="the first table snapshot"
     )
-    await _enter_schema(run, lsn, timeline, members)
+    with asking("source", "looking for TimescaleDB"):
+        has_timescale = await read_version(source) is not None
+    await _enter_schema(run, lsn, timeline, members, has_timescale)
 
 
-async def _enter_schema(run: Run, start_lsn: int, timeline: int, members: Memberships) -> None:
-    binary = all(table.is_binary_safe for table in (*members.all, *members.insert))
+async def _enter_schema(run: Run, start_lsn: int, timeline: int, members: Memberships, has_timescale: bool) -> None:
+    # TimescaleDB's catalog is read from the stream as text, and a walsender cannot send compressed rows in binary form.
+    binary = not has_timescale and all(table.is_binary_safe for table in (*members.all, *members.insert))
     async with run.target_transaction("leaving phase prepare") as target:
         await target.execute(
             """update _live_migration.migration set start_lsn = $2, source_timeline = $3, binary_stream = $4

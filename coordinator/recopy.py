@@ -28,7 +28,11 @@ FORGET_COPY = f"""attempt = attempt + 1, retry_at = null, snapshot_id = null, sn
 # Not 'planned', which a consumer that sleeps through the change of phase could claim before there is a slot.
 VOID = f"""
     update _live_migration.tables
-    set state = 'stopped', started_at = null, copy_again = false, {FORGET_COPY} where kind <> 'hypertable';
+    set state = 'stopped', started_at = null, copy_again = false, {FORGET_COPY}
+    where kind <> 'hypertable' and newcomer is distinct from 'gone';
+    update _live_migration.tables
+    set newcomer = 'made', rebuild = 'every table is copied again', rebuild_lsn = null, snapshot = null, horizon = null, timeline = null
+    where kind = 'hypertable' and newcomer = 'followed';
     delete from _live_migration.parts;
     update _live_migration.indexes set state = 'pending', error = null, retry_at = null, {FREE} where state = 'building';
     update _live_migration.checkpoints
@@ -42,7 +46,10 @@ VOID = f"""
     insert into _live_migration.steps (name) values ('{_STEP}') on conflict (name) do update set is_done = false
 """
 
-RELEASE = "update _live_migration.tables set state = 'planned', attempt = attempt + 1 where kind <> 'hypertable'"
+RELEASE = """
+    update _live_migration.tables set state = 'planned', attempt = attempt + 1
+    where kind <> 'hypertable' and newcomer is distinct from 'gone'
+"""
 
 _INDEX_AGAIN = """
     update _live_migration.tables t set state = 'copied' where kind = 'hypertable' and state = 'ready'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TypeVar
 
@@ -36,6 +36,8 @@ class Run:
     target: asyncpg.Connection
     epoch: int
     migration: Migration
+    newcomers_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by whoever brings newcomers: the watcher, or the cutover."""
 
     @property
     def phase(self) -> Phase:

@@ -19,6 +19,7 @@ import asyncpg
 from live_migration.common.catalog import CURRENT_TIMELINE, TableInfo, list_tables
 from live_migration.common.errors import SourceError
 from live_migration.common.postgres import asking
+from live_migration.common.relation import QualifiedName
 from live_migration.common.settings import Settings
 from live_migration.common.state import Phase
 from live_migration.coordinator import client_programs, planning, steps
@@ -62,7 +63,7 @@ _INDEXES = """
     left join pg_constraint con on con.conindid = i.indexrelid and con.conrelid = i.indrelid and con.contype in ('p', 'u', 'x')
     where t.relkind in ('r', 'p') and t.relnamespace not in (select oid from pg_namespace where nspname like 'pg\\_%')
 """
-_FOREIGN_KEYS = """
+FOREIGN_KEYS = """
     select con.oid, con.conrelid as table_oid, n.nspname as schema_name, c.relname as table_name, con.conname as name,
            c.relkind = 'p' as is_partitioned, con.convalidated as is_valid
     from pg_constraint con join pg_class c on c.oid = con.conrelid join pg_namespace n on n.oid = c.relnamespace
@@ -71,7 +72,7 @@ _FOREIGN_KEYS = """
 _TABLES_IN_SCHEMA = 150_000
 _SCHEMA_MEMBERS = "select oid from pg_publication_namespace where pnpubid = any($1::oid[])"
 _TRIGGERS = "select oid, tgrelid as table_oid from pg_trigger where not tgisinternal"
-_MOMENT = f"""
+MOMENT = f"""
     select pg_current_snapshot()::text as snapshot, pg_current_wal_insert_lsn() as horizon, {CURRENT_TIMELINE} as timeline
 """
 _OUR_PUBLICATIONS = """
@@ -143,13 +144,13 @@ async def read_entries(run: Run, programs: ClientPrograms, section: str) -> list
     """Give the entries of a section of the archive in the state."""
     with asking("target", "reading the schema's archive"):
         content = await run.target.fetchval("select content from _live_migration.archives where name = $1", ARCHIVE)
-    with _private_folder(run.settings) as folder:
+    with private_folder(run.settings) as folder:
         archive = Path(folder, "schema.dump")
         await asyncio.to_thread(archive.write_bytes, content)
         return parse_script(await client_programs.write_script(programs, archive, section=section))
 
 
-def _private_folder(settings: Settings) -> tempfile.TemporaryDirectory[str]:
+def private_folder(settings: Settings) -> tempfile.TemporaryDirectory[str]:
     settings.dir.mkdir(parents=True, exist_ok=True)
     return tempfile.TemporaryDirectory(prefix="schema-", dir=settings.dir)  # 0700
 
@@ -157,7 +158,7 @@ def _private_folder(settings: Settings) -> tempfile.TemporaryDirectory[str]:
 async def _plan(run: Run, programs: ClientPrograms) -> None:
     """Save the plan and the archive, both of one snapshot in which every table is published."""
     async with run.source_session("schema") as source:
-        with _private_folder(run.settings) as folder:
+        with private_folder(run.settings) as folder:
             archive = Path(folder, "schema.dump")
             for _ in range(_ATTEMPTS):
                 schema = await run.patiently("reading the schema", lambda: _look(run, source, programs, archive))
@@ -181,7 +182,7 @@ async def _look(run: Run, source: asyncpg.Connection, programs: ClientPrograms, 
     settings = run.settings
     async with source.transaction(isolation="repeatable_read", readonly=True):
         snapshot = await source.fetchval("select pg_export_snapshot()")
-        moment = Moment(**dict(await source.fetchrow(_MOMENT)))
+        moment = Moment(**dict(await source.fetchrow(MOMENT)))
         tables = await list_tables(source)
         published = {
             **await published_tables(source, settings.publication),
@@ -190,9 +191,9 @@ async def _look(run: Run, source: asyncpg.Connection, programs: ClientPrograms, 
         wanted = [table for table in tables if planning.is_followed(table) or table.part == "compressed"]
         if any(table.oid not in published for table in wanted):
             return None
-        await _dump(run, programs, archive, snapshot)
+        await dump(run, programs, archive, snapshot)
         ours = await source.fetch(_OUR_PUBLICATIONS, [settings.publication, settings.insert_publication])
-        indexes, foreign_keys = await source.fetch(_INDEXES), await source.fetch(_FOREIGN_KEYS)
+        indexes, foreign_keys = await source.fetch(_INDEXES), await source.fetch(FOREIGN_KEYS)
         triggers = await source.fetch(_TRIGGERS)
         schemas = []
         if run.migration.source_version >= _TABLES_IN_SCHEMA:
@@ -215,12 +216,16 @@ async def _look(run: Run, source: asyncpg.Connection, programs: ClientPrograms, 
     )
 
 
-async def _dump(run: Run, programs: ClientPrograms, archive: Path, snapshot: str) -> None:
+async def dump(
+    run: Run, programs: ClientPrograms, archive: Path, snapshot: str, *, table: QualifiedName | None = None
+) -> None:
     """Run pg_dump, again where it gave way at a lock that somebody holds."""
     uri, lock_timeout = run.settings.source_uri(), run.settings.lock_timeout
     for attempt in range(_ATTEMPTS):
         try:
-            await client_programs.dump_schema(programs, uri, archive, snapshot=snapshot, lock_timeout=lock_timeout)
+            await client_programs.dump_schema(
+                programs, uri, archive, snapshot=snapshot, lock_timeout=lock_timeout, table=table
+            )
             return
         except ProgramError as error:
             if "lock timeout" not in error.message or attempt == _ATTEMPTS - 1:

@@ -31,7 +31,7 @@ _TIMELINE = f"select case when pg_is_in_recovery() then null else {CURRENT_TIMEL
 _COPY_AGAIN = f"""
     update _live_migration.tables t
     set state = 'planned', {FORGET_COPY}
-    where kind <> 'hypertable' and (state = 'copying' or oid = any($3::oid[])
+    where kind <> 'hypertable' and newcomer is distinct from 'gone' and (state = 'copying' or oid = any($3::oid[])
        or horizon > coalesce((select l from unnest($1::int[], $2::text[]::pg_lsn[]) as u (t, l) where u.t = timeline), '0/0'))
     returning schema_name || '.' || table_name as name
 """

@@ -44,9 +44,11 @@ create table _live_migration.tables (
     root_schema text,                       -- hypertable on the target that changes of the chunk (or hypertable) go to
     root_name text,
     copies_to_root boolean not null default false,  -- rows of the chunk, or of a table that becomes one, are copied through the hypertable, too
-    rebuild text,                           -- why its lane must copy the chunk anew, null: it need not
+    rebuild text,                           -- why its lane must copy the chunk (or newcomer) anew, null: it need not
     rebuild_lsn pg_lsn,                     -- which it does once it has applied all before this
     unseen_lsn pg_lsn,                      -- what may have been missed was before this: a copy from after it is whole
+    -- of a table that came after the plan: made on the target; in the stream, all of it, from its snapshot on; gone again from the source
+    newcomer text check (newcomer in ('made', 'followed', 'gone')),
     columns jsonb not null,                 -- [{"name", "type", "generated"}] as planned, in attnum order
     binary_copy boolean not null,
     row_estimate bigint not null default 0,
@@ -169,7 +171,8 @@ create table _live_migration.target_jobs (      -- TimescaleDB's jobs of the tar
     id integer primary key,                     -- on the target
     name text not null,
     is_scheduled boolean not null,              -- on the source, before we paused any: what it gets at the end
-    is_released boolean not null default false
+    is_released boolean not null default false,
+    source_id integer                           -- of one that came after the plan; null: the source's id is the same
 );
 
 create table _live_migration.requests (
@@ -208,6 +211,14 @@ create table _live_migration.foreign_keys (
     is_partitioned boolean not null,            -- its table
     is_valid boolean not null,                  -- on the source
     state text not null default 'pending' check (state in ('pending', 'added', 'valid', 'failed'))
+);
+
+create table _live_migration.late_statements (   -- triggers, rules and policies of newcomers, made at the hand-over
+    id bigint generated always as identity primary key,
+    table_oid oid not null,                     -- on the source
+    label text not null,
+    statement text not null,                    -- as pg_dump gave it
+    is_done boolean not null default false
 );
 
 -- Whether an index's statements lock its table against other builds (ALTER TABLE), as CREATE INDEX does not.

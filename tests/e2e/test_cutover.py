@@ -114,7 +114,7 @@ async def test_a_source_that_is_written_to_goes_back_to_replay_and_says_who_writ
     await source.close()
 
 
-async def test_an_open_or_prepared_transaction_and_a_newcomer_are_named(
+async def test_an_open_or_prepared_transaction_and_a_table_that_cannot_be_brought_are_named(
     source_database: str, target_database: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
 ) -> None:
     source = await asyncpg.connect(source_database)
@@ -128,8 +128,8 @@ async def test_an_open_or_prepared_transaction_and_a_newcomer_are_named(
         warning = await wait_for(migration, "warnings", "no cutover")
         assert unique_name in warning
         await source.execute(f"commit prepared '{unique_name}'")
-        await source.execute("create table newcomer (id int primary key)")
-        with pytest.raises(CutoverRefused, match=r"public\.newcomer"):
+        await source.execute("create type mood as enum ('good'); create table newcomer (id int primary key, m mood)")
+        with pytest.raises(CutoverRefused, match=r"public\.newcomer cannot be brought.*mood"):
             await migration.finish()
         assert await rows(target_database, "select phase from _live_migration.migration") == [("replay",)]
         await source.execute("drop table newcomer")

@@ -91,7 +91,7 @@ async def test_updates_and_deletes_succeed_on_every_kind_of_table(
         with pytest.raises(LiveMigrationError) as refused:
             await migration.finish()
         warnings = "\n".join(migration.observer.warnings) + str(refused.value)
-        for table in (*INSERT_ONLY, "newcomer", "newcomer_no_key", "parts_key_2", "parts_none_2", "with_key"):
+        for table in (*INSERT_ONLY, "newcomer_no_key", "parts_key_2", "parts_none_2", "with_key"):
             assert table in warnings, f"{table} is neither followed nor named: {warnings}"
     await source.close()
 

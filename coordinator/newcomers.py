@@ -1,0 +1,260 @@
+"""Tables, hypertables and continuous aggregates that were made on the source after the plan: brought to the target while lanes apply.
+
+Each goes through two transactions on the target, so that a coordinator that dies goes on where it was:
+
+    made        the table is on the target, empty; nothing of it is published for its sake yet
+    followed    it is published, every transaction that may have missed that has ended, the producer has been told; its row has a
+                snapshot of the source from after that. Its lane copies it whole, then applies what the copy does not show.
+
+One that cannot be made is not published (a change in the stream would stop its lane) and is named; the cutover is refused while it is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import asyncpg
+
+from live_migration.common.catalog import TableInfo
+from live_migration.common.errors import ConnectionLost, LiveMigrationError, Retry, SourceError
+from live_migration.common.postgres import asking
+from live_migration.common.progress import name_list
+from live_migration.common.relation import QualifiedName
+from live_migration.common.state import Phase
+from live_migration.common.timescale import read_layout
+from live_migration.coordinator import client_programs, planning, steps
+from live_migration.coordinator.barrier import emit_barrier
+from live_migration.coordinator.drift import PARENTS
+from live_migration.coordinator.hypertable_source import read_definitions
+from live_migration.coordinator.identity_watch import move_lost
+from live_migration.coordinator.newcomer_jobs import bring_jobs
+from live_migration.coordinator.newcomer_making import Newcomer, NewcomerRefused, make_newcomer
+from live_migration.coordinator.planning import Moment
+from live_migration.coordinator.prepare import publish_compressed
+from live_migration.coordinator.run import Run
+from live_migration.coordinator.schema import MOMENT
+from live_migration.producer.publication import PublishedTable, add_tables, published_tables
+from live_migration.producer.slot import SlotTimeout, await_older_transactions
+
+INTERVAL_SECONDS = 10.0
+_ORDER = ("table", "hypertable", "aggregate")
+
+_KNOWN = "select oid, schema_name, table_name, newcomer from _live_migration.tables"
+_FOLLOW = """
+    update _live_migration.tables
+    set newcomer = 'followed', publication = $2, columns = $3, binary_copy = $4, row_estimate = $5, size_bytes = $6,
+        changed_row_count = $7, snapshot = $8, horizon = $9, timeline = $10
+    where oid = $1 and newcomer = 'made'
+"""
+_LET_GO = """
+    update _live_migration.tables
+    set newcomer = 'gone', rebuild = null, rebuild_lsn = null, copy_again = false, error = null, hint = null, snapshot = $2, horizon = $3,
+        timeline = $4, table_name = table_name || ' (dropped, oid ' || oid || ')'
+    where oid = $1
+"""
+
+
+async def watch_newcomers(run: Run) -> None:
+    """Bring newcomers now and then while lanes apply; never returns."""
+    async with run.source_session("newcomers") as source, run.target_session("newcomers") as target:
+        while True:
+            # Not before: in phase copy, TimescaleDB's catalog on the target is not its own yet.
+            if run.phase is Phase.REPLAY:
+                problems = await bring_newcomers(run, source, target)
+                for name, reason in problems.items():
+                    run.reporter.warn_on_change(
+                        f"newcomer {name}", f"{name}, made on the source, cannot be brought: {reason}"
+                    )
+            await asyncio.sleep(INTERVAL_SECONDS)
+
+
+async def bring_newcomers(run: Run, source: asyncpg.Connection, target: asyncpg.Connection) -> dict[str, str]:
+    """Bring what was made on the source since the last look, let go of what is gone; give what could not be brought, and why."""
+    async with run.newcomers_lock:
+        tables = await run.list_tables(source)
+        await _let_go(run, source, target, tables)
+        with asking("target", "reading the plan"):
+            known = await target.fetch(_KNOWN)
+        newcomers, problems = await _find(source, known, tables)
+        if newcomers:
+            problems |= await _make(run, source, target, newcomers)
+        with asking("target", "reading the plan"):
+            waiting = {row["oid"] for row in await target.fetch(_KNOWN) if row["newcomer"] == "made"}
+        if waiting:
+            problems |= await _follow(run, source, target, waiting)
+        return problems | await bring_jobs(run, source, target)
+
+
+async def _make(
+    run: Run, source: asyncpg.Connection, target: asyncpg.Connection, newcomers: Sequence[Newcomer]
+) -> dict[str, str]:
+    problems = {}
+    programs = await client_programs.find(run.settings, run.migration.source_version // 10_000)
+    for newcomer in newcomers:
+        try:
+            if await make_newcomer(run, programs, source, target, newcomer):
+                run.reporter.note(f"{newcomer.kind} {newcomer.name}, made on the source, is on the target now")
+        except NewcomerRefused as error:
+            problems[str(newcomer.name)] = str(error)
+    return problems
+
+
+async def _find(
+    source: asyncpg.Connection, known: Sequence[asyncpg.Record], tables: Sequence[TableInfo]
+) -> tuple[list[Newcomer], dict[str, str]]:
+    """Give the tables that are not in the plan, in the order in which they can be made, and those that cannot."""
+    oids = {row["oid"] for row in known}
+    found = [table for table in tables if table.is_users and planning.is_followed(table) and table.oid not in oids]
+    if not found:
+        return [], {}
+    with asking("source", "looking at new tables"):
+        partitions = {row["oid"] for row in await source.fetch(PARENTS)}
+        layout = await read_layout(source)
+        definitions = await read_definitions(source)
+    views = {oid: each.view for oid, each in layout.hypertables.items()} if layout else {}
+    aggregates = [each.name for each in definitions.aggregates] if definitions else []
+    taken = {QualifiedName(row["schema_name"], row["table_name"]) for row in known}
+    newcomers, problems = [], {}
+    for table in found:
+        view = views.get(table.oid)
+        if table.oid in partitions:
+            problems[str(table.name)] = (
+                "it is a partition of a partitioned table. Move its rows into a partition of before and drop it, or `clean` and "
+                "start again"
+            )
+        elif table.name in taken:
+            problems[str(table.name)] = (
+                "a table of that name was planned, and is another one. Drop it, or `clean` and start again"
+            )
+        elif view is not None:
+            newcomers.append(Newcomer(table, "aggregate", view))
+        else:
+            newcomers.append(Newcomer(table, "hypertable" if table.part == "hypertable" else "table", table.name))
+    ranks = {name: rank for rank, name in enumerate(aggregates)}  # parents first
+    newcomers.sort(key=lambda each: (_ORDER.index(each.kind), ranks.get(each.name, 0), each.table.oid))
+    return newcomers, problems
+
+
+async def _follow(run: Run, source: asyncpg.Connection, target: asyncpg.Connection, oids: set[int]) -> dict[str, str]:
+    """Publish tables that were made on the target, wait, tell the producer, and have their lanes copy them."""
+    tables = await run.list_tables(source)
+    try:
+        await _publish(run, source, target, tables, oids)
+        await await_older_transactions(
+            source, timeout=run.settings.slot_timeout, on_wait=run.reporter.note, what="publishing new tables"
+        )
+    except SlotTimeout as error:
+        return {name_list(table.name for table in tables if table.oid in oids): error.message}
+    except SourceError as error:
+        if not isinstance(error.__cause__, asyncpg.UndefinedTableError | asyncpg.InvalidSchemaNameError):
+            raise
+        return {}  # dropped or renamed just now; the next look finds what is left
+    await run.publications_changed(target)
+    names = await _save(run, source, target, oids)
+    # Lanes look for what they have to copy when they meet a barrier.
+    await emit_barrier(source, str(run.migration.id))
+    run.reporter.note(f"{name_list(names)}: followed from now on, what they hold is copied")
+    return {}
+
+
+async def _publish(
+    run: Run, source: asyncpg.Connection, target: asyncpg.Connection, tables: Sequence[TableInfo], oids: set[int]
+) -> None:
+    settings = run.settings
+    wanted = [table for table in tables if table.oid in oids or (table.part == "chunk" and table.hypertable in oids)]
+    members = planning.assign(wanted, run.migration.source_version)
+    with asking("source", "reading the publications"):
+        present = {
+            **await published_tables(source, settings.publication),
+            **await published_tables(source, settings.insert_publication),
+        }
+    for publication, group in ((settings.publication, members.all), (settings.insert_publication, members.insert)):
+        missing = [PublishedTable(table.oid, table.name) for table in group if table.oid not in present]
+        await add_tables(source, publication, missing, lock_timeout=settings.lock_timeout)
+    await move_lost(run, source, target)  # at once: an identity may have been lost between looking and publishing
+    await publish_compressed(run, source, target, tables)
+    if without := [table.name for table in members.insert if table.oid in oids]:
+        run.reporter.warning(
+            f"{name_list(without)}: no usable replica identity; only INSERT and TRUNCATE are followed, and the table is copied once more at "
+            "the cutover where rows were updated or deleted"
+        )
+
+
+async def _save(
+    run: Run, source: asyncpg.Connection, target: asyncpg.Connection, oids: set[int]
+) -> list[QualifiedName]:
+    """Record of each published table the moment from which on the stream holds all of its changes."""
+    with asking("source", "reading the moment"):
+        async with source.transaction(isolation="repeatable_read", readonly=True):
+            moment = Moment(**dict(await source.fetchrow(MOMENT)))
+            in_all = await published_tables(source, run.settings.publication)
+            in_insert = await published_tables(source, run.settings.insert_publication)
+    tables = [table for table in await run.list_tables(source) if table.oid in oids]
+    tables = [table for table in tables if table.oid in in_all or table.oid in in_insert]
+    with asking("target", "saving what is followed"):
+        async with target.transaction():
+            for table in tables:
+                await target.execute(
+                    _FOLLOW,
+                    table.oid,
+                    "all" if table.oid in in_all else "insert",
+                    planning.columns_json(table.columns),
+                    table.is_binary_safe,
+                    table.row_estimate,
+                    table.size_bytes,
+                    table.changed_row_count,
+                    moment.snapshot,
+                    moment.horizon,
+                    moment.timeline,
+                )
+            await steps.require_role(target, run.epoch)
+    return [table.name for table in tables]
+
+
+async def _let_go(
+    run: Run, source: asyncpg.Connection, target: asyncpg.Connection, tables: Sequence[TableInfo]
+) -> None:
+    """Drop newcomers on the target that are gone from the source; what the stream still holds of them is passed over."""
+    present = {table.oid for table in tables}
+    with asking("target", "reading the plan"):
+        known = await target.fetch(_KNOWN)
+    gone = [row for row in known if row["newcomer"] in ("made", "followed") and row["oid"] not in present]
+    if not gone:
+        return
+    with asking("source", "reading the moment"):
+        moment = Moment(**dict(await source.fetchrow(MOMENT)))
+    for row in gone:
+        name = QualifiedName(row["schema_name"], row["table_name"])
+        try:
+            with asking("target", f"dropping {name}"):
+                async with target.transaction():
+                    # The row first: a lane that copies it just now has it locked.
+                    await _drop(target, row["oid"], moment)
+                    await steps.require_role(target, run.epoch)
+        except LiveMigrationError as error:
+            if error.retry is Retry.RECONNECT or isinstance(error, ConnectionLost):
+                raise
+            run.reporter.warn_on_change(f"newcomer {name}", f"{name} was dropped on the source and cannot be: {error}")
+            continue
+        run.reporter.note(f"{name} was dropped on the source again, and so it was on the target")
+
+
+async def _drop(target: asyncpg.Connection, oid: int, moment: Moment) -> None:
+    await target.execute("set local lock_timeout = '30s'")
+    row = await target.fetchrow(
+        """select coalesce(root_schema, schema_name) as schema, coalesce(root_name, table_name) as name, kind
+           from _live_migration.tables where oid = $1 for update""",
+        oid,
+    )
+    name = QualifiedName(row["schema"], row["name"])
+    view = None
+    if row["kind"] == "hypertable" and (layout := await read_layout(target)) is not None:
+        view = next((each.view for each in layout.hypertables.values() if each.name == name), None)
+    what = f"materialized view if exists {view.sql}" if view else f"table if exists {name.sql}"
+    await target.execute(f"drop {what}")
+    await target.execute(_LET_GO, oid, moment.snapshot, moment.horizon, moment.timeline)
+    await target.execute("delete from _live_migration.late_statements where table_oid = $1", oid)
+    await target.execute(
+        "delete from _live_migration.foreign_keys where (schema_name, table_name) = ($1, $2)", name.schema, name.name
+    )
