@@ -12,12 +12,16 @@ import pytest
 from live_migration.common.local_postgres import LocalPostgres
 from live_migration.common.relation import QualifiedName
 from live_migration.common.timescale import read_layout
+from live_migration.coordinator import timescale_handover
 from live_migration.coordinator.aggregate_state import read_state
+from live_migration.coordinator.hypertable_definitions import Definitions
+from live_migration.coordinator.hypertable_source import read_definitions
 from live_migration.coordinator.verify import verify
 from tests.e2e.migration import Migration
 from tests.fixtures.fix_postgres import execute
 from tests.fixtures.fix_timescale import timescale_database
 from tests.timescale import world
+from tests.timescale.test_definitions import AFTER, AGGREGATES, FUNCTIONS, HYPERTABLES, TABLES
 from tests.timescale.writer import Writer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.integration]
@@ -59,6 +63,16 @@ async def test_a_quiet_database_comes_over(
     assert not [each for each in migration.observer.warnings if "left out" in each]
 
 
+_NEWCOMERS = (
+    "create table late (time timestamptz not null, v int, primary key (time, v))",
+    "select create_hypertable('late', 'time', chunk_time_interval => interval '1 day')",
+    "insert into late select t, 1 from generate_series('2026-01-01'::timestamptz, '2026-01-04', '1 hour') t",
+    """create materialized view by_hour with (timescaledb.continuous) as
+       select time_bucket('1 hour', time) as hour, sum(v) as v from late group by 1 with no data""",
+    "call refresh_continuous_aggregate('by_hour', null, null)",
+    "update late set v = 2 where time < '2026-01-02'",
+)
+_FOLLOWED = "select count(*) = 2 from _live_migration.tables where newcomer = 'followed' and rebuild is null"
 _OLD_AND_COMPRESSED = (
     "alter materialized view hourly set (timescaledb.compress)",
     "select compress_chunk(c) from show_chunks('hourly') c",
@@ -76,6 +90,98 @@ async def _state(uri: str) -> dict[str, list[tuple[QualifiedName, tuple[int, ...
         layout = await read_layout(connection)
         assert layout is not None
         return {table: sorted(rows) for table, rows in (await read_state(connection, layout)).rows.items()}
+    finally:
+        await connection.close()
+
+
+_ROWS = """
+    insert into names select g, 'n' || g from generate_series(1, 4) g;
+    insert into metrics select t, g, g, 'x' from generate_series('2026-01-01'::timestamptz, '2026-03-03', '7 hours') t, generate_series(1, 4) g;
+    insert into "Odd Schema"."we""ird Ta'ble" select t, 'd' || g, g
+        from generate_series('2026-01-01'::timestamp, '2026-01-03', '1 hour') t, generate_series(1, 3) g;
+    insert into ticks select g * 7, g % 3, g from generate_series(1, 900) g;
+    insert into small select g, g from generate_series(1, 300) g;
+    insert into days select '2026-01-01'::date + g, g from generate_series(1, 100) g;
+    insert into by_text values ('a', 1), ('b', 2);
+    insert into four select t, t + g * interval '1 day', g, 'j' from generate_series('2026-01-01'::timestamptz, '2026-01-05', '8 hours') t, generate_series(1, 3) g;
+"""
+_NO_RUNS = "select alter_job(job_id, scheduled => false) from timescaledb_information.jobs where job_id >= 1000"
+_MORE = (
+    "call refresh_continuous_aggregate('hourly', null, '2026-02-20')",
+    """call refresh_continuous_aggregate('"Odd Schema"."a daily"', null, '2026-02-10')""",
+    "call refresh_continuous_aggregate('monthly', null, null)",
+    "call refresh_continuous_aggregate('tick_counts', null, 3000::bigint)",
+    "select compress_chunk(c, true) from show_chunks('metrics', older_than => '2026-02-01'::timestamptz) c",
+    """select compress_chunk(c) from show_chunks('"Odd Schema"."we""ird Ta''ble"') c""",
+    "select compress_chunk(c) from show_chunks('hourly') c",
+)
+_ODD = (
+    "metrics", """"Odd Schema"."we""ird Ta'ble\"""", "ticks", "small", "days", "by_text", "four", "hourly", '"Odd Schema"."a daily"',
+    "monthly", "tick_counts",
+)  # fmt: skip
+
+
+async def test_hypertables_of_every_kind_come_over(
+    older: str, target_of_timescale: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    """Integers, dates, functions of the user's, several dimensions, names that need quotes, schemas and prefixes of chunks."""
+    source, target = older, target_of_timescale
+    await execute(source, FUNCTIONS, TABLES, HYPERTABLES, *AGGREGATES, AFTER, _NO_RUNS, _ROWS, *_MORE)
+    there = await _definitions(source)
+    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path) as migration:
+        await migration.until_phase("replay", timeout=240)
+        await execute(
+            source,
+            "update metrics set v = v + 1 where device = 2",
+            """update "Odd Schema"."we""ird Ta'ble" set "O\\B" = 7 where "dev'ice,1" = 'd2'""",
+            "insert into ticks values (100000, 1, 1), (-5, 1, 1)",
+            "insert into four values ('2026-02-01', '2026-02-01', 1, 'z')",
+            "call refresh_continuous_aggregate('hourly', null, null)",
+        )
+        await migration.finish()
+        here = await _definitions(target)
+        assert here.hypertables == there.hypertables
+        assert here.aggregates == there.aggregates
+        assert here.jobs == there.jobs
+        assert await world.differences(source, target, tables=_ODD, aggregates=()) == []
+        assert await _state(source) == await _state(target)
+        ours, theirs = await world.compression(source), await world.compression(target)
+        assert ours == theirs
+    assert not [each for each in migration.observer.warnings if "is not restored" in each]
+
+
+async def test_aggregates_are_refreshed_where_the_catalog_may_not_be_written(
+    older: str,
+    target_of_timescale: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def refuse(*_: object) -> None:
+        raise asyncpg.InsufficientPrivilegeError("permission denied for table continuous_aggs_watermark")
+
+    monkeypatch.setattr(timescale_handover, "write_state", refuse)
+    source, target = older, target_of_timescale
+    await world.make(source)
+    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, cutover="auto") as migration:
+        await migration.until_phase("done")
+        await migration.finish()
+        assert await world.differences(source, target, aggregates=("daily",)) == []
+        query = "(select hour, device, round(avg::numeric, 6), n from hourly)"
+        assert await _rows(source, query) == await _rows(target, query)
+        ours, theirs = await _state(source), await _state(target)
+        watermarks = "_timescaledb_catalog.continuous_aggs_watermark"
+        assert ours[watermarks] == theirs[watermarks]
+    assert [each for each in migration.observer.warnings if "may not write TimescaleDB's catalog" in each]
+
+
+async def _definitions(uri: str) -> Definitions:
+    connection = await asyncpg.connect(uri)
+    try:
+        definitions = await read_definitions(connection)
+        assert definitions is not None
+        return definitions
     finally:
         await connection.close()
 
@@ -105,16 +211,20 @@ async def test_a_database_under_load_comes_over_exactly(
             await migration.consumers[0].crash()
             migration.consumers[0].start()
             await migration.until_phase("replay", timeout=240)
+            await execute(source, *_NEWCOMERS)
             before = writer.done.total()
             await migration.until("rows under load", "select sum(change_count) > 500 from _live_migration.checkpoints")
             while writer.done.total() < before + 300:
                 migration.raise_failures()
                 await asyncio.sleep(0.1)
+            await migration.until("newcomers followed", _FOLLOWED)
         print(writer.done)
         assert writer.failures == []
         await migration.finish(timeout=400)
         print("\n".join(migration.observer.notes + migration.observer.warnings))
         assert await world.differences(source, target) == []
+        for relation in ("late", "by_hour"):
+            assert await _rows(source, relation) == await _rows(target, relation) != []
         assert await world.jobs(target) == jobs
         ours, theirs = await world.compression(source), await world.compression(target)
         assert {c for c in ours if c[3]} <= set(theirs)
