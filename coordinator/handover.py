@@ -55,7 +55,7 @@ async def hand_over(run: Run, source: asyncpg.Connection) -> None:
 async def finish_after_handover(run: Run) -> None:
     """Validate the foreign keys and gather statistics, while the target is in use already."""
     await _once(run, "validation of foreign keys", lambda: validate_foreign_keys(run))
-    await _once(run, "aggregates", lambda: refresh_aggregates(run))
+    await _once(run, "refreshed aggregates", lambda: refresh_aggregates(run))
     await _once(run, "compression", lambda: compress_like_source(run))
     await _once(run, "jobs", lambda: release_jobs(run))
     await _once(run, "analyze", lambda: _analyze(run))

@@ -171,6 +171,7 @@ async def test_aggregates_are_refreshed_where_the_catalog_may_not_be_written(
         query = "(select hour, device, round(avg::numeric, 6), n from hourly)"
         assert await _rows(source, query) == await _rows(target, query)
         ours, theirs = await _state(source), await _state(target)
+        print("\n".join(migration.observer.notes + migration.observer.warnings))
         watermarks = "_timescaledb_catalog.continuous_aggs_watermark"
         assert ours[watermarks] == theirs[watermarks]
     assert [each for each in migration.observer.warnings if "may not write TimescaleDB's catalog" in each]
