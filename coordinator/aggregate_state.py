@@ -3,10 +3,14 @@
 The rows of an aggregate are copied and followed like others, and so are those that it reads. What TimescaleDB knows beside them is in its
 catalog: the watermark, up to which a real-time aggregate reads materialized rows; the threshold, above which no change is logged; the
 changes that no refresh has seen. With these as on the source a refresh does there what it would have done here.
+
+A policy of the source may refresh after the last barrier, and the target never gets those rows. So the state is read before the
+barriers, too: what either says is out of date is so on the target, and no aggregate is materialized further than it was at first.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import asyncpg
@@ -32,6 +36,29 @@ class AggregateState:
     """Rows by table; in place of its id the name by which users call a hypertable or aggregate."""
 
     rows: dict[str, list[tuple[QualifiedName, tuple[int, ...]]]]
+
+    def encode(self) -> bytes:
+        found = {
+            table: [[name.schema, name.name, *values] for name, values in rows] for table, rows in self.rows.items()
+        }
+        return json.dumps(found).encode()
+
+    @classmethod
+    def decode(cls, content: bytes) -> AggregateState:
+        found = json.loads(content)
+        return cls({table: [(QualifiedName(s, n), tuple(v)) for s, n, *v in rows] for table, rows in found.items()})
+
+    def since(self, before: AggregateState) -> AggregateState:
+        """Give what holds for rows of a moment between `before` and now, whichever."""
+        rows = {}
+        for table, now in self.rows.items():
+            then = before.rows.get(table, [])
+            if _TABLES[table][1] == "watermark":
+                known = dict(then)
+                rows[table] = [(name, min(values, known.get(name, values))) for name, values in now]
+            else:
+                rows[table] = now + [each for each in then if each not in now]
+        return AggregateState(rows)
 
     @property
     def watermarks(self) -> dict[QualifiedName, int]:

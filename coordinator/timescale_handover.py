@@ -18,12 +18,13 @@ from live_migration.consumer.chunk_rebuild import all_due_chunks, mark_chunk, re
 from live_migration.consumer.hypertables import session_settings
 from live_migration.consumer.source_watch import write_flush_barrier
 from live_migration.coordinator.aggregate_refresh import keep_watermarks
-from live_migration.coordinator.aggregate_state import read_state, write_state
+from live_migration.coordinator.aggregate_state import AggregateState, read_state, write_state
 from live_migration.coordinator.run import APPLICATION, Run
 from live_migration.coordinator.source_jobs import release_target_jobs
 
 _EVERYTHING = 2**63 - 1
 """An LSN: behind the last barrier all is applied."""
+_AGGREGATES = "aggregates before the barriers"
 _INSERT_ONLY = """
     select oid, schema_name, table_name from _live_migration.tables where kind = 'hypertable' and publication = 'insert'
 """
@@ -70,19 +71,38 @@ async def _mark_new_unfollowed(run: Run, tables: Iterable[TableInfo]) -> None:
                 )
 
 
+async def keep_aggregates(run: Run, source: asyncpg.Connection) -> None:
+    """Note before the last barriers how far the aggregates are materialized: a policy may refresh after them."""
+    state = await _read_aggregates(source)
+    if state is None:
+        return
+    async with run.target_transaction("noting the aggregates' watermarks") as target:
+        await target.execute(
+            "insert into _live_migration.archives values ($1, $2) on conflict (name) do update set content = excluded.content",
+            _AGGREGATES,
+            state.encode(),
+        )
+
+
+async def _read_aggregates(source: asyncpg.Connection) -> AggregateState | None:
+    with asking("source", "reading the aggregates' watermarks"):
+        async with source.transaction(isolation="repeatable_read", readonly=True):
+            layout = await read_layout(source)
+            return await read_state(source, layout) if layout else None
+
+
 async def bring_watermarks(run: Run, source: asyncpg.Connection) -> None:
     """Make each aggregate as far materialized as on the source, and as much of it out of date: that is in no stream.
 
     Where our role may not write TimescaleDB's catalog the aggregates are refreshed after the hand-over.
     """
-    with asking("source", "reading the aggregates' watermarks"):
-        async with source.transaction(isolation="repeatable_read", readonly=True):
-            theirs = await read_layout(source)
-            wanted = await read_state(source, theirs) if theirs else None
+    now = await _read_aggregates(source)
     with asking("target", "reading the hypertables"):
         ours = await read_layout(run.target)
-    if wanted is None or ours is None or not wanted.watermarks:
+        before = await run.target.fetchval("select content from _live_migration.archives where name = $1", _AGGREGATES)
+    if now is None or ours is None or not now.watermarks:
         return
+    wanted = now.since(AggregateState.decode(before)) if before else now
     try:
         async with run.target_transaction("setting the aggregates' watermarks") as target:
             await write_state(target, ours, wanted)
