@@ -271,3 +271,11 @@ async def chunk_range(connection: asyncpg.Connection, chunk: int) -> str | None:
     """Give the condition that holds for the rows of a chunk alone; None where it is gone."""
     condition: str | None = await connection.fetchval(f"select ({_RANGE}) from pg_class c where c.oid = $1", chunk)
     return condition
+
+
+async def chunk_ranges(connection: asyncpg.Connection, chunks: list[int]) -> dict[int, str]:
+    """Give the conditions of those of the chunks that are there, by oid, as `read_layout` does."""
+    rows = await connection.fetch(
+        f"select c.oid, ({_RANGE}) as range from pg_class c where c.oid = any($1::oid[])", chunks
+    )
+    return {row["oid"]: row["range"] or "true" for row in rows}

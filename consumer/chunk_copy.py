@@ -41,11 +41,16 @@ async def is_as_planned(source: asyncpg.Connection, claim: TableClaim) -> bool:
     return found == claim.compressed
 
 
-async def as_it_is(source: asyncpg.Connection, claim: TableClaim) -> TableClaim:
-    """Give the claim on a chunk that is copied through its hypertable as the source has it now, whatever was planned."""
+async def as_compressed_now(source: asyncpg.Connection, claim: TableClaim) -> TableClaim:
+    """Give the claim on a chunk that is copied through its hypertable with the table of its compressed rows that it has now."""
     with server_errors("source", f"looking at {claim.name}"):
-        compressed, condition = await compressed_table(source, claim.oid), await chunk_range(source, claim.oid)
-    return replace(claim, compressed=compressed, range=condition or claim.range)
+        return replace(claim, compressed=await compressed_table(source, claim.oid))
+
+
+async def in_range_now(source: asyncpg.Connection, claim: TableClaim) -> TableClaim:
+    """Give the claim on a locked chunk with the range that it has now: chunks may have been merged into it since it was planned."""
+    with server_errors("source", f"looking at {claim.name}"):
+        return replace(claim, range=await chunk_range(source, claim.oid) or claim.range)
 
 
 async def look_without(source: asyncpg.Connection, claim: TableClaim) -> CopyOrigin:

@@ -25,6 +25,7 @@ from live_migration.consumer.claim_endings import CopyOrigin
 from live_migration.consumer.claims import TableClaim
 from live_migration.consumer.copy_errors import CopyDeferred, server_errors
 from live_migration.consumer.copy_stream import CopyCount, CopyPlan, stream_copy
+from live_migration.consumer.merged_chunks import absorb, look_for_merged, mark_grown, siblings
 from live_migration.consumer.table_snapshot import (
     ChunkGone,
     LockedTable,
@@ -153,6 +154,7 @@ async def rebuild_chunk(
         CopyDeferred | TableStopped | ConnectionLost: it cannot be copied just now; nothing may be committed.
     """
     is_chunk = chunk.kind == "chunk"
+    grown: list[int] = []
     with server_errors("source", f"looking at {chunk.name}"):
         compressed = await compressed_table(source, chunk.oid) if is_chunk else None
     claim = TableClaim(chunk.oid, chunk.name, 0, has_parts=False, is_chunk=is_chunk, compressed=compressed)
@@ -161,9 +163,13 @@ async def rebuild_chunk(
     except ChunkGone:
         await source.execute("rollback")
         origin, plan, condition = await look_without(source, claim), None, chunk.range
+        grown = (await look_for_merged(source, target, chunk.oid, lock_timeout)).grown
     await flush()
     count = CopyCount(0, 0)
+    await mark_grown(target, grown)
     if plan is not None:
+        if is_chunk and condition and chunk.range and condition != chunk.range:
+            await absorb(target, chunk.oid, condition, await siblings(source, chunk.oid), origin)
         await _empty(target, chunk, condition)
         count = await stream_copy(source, target, plan, blocks=None, freeze=False, on_bytes=lambda _: None)
         with server_errors("source", f"ending the copy of {chunk.name}"):

@@ -59,7 +59,7 @@ class Run:
                 with asking("source", doing):
                     return await look()
             except SourceError as error:
-                if not isinstance(error.__cause__, asyncpg.LockNotAvailableError):
+                if not isinstance(error.__cause__, asyncpg.LockNotAvailableError) and not _has_vanished(error.__cause__):
                     raise
             if attempt % 5 == 0:
                 self.reporter.note(f"{doing} waits for somebody who locks a table on the source")
@@ -98,3 +98,8 @@ class Run:
         change = await announce_publication_change(self.settings, target, self.epoch, self.migration)
         # The row may have been read anew meanwhile, in another phase.
         self.migration = replace(self.migration, publication_change=change)
+
+
+def _has_vanished(error: BaseException | None) -> bool:
+    """Tell whether a relation was dropped while it was looked at, as chunks are."""
+    return isinstance(error, asyncpg.InternalServerError) and "could not open relation" in str(error)

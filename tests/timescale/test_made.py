@@ -12,12 +12,13 @@ import pytest
 from live_migration.common.local_postgres import LocalPostgres
 from live_migration.common.relation import QualifiedName
 from live_migration.common.timescale import read_layout
+from live_migration.consumer.service import run_consumer
 from live_migration.coordinator import timescale_handover
 from live_migration.coordinator.aggregate_state import read_state
 from live_migration.coordinator.hypertable_definitions import Definitions
 from live_migration.coordinator.hypertable_source import read_definitions
 from live_migration.coordinator.verify import verify
-from tests.e2e.migration import Migration
+from tests.e2e.migration import Migration, Service
 from tests.fixtures.fix_postgres import execute
 from tests.fixtures.fix_timescale import timescale_database
 from tests.timescale import world
@@ -277,3 +278,51 @@ async def _is_in(uri: str, aggregate: str, hour: str) -> bool:
         return bool(await connection.fetchval(query, hour))
     finally:
         await connection.close()
+
+
+_MERGING = (
+    "create table many (at timestamptz not null, v int)",
+    "select create_hypertable('many', 'at', chunk_time_interval => interval '1 day', create_default_indexes => false)",
+    """alter table many set (timescaledb.compress, timescaledb.compress_orderby = 'at',
+                            timescaledb.compress_chunk_time_interval = '2 days')""",
+    "insert into many select t, 1 from generate_series('2026-01-01'::timestamptz, '2026-01-08 23:00', '1 hour') t",
+    *(f"select compress_chunk(c) from show_chunks('many', older_than => '2026-01-0{day + 1}'::timestamptz, "
+      f"newer_than => '2026-01-0{day}'::timestamptz) c" for day in (1, 3, 5)),
+)  # fmt: skip
+_CHUNK_OF = (
+    "select show_chunks('many', newer_than => '{0}'::timestamptz, older_than => '{0}'::timestamptz + interval '1 day')"
+)
+_COPIED = """
+    select exists (select from _live_migration.tables where state = 'ready' and format('%I.%I', schema_name, table_name) = $1)
+"""
+
+
+async def test_chunks_that_are_merged_meanwhile_are_neither_lost_nor_doubled(
+    older: str, target_of_timescale: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    """Before either is copied; between the copies of the two; and when both are copied."""
+    source, target = older, target_of_timescale
+    await execute(source, *_MERGING)
+    merging = await asyncpg.connect(source)
+    try:
+        first, second, third = [str(await merging.fetchval(_CHUNK_OF.format(f"2026-01-0{day}"))) for day in (2, 4, 6)]
+        kept = str(await merging.fetchval(_CHUNK_OF.format("2026-01-03")))
+        async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, consumers=0) as migration:
+            await migration.until_phase("copy")
+            await merging.execute(f"select compress_chunk('{first}')")
+            async with merging.transaction():
+                await merging.execute(f"lock table {kept} in access exclusive mode")
+                migration.consumers.append(Service(run_consumer, migration.settings))
+                migration.consumers[0].start()
+                await migration.until("the other is copied", _COPIED, second)
+                await merging.execute("insert into many values ('2026-01-04 12:00', 2), ('2026-01-04 13:00', 2)")
+                await merging.execute(f"select compress_chunk('{second}')")
+            await migration.until_phase("replay")
+            await merging.execute("insert into many values ('2026-01-06 12:00', 3), ('2026-01-01 12:00', 3)")
+            await merging.execute(f"select compress_chunk('{third}')")
+            await merging.execute("insert into many values ('2026-01-06 12:00', 4), ('2026-01-02 12:00', 4)")
+            assert len(await merging.fetch("select show_chunks('many')")) == 5
+            await migration.finish()
+            assert await _rows(source, "many") == await _rows(target, "many")
+    finally:
+        await merging.close()
