@@ -27,6 +27,14 @@ APPLICATION = "live-migration"
 """Our sessions' application_name begins with this."""
 
 
+_DROPPED_ATTEMPTS = 50
+
+
+def _is_dropped_meanwhile(error: SourceError) -> bool:
+    """Tell whether a catalog function met a relation that somebody has dropped since the query's snapshot."""
+    return isinstance(error.__cause__, asyncpg.InternalServerError) and "could not open relation" in error.message
+
+
 @dataclass(slots=True)
 class Run:
     """One coordinator's hold of a migration. `target` is the session of its main task, `epoch` that of its lease."""
@@ -59,6 +67,8 @@ class Run:
                 with asking("source", doing):
                     return await look()
             except SourceError as error:
+                if _is_dropped_meanwhile(error) and attempt < _DROPPED_ATTEMPTS:
+                    continue
                 if not isinstance(error.__cause__, asyncpg.LockNotAvailableError):
                     raise
             if attempt % 5 == 0:
