@@ -6,6 +6,11 @@
          says that rows of its chunk changed unseen
     strings, each ended by a zero byte: the hypertable's schema and name, the chunk's schema and name
 
+Once a chunk is compressed into a table that does not tell its changes yet (it has no full replica identity), a frame says so:
+
+    u8   's'
+    u32  oid of that table, whose home stands before
+
 The stream names chunks only, and what a chunk belongs to may be gone from the source when its changes are applied, so the
 producer, who saw the chunk being made, says it in the log.
 """
@@ -19,6 +24,7 @@ from live_migration.common.errors import FormatError
 from live_migration.common.relation import QualifiedName
 
 HOME = 0x68  # 'h', no type of pgoutput
+SUSPECT = 0x73  # 's', neither
 _CHUNK, _COMPRESSED = ord("c"), ord("z")
 _HEAD = struct.Struct(">BIB")
 
@@ -53,3 +59,13 @@ def decode_home(message: bytes) -> tuple[int, Home]:
     if rest or kind not in (_CHUNK, _COMPRESSED):
         raise FormatError(f"home message of {len(message)} bytes is malformed")
     return oid, Home(QualifiedName(schema, name), QualifiedName(chunk_schema, chunk_name), kind == _COMPRESSED)
+
+
+def encode_suspect(oid: int) -> bytes:
+    """Give the message that says of a table of compressed rows that what is changed there may not be told."""
+    return bytes([SUSPECT]) + oid.to_bytes(4, "big")
+
+
+def decode_suspect(message: bytes) -> int:
+    """Give the oid of the table that such a message speaks of."""
+    return int.from_bytes(message[1:5], "big")

@@ -9,7 +9,7 @@ its row does not show (`target_tables.RebuildFirst`), and the copy's own snapsho
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 import asyncpg
@@ -127,6 +127,17 @@ async def mark_chunk(
         lsn,
         home.hypertable.schema,
         home.hypertable.name,
+    )
+
+
+async def note_suspects(target: asyncpg.Connection, suspects: Mapping[int, Home]) -> None:
+    """Take note of chunks that were compressed, in the transaction that applies it: the coordinator has them copied anew."""
+    await target.executemany(
+        "insert into _live_migration.suspects values ($1, $2, $3, $4, $5) on conflict do nothing",
+        [
+            (oid, home.chunk.schema, home.chunk.name, home.hypertable.schema, home.hypertable.name)
+            for oid, home in suspects.items()
+        ],
     )
 
 

@@ -10,7 +10,7 @@ import orjson
 
 from live_migration.common import control, pgoutput
 from live_migration.common.errors import FormatError
-from live_migration.common.home import HOME, Home, decode_home
+from live_migration.common.home import HOME, SUSPECT, Home, decode_home, decode_suspect
 from live_migration.common.relation import QualifiedName, Relation
 from live_migration.common.segment import BASE, FRAME, Position
 from live_migration.consumer.layouts import FIXED_SIZES, SHORTEST_SPAN, Layouts, Span
@@ -142,6 +142,7 @@ class Batch:
         self.commit_time: int | None = None
         self.is_inside_transaction = False
         self.must_end_at_commit = False
+        self.suspects: dict[int, Home] = {}
 
     def is_empty(self) -> bool:
         """Tell whether there is nothing to write but the checkpoint."""
@@ -304,6 +305,9 @@ class LaneDecoder:
             case _ if kind == HOME:
                 oid, home = decode_home(message)
                 self._homes[oid] = home
+            case _ if kind == SUSPECT:
+                oid = decode_suspect(message)
+                batch.suspects[oid] = self._homes[oid]
             case pgoutput.TYPE | pgoutput.ORIGIN:
                 pass
             case _:

@@ -19,7 +19,7 @@ from live_migration.common.settings import Settings
 from live_migration.common.tasks import TaskGroup
 from live_migration.consumer.applier import Applier
 from live_migration.consumer.checkpoint import Advance, Checkpoint, advance
-from live_migration.consumer.chunk_rebuild import due_chunks
+from live_migration.consumer.chunk_rebuild import due_chunks, note_suspects
 from live_migration.consumer.decoder import Batch, LaneDecoder
 from live_migration.consumer.log_reader import LogReader, Segment
 from live_migration.consumer.memory_budget import MemoryBudget
@@ -281,6 +281,8 @@ class LanePipeline:
             while True:
                 batch = flush.batch
                 await self._apply_batch(applier, flush)
+                if batch.suspects:
+                    await note_suspects(self._connection, batch.suspects)
                 skipped += await self._skips.send_letters(flush.skipped)
                 change_count += batch.change_count
                 byte_count += batch.byte_count

@@ -7,12 +7,14 @@ stream, or all of it. A chunk compressed since the plan has a table of compresse
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 import asyncpg
 
 from live_migration.common.catalog import TableInfo
+from live_migration.common.errors import SourceError
 from live_migration.common.home import Home
 from live_migration.common.postgres import asking
 from live_migration.common.progress import name_list
@@ -27,13 +29,14 @@ from live_migration.producer.publication import PublishedTable, add_tables, publ
 from live_migration.producer.slot import await_older_transactions
 
 INTERVAL_SECONDS = 15.0
+_ATTEMPTS = 20
 
 _PLAN = """
     select oid, schema_name, table_name, kind, publication, compressed_oid from _live_migration.tables where kind <> 'table'
 """
 
 
-_UNWATCHED = "its compressed rows were changed before they were watched"
+_UNWATCHED = "it was compressed, and what then changed was not told at first"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +73,16 @@ def find_missed(
     return missed
 
 
-def find_changed(known: Known, tables: Sequence[TableInfo], present: frozenset[int]) -> list[Missed]:
-    """Give the chunks compressed since the plan whose compressed rows were changed before we began to watch them. Pure."""
-    owners = {table.compressed: table for table in tables if table.compressed is not None}
+def find_unwatched(
+    known: Known, tables: Sequence[TableInfo], present: frozenset[int], suspects: Collection[QualifiedName]
+) -> list[Missed]:
+    """Give the chunks that were compressed into a table whose changes were not told yet: whether any came is unknown. Pure."""
+    unwatched = {t.oid for t in tables if t.part == "compressed" and t.oid not in present | known.compressed}
     return [
-        Missed(owner, known.roots[owner.hypertable or 0][0], _UNWATCHED, owner.oid not in known.chunks)
+        Missed(table, known.roots[table.hypertable or 0][0], _UNWATCHED, is_new=table.oid not in known.chunks)
         for table in tables
-        if table.part == "compressed" and table.oid not in present and table.oid not in known.compressed
-        if table.changed_row_count and (owner := owners.get(table.oid)) and owner.hypertable in known.roots
+        if table.part == "chunk" and table.hypertable in known.roots
+        if table.compressed in unwatched or table.name in suspects
     ]
 
 
@@ -94,16 +99,27 @@ async def watch_chunks(run: Run) -> None:
 
 async def follow_chunks(run: Run, source: asyncpg.Connection, target: asyncpg.Connection) -> int:
     """Publish what came since, and have copied anew what was missed; give how many chunks that is."""
+    for attempt in count(1):
+        try:
+            return await _follow_chunks(run, source, target)
+        except SourceError as error:
+            if attempt == _ATTEMPTS or not isinstance(error.__cause__, asyncpg.UndefinedTableError):
+                raise  # else a chunk was dropped or decompressed meanwhile
+    raise AssertionError
+
+
+async def _follow_chunks(run: Run, source: asyncpg.Connection, target: asyncpg.Connection) -> int:
     settings = run.settings
     with asking("target", "reading the plan"):
         known = _known(await target.fetch(_PLAN))
+        suspects = await read_suspects(target)
     tables = await run.list_tables(source)
     with asking("source", "reading the publications"):
         in_all = frozenset(await published_tables(source, settings.publication))
         in_insert = frozenset(await published_tables(source, settings.insert_publication))
     missed = find_missed(known, tables, in_all, in_insert)
     has_new = any(table.part == "compressed" and table.oid not in in_all for table in tables)
-    if not missed and not has_new:
+    if not (missed or has_new or suspects):
         return 0
     for publication, wanted in ((settings.publication, True), (settings.insert_publication, False)):
         chunks = [each.chunk for each in missed if _goes_into_all(run, each.chunk) is wanted]
@@ -114,9 +130,19 @@ async def follow_chunks(run: Run, source: asyncpg.Connection, target: asyncpg.Co
         source, timeout=settings.slot_timeout, on_wait=run.reporter.note, what="publishing new chunks"
     )
     await run.publications_changed(target)
-    missed += find_changed(known, await run.list_tables(source), in_all)
+    missed += find_unwatched(known, await run.list_tables(source), in_all, set(suspects.values()))
     await _mark(run, source, target, missed)
+    with asking("target", "marking chunks"):
+        await target.execute(
+            "delete from _live_migration.suspects where compressed_oid = any($1::oid[])", list(suspects)
+        )
     return len(missed)
+
+
+async def read_suspects(target: asyncpg.Connection) -> dict[int, QualifiedName]:
+    """Give the chunks that lanes have seen being compressed, by the oid of the table of compressed rows."""
+    rows = await target.fetch("select compressed_oid, chunk_schema, chunk_name from _live_migration.suspects")
+    return {row["compressed_oid"]: QualifiedName(row["chunk_schema"], row["chunk_name"]) for row in rows}
 
 
 def _goes_into_all(run: Run, chunk: TableInfo) -> bool:

@@ -27,6 +27,14 @@ APPLICATION = "live-migration"
 """Our sessions' application_name begins with this."""
 
 
+_DROPPED_ATTEMPTS = 50
+
+
+def _is_dropped_meanwhile(error: SourceError) -> bool:
+    """Tell whether a catalog function met a relation that somebody has dropped since the query's snapshot."""
+    return isinstance(error.__cause__, asyncpg.InternalServerError) and "could not open relation" in error.message
+
+
 @dataclass(slots=True)
 class Run:
     """One coordinator's hold of a migration. `target` is the session of its main task, `epoch` that of its lease."""
@@ -59,7 +67,9 @@ class Run:
                 with asking("source", doing):
                     return await look()
             except SourceError as error:
-                if not isinstance(error.__cause__, asyncpg.LockNotAvailableError) and not _has_vanished(error.__cause__):
+                if _is_dropped_meanwhile(error) and attempt < _DROPPED_ATTEMPTS:
+                    continue
+                if not isinstance(error.__cause__, asyncpg.LockNotAvailableError):
                     raise
             if attempt % 5 == 0:
                 self.reporter.note(f"{doing} waits for somebody who locks a table on the source")
@@ -98,8 +108,3 @@ class Run:
         change = await announce_publication_change(self.settings, target, self.epoch, self.migration)
         # The row may have been read anew meanwhile, in another phase.
         self.migration = replace(self.migration, publication_change=change)
-
-
-def _has_vanished(error: BaseException | None) -> bool:
-    """Tell whether a relation was dropped while it was looked at, as chunks are."""
-    return isinstance(error, asyncpg.InternalServerError) and "could not open relation" in str(error)

@@ -14,7 +14,7 @@ from live_migration.common.postgres import asking, session
 from live_migration.common.progress import name_list
 from live_migration.common.relation import QualifiedName
 from live_migration.common.timescale import Chunk, Layout, read_layout, read_slices
-from live_migration.consumer.chunk_rebuild import all_due_chunks, mark_chunk, rebuild_chunk
+from live_migration.consumer.chunk_rebuild import all_due_chunks, find_chunk, mark_chunk, rebuild_chunk
 from live_migration.consumer.hypertables import session_settings
 from live_migration.consumer.source_watch import write_flush_barrier
 from live_migration.coordinator.aggregate_refresh import keep_watermarks
@@ -33,6 +33,7 @@ _INSERT_ONLY = """
 async def copy_unfollowed_chunks(run: Run, source: asyncpg.Connection, tables: Iterable[TableInfo]) -> None:
     """Copy the chunks anew that wait for it, and those in which rows were changed that the stream does not tell of."""
     await _mark_new_unfollowed(run, tables)
+    await _mark_suspects(run, source)
     with asking("target", "looking for chunks to copy"):
         chunks = await all_due_chunks(run.target)
     if not chunks:
@@ -69,6 +70,23 @@ async def _mark_new_unfollowed(run: Run, tables: Iterable[TableInfo]) -> None:
                 await mark_chunk(
                     run.target, table.oid, Home(root, table.name), reason="rows changed, and it has no replica identity"
                 )
+
+
+async def _mark_suspects(run: Run, source: asyncpg.Connection) -> None:
+    """Mark the chunks that lanes have seen being compressed on their way to the last barrier."""
+    with asking("target", "looking for chunks to copy"):
+        rows = await run.target.fetch("select * from _live_migration.suspects")
+    for row in rows:
+        root = QualifiedName(row["hypertable_schema"], row["hypertable_name"])
+        chunk = QualifiedName(row["chunk_schema"], row["chunk_name"])
+        with asking("source", f"looking for chunk {chunk}"):
+            oid = await find_chunk(source, chunk)
+        async with run.target_transaction("marking chunks") as target:
+            if oid is not None:
+                await mark_chunk(target, oid, Home(root, chunk), reason="it was compressed just before the cutover")
+            await target.execute(
+                "delete from _live_migration.suspects where compressed_oid = $1", row["compressed_oid"]
+            )
 
 
 async def keep_aggregates(run: Run, source: asyncpg.Connection) -> None:

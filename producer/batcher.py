@@ -42,6 +42,8 @@ class Route(NamedTuple):
     name: str
     stands_alone: bool = False
     """Whether its changes begin a segment: all before them can be applied, whatever they mean."""
+    is_watched: bool = True
+    """Whether what is changed in a table of compressed rows is told: it has REPLICA IDENTITY FULL."""
 
 
 class LaneBuffer:

@@ -14,10 +14,10 @@ from pydantic import ValidationError
 from live_migration.common import pgoutput
 from live_migration.common.control import MESSAGE_PREFIX, WalMessage
 from live_migration.common.errors import FormatError
-from live_migration.common.home import encode_home
+from live_migration.common.home import encode_home, encode_suspect
 from live_migration.common.lanes import lane_of
 from live_migration.common.lsn import Lsn
-from live_migration.common.relation import QualifiedName
+from live_migration.common.relation import QualifiedName, ReplicaIdentity
 from live_migration.common.segment import COMMIT_ORDINAL, FRAME, Position, frame
 from live_migration.producer.ack_tracker import AckTracker
 from live_migration.producer.batcher import LaneBuffer, Message, Record, Route
@@ -65,6 +65,7 @@ class Router:
         self._migration_id = migration_id
         self._homes = homes or Homes(None, {})
         self._hidden: dict[bytes, QualifiedName] = {}  # relations that are not replayed
+        self._suspects: set[bytes] = set()
         self._moves = 0  # how many markers are open: all rows between them are moves
         self._segment_bytes = segment_bytes
         self._acks = acks
@@ -248,7 +249,10 @@ class Router:
         if home is not None:
             framed_home = frame(encode_home(relation.oid, home))
             lane = self._lanes[lane_of(home.hypertable, len(self._lanes))]
-            self._routes[oid] = Route(lane, framed_home + framed, str(home.hypertable), home.is_compressed)
+            is_watched = not home.is_compressed or relation.identity is ReplicaIdentity.FULL
+            self._routes[oid] = Route(
+                lane, framed_home + framed, str(home.hypertable), home.is_compressed, is_watched=is_watched
+            )
             return
         lane = self._lanes[lane_of(relation.name, len(self._lanes))]
         self._routes[oid] = Route(lane, framed, str(relation.name))
@@ -293,6 +297,7 @@ class Router:
     def _change(self, message: Message, oids: tuple[bytes, ...]) -> None:
         """Put a change of relations of one lane into it."""
         if self._moves:
+            self._suspect(message, oids[0])
             return
         if self._hidden and oids[0] in self._hidden:
             self._homes.learn_row(self._hidden[oids[0]], bytes(message))
@@ -302,6 +307,13 @@ class Router:
         if routes[0][1].stands_alone and lane.change_count and (self._commit_lsn, self._ordinal) > lane.position:
             self._cut(lane)
         self._change_in(lane, message, routes)
+
+    def _suspect(self, message: Message, oid: bytes) -> None:
+        """Say once of a table that a chunk is compressed into that its changes are not told yet."""
+        route = self._routes.get(oid)
+        if message[0] == pgoutput.INSERT and route is not None and not route.is_watched and oid not in self._suspects:
+            self._suspects.add(oid)
+            self._change_in(route.lane, encode_suspect(int.from_bytes(oid, "big")), [(oid, route)])
 
     def _change_in(self, lane: LaneBuffer, message: Message, routes: Sequence[tuple[bytes, Route]]) -> None:
         self._touched[lane] = None

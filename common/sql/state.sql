@@ -146,6 +146,14 @@ create table _live_migration.skips (            -- changes that the user gave up
     primary key (lane, commit_lsn, ordinal)
 );
 
+create table _live_migration.suspects (         -- chunks compressed into tables that do not tell their changes yet
+    compressed_oid oid primary key,             -- on the source, as all of these
+    chunk_schema text not null,
+    chunk_name text not null,
+    hypertable_schema text not null,
+    hypertable_name text not null
+);
+
 create table _live_migration.workers (
     id text primary key,
     kind text not null check (kind in ('producer', 'consumer', 'coordinator')),

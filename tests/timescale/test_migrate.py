@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from pathlib import Path
 
 import asyncpg
 import pytest
 
+from live_migration.common.local_postgres import LocalPostgres
 from live_migration.coordinator.clean import clean
 from live_migration.coordinator.verify import verify
 from tests.e2e.migration import Migration
+from tests.fixtures.fix_postgres import database
+from tests.fixtures.fix_timescale import timescale_database
 from tests.timescale import world
 from tests.timescale.writer import Writer
 
@@ -46,6 +50,49 @@ async def test_a_quiet_database_comes_over_whole(
     assert (left, setting) == (0, 0)
 
 
+async def _under_load(
+    source: str, target: str, kafka: str, name: str, folder: Path, seed: int, *, crashes: bool
+) -> None:
+    """None of the writer's statements fails; every row and every aggregate's result is equal after the cutover."""
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    await world.make(source)
+    jobs = await world.jobs(source)
+    writer = Writer(source, seed)
+    async with Migration(
+        source, target, kafka, name, folder, pause_source_jobs=True, partitions=rng.choice((1, 3)), lease=3
+    ) as migration:
+        async with writer:
+            if crashes:
+                await migration.until_phase("copy", timeout=240)
+                await _crash(migration, rng)
+            await migration.until_phase("replay", timeout=240)
+            await migration.until("rows applied", "select sum(change_count) > 300 from _live_migration.checkpoints")
+            for _ in range(4 if crashes else 1):
+                before = writer.done.total()
+                while writer.done.total() < before + (100 if crashes else 300):
+                    migration.raise_failures()
+                    await asyncio.sleep(0.1)
+                if crashes:
+                    await _crash(migration, rng)
+        print(writer.done)
+        assert writer.failures == []
+        await migration.finish(timeout=300)
+        assert await world.differences(source, target) == []
+        assert await world.jobs(target) == jobs
+        ours, theirs = await world.compression(source), await world.compression(target)
+        assert [c for c in ours if c[3]] == [c for c in theirs if c[3] and c in ours]
+        assert all(writer.done[kind] for kind in ("compress", "delete batches", "update metrics"))
+
+
+async def _crash(migration: Migration, rng: random.Random) -> None:
+    """End producer or a consumer in the middle of whatever it does, and start it again."""
+    service = rng.choice([migration.producer, *migration.consumers])
+    await service.crash()
+    await asyncio.sleep(rng.random())
+    service.start()
+
+
 @pytest.mark.parametrize("seed", range(2))
 async def test_a_database_under_load_comes_over_exactly(
     timescale_source_database: str,
@@ -55,28 +102,27 @@ async def test_a_database_under_load_comes_over_exactly(
     tmp_path: Path,
     seed: int,
 ) -> None:
-    """None of the writer's statements fails; every row and every aggregate's result is equal after the cutover."""
-    print(f"seed {seed}")
-    source, target = timescale_source_database, target_of_timescale
-    await world.make(source)
-    jobs = await world.jobs(source)
-    writer = Writer(source, seed)
-    async with Migration(
-        source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True, partitions=3
-    ) as migration:
-        async with writer:
-            await migration.until_phase("replay", timeout=240)
-            before = writer.done.total()
-            await migration.until("rows under load", "select sum(change_count) > 500 from _live_migration.checkpoints")
-            while writer.done.total() < before + 300:
-                migration.raise_failures()
-                await asyncio.sleep(0.1)
-        print(writer.done)
-        assert writer.failures == []
-        await migration.finish(timeout=400)
-        print("\n".join(migration.observer.notes + migration.observer.warnings))
-        assert await world.differences(source, target) == []
-        assert await world.jobs(target) == jobs
-        ours, theirs = await world.compression(source), await world.compression(target)
-        assert [c for c in ours if c[3]] == [c for c in theirs if c[3] and c in ours]
-        assert all(writer.done[kind] for kind in ("compress", "decompress", "delete batches", "update metrics"))
+    await _under_load(
+        timescale_source_database, target_of_timescale, kafka_bootstrap, unique_name, tmp_path, seed, crashes=False
+    )
+
+
+@pytest.mark.parametrize("seed", range(2, 5))
+async def test_a_database_under_load_and_crashes_comes_over_exactly(
+    timescale_source_database: str,
+    target_of_timescale: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+    seed: int,
+) -> None:
+    await _under_load(
+        timescale_source_database, target_of_timescale, kafka_bootstrap, unique_name, tmp_path, seed, crashes=True
+    )
+
+
+async def test_a_database_of_another_version_under_load_and_crashes(
+    other_timescale: LocalPostgres, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    async with timescale_database(other_timescale) as source, database(other_timescale) as target:
+        await _under_load(source, target, kafka_bootstrap, unique_name, tmp_path, 5, crashes=True)
