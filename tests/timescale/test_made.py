@@ -39,9 +39,11 @@ async def test_a_quiet_database_comes_over(
 ) -> None:
     source, target = older, target_of_timescale
     await world.make(source)
-    await execute(source, *_OLD_AND_COMPRESSED)
+    await execute(source, _NO_REFRESHES, *_OLD_AND_COMPRESSED)
     jobs = await world.jobs(source)
-    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, cutover="auto") as migration:
+    assert {job[1] for job in jobs} == {True, False}
+    options = {"cutover": "auto", "pause_source_jobs": True}
+    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, **options) as migration:
         for step in ("hypertables", "aggregates", "chunks"):  # a coordinator that dies goes on where it was
             await migration.until(step, "select exists (select from _live_migration.steps where name = $1)", step)
             await _die(migration)
@@ -74,6 +76,10 @@ _NEWCOMERS = (
     "update late set v = 2 where time < '2026-01-02'",
 )
 _FOLLOWED = "select count(*) = 2 from _live_migration.tables where newcomer = 'followed' and rebuild is null"
+_NO_REFRESHES = """
+    select alter_job(job_id, scheduled => false) from timescaledb_information.jobs
+    where proc_name = 'policy_refresh_continuous_aggregate'
+"""
 _OLD_AND_COMPRESSED = (
     "alter materialized view hourly set (timescaledb.compress)",
     "select compress_chunk(c) from show_chunks('hourly') c",
