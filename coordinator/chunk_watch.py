@@ -29,7 +29,8 @@ from live_migration.producer.slot import await_older_transactions
 INTERVAL_SECONDS = 15.0
 
 _PLAN = """
-    select oid, schema_name, table_name, kind, publication, compressed_oid from _live_migration.tables where kind <> 'table'
+    select oid, schema_name, table_name, kind, publication, compressed_oid from _live_migration.tables
+    where kind <> 'table' and coalesce(newcomer, 'followed') = 'followed'
 """
 
 

@@ -57,11 +57,11 @@ _LET_GO = """
 
 async def watch_newcomers(run: Run) -> None:
     """Bring newcomers now and then while lanes apply; never returns."""
-    async with run.source_session("newcomers") as source, run.target_session("newcomers") as target:
+    async with run.source_session("newcomers") as source:
         while True:
             # Not before: in phase copy, TimescaleDB's catalog on the target is not its own yet.
             if run.phase is Phase.REPLAY:
-                problems = await bring_newcomers(run, source, target)
+                problems = await bring_newcomers(run, source)
                 for name, reason in problems.items():
                     run.reporter.warn_on_change(
                         f"newcomer {name}", f"{name}, made on the source, cannot be brought: {reason}"
@@ -69,9 +69,10 @@ async def watch_newcomers(run: Run) -> None:
             await asyncio.sleep(INTERVAL_SECONDS)
 
 
-async def bring_newcomers(run: Run, source: asyncpg.Connection, target: asyncpg.Connection) -> dict[str, str]:
+async def bring_newcomers(run: Run, source: asyncpg.Connection) -> dict[str, str]:
     """Bring what was made on the source since the last look, let go of what is gone; give what could not be brought, and why."""
-    async with run.newcomers_lock:
+    # A session that began in TimescaleDB's restoring mode knows none of its statements ever after.
+    async with run.newcomers_lock, run.target_session("newcomers") as target:
         tables = await run.list_tables(source)
         await _let_go(run, source, target, tables)
         with asking("target", "reading the plan"):

@@ -57,7 +57,6 @@ POLICIES = (
     """select add_retention_policy('app.loose', interval '900 days', initial_start => now() + interval '1 day')""",
     """select add_continuous_aggregate_policy('app.keyed_hourly', interval '900 days', interval '1 hour', interval '1 hour',
                                               initial_start => now() + interval '1 day')""",
-    "select alter_job(add_retention_policy('events', interval '900 days', if_not_exists => true), scheduled => true)",
     "select add_retention_policy('metrics', interval '900 days', initial_start => now() + interval '1 day')",
     "select alter_job(add_retention_policy('app.packed', interval '950 days'), scheduled => false)",
 )
@@ -104,7 +103,7 @@ class Writer:
         while not self._stopped.is_set():
             n += 1
             day, second = f"2026-02-{1 + n % 20:02}", f"{n // 20 % 60:02}:{n % 60:02}"
-            at = f"'{day} 00:{second}.{n % 1000:03}'::timestamptz"
+            at = f"'{day} 00:{second}.{n % 1000:03}5'::timestamptz"
             await connection.execute(f"insert into app.keyed values ({at}, {1 + n % 8}, {n})")
             await connection.execute(f"insert into app.loose values ({at}, 'w{n}')")
             await connection.execute(f"insert into app.packed values ({at}, {1 + n % 5}, {n})")
