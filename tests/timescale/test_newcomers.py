@@ -164,7 +164,7 @@ async def test_hypertables_aggregates_and_policies_made_during_replay_come_over(
             await asyncio.sleep(3)
         await _run(source, ("call refresh_continuous_aggregate('app.keyed_hourly', null, null)",))
         jobs = await _fetch(source, _JOBS)
-        await migration.finish(timeout=300)
+        await migration.finish(timeout=100)
         await _compare(migration)
         paused = {(name, *rest) for name, scheduled, *rest in before if scheduled}
         expected = [(name, scheduled or (name, *rest) in paused, *rest) for name, scheduled, *rest in jobs]
@@ -203,5 +203,5 @@ async def test_newcomers_come_over_exactly_once_whenever_the_coordinator_dies(
             migration.start_coordinator()
         await making
         await migration.until("all followed", _ALL_FOLLOWED, timeout=300)
-        await migration.finish(timeout=300)
+        await migration.finish(timeout=100)
         await _compare(migration)
