@@ -14,7 +14,6 @@ from live_migration.common.settings import Settings
 from live_migration.common.tasks import kept_cancellation
 from live_migration.common.telemetry import get_logger
 
-
 _CANCEL_AGAIN_SECONDS = 1.0
 _GIVE_UP_SECONDS = 10.0
 
@@ -32,7 +31,8 @@ async def until_stopped(stopping: Coroutine[Any, Any, None], inner: Callable[[],
         for _ in range(round(_GIVE_UP_SECONDS / _CANCEL_AGAIN_SECONDS)):
             done, _ = await asyncio.wait([task], timeout=_CANCEL_AGAIN_SECONDS)
             if done:
-                return task.result()
+                task.result()
+                return
             for each in inner():
                 each.cancel()
     finally:

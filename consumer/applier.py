@@ -8,7 +8,7 @@ Rows hit must equal rows staged, each time: a plain insert never upserts, an upd
 from __future__ import annotations
 
 import struct
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import NoReturn
 from zlib import crc32
@@ -22,6 +22,7 @@ from live_migration.common.relation import QualifiedName
 from live_migration.consumer import hypertable_statements, statements
 from live_migration.consumer.decoder import Batch, TableRun, TruncateStep, all_runs
 from live_migration.consumer.folding import NotFoldable, decode_change, fold, fold_whole_rows
+from live_migration.consumer.hypertable_rows import HypertableRows, execute, row_count
 from live_migration.consumer.hypertables import HypertableInfo, session_settings
 from live_migration.consumer.layouts import Span
 from live_migration.consumer.plain_updates import plain_updates
@@ -145,7 +146,7 @@ class Applier:
             source=while_connected(self._connection, _as_async(copy_chunks(rows, binary=binary))),
             format="binary" if binary else "text",
         )
-        if (arrived := _row_count(status)) != expected:
+        if (arrived := row_count(status)) != expected:
             raise BatchRefused(
                 f"{table}: COPY took {arrived} of {expected} rows", reason=f"COPY took {arrived} of {expected} rows"
             )
@@ -186,7 +187,7 @@ class Applier:
             return
         net = fold(messages, [column.index for column in table.key])
         if net.deletes:
-            stage = await self._stage(table, "d", statements.key_stage_columns(table))
+            stage = await self._stage(table, "d", statements.key_stage_columns(table), _staged_key(table).values())
             await self._copy(
                 stage, None, map(binary_row if binary else text_row, net.deletes), len(net.deletes), binary=binary
             )
@@ -211,11 +212,12 @@ class Applier:
     ) -> None:
         table = run.table
         columns = statements.key_stage_columns(table) + statements.value_stage_columns(table, present)
-        stage = await self._stage(table, "u", columns)
+        stage = await self._stage(table, "u", columns, _staged_key(table).values())
         encode = binary_row if binary else text_row
         await self._copy(stage, None, (encode([*key, *values]) for key, values in updates), len(updates), binary=binary)
         if table.hypertable is not None and hypertable_statements.moves_rows(table, present):
-            hit = await self._move(table, table.hypertable, stage, present)
+            rows = await self._hypertable_rows(table, table.hypertable)
+            hit = await rows.move(stage.sql, _staged_key(table), present)
         elif statements.assigned(table, present):
             hit = await self._change(
                 table,
@@ -242,29 +244,12 @@ class Applier:
         """
         hit = 0
         for within in await stretches(self._connection, table, stage.sql, staged):
-            hit += _row_count(await self._connection.execute(statement(within)))
+            hit += await execute(self._connection, statement(within))
         return hit
 
-    async def _move(
-        self, table: TargetTable, hypertable: HypertableInfo, stage: QualifiedName, present: Sequence[int]
-    ) -> int:
-        """Update rows that may not stay where they are: delete them, insert them changed."""
+    async def _hypertable_rows(self, table: TargetTable, hypertable: HypertableInfo) -> HypertableRows:
         taken = await self._stage(table, "b", hypertable_statements.taken_columns(hypertable))
-
-        def take(within: str) -> str:
-            return hypertable_statements.take_updated(table, hypertable, stage.sql, taken.sql, present, within)
-
-        hit = await self._change(table, stage, _staged_key(table), take)
-        await self._put_back(table, hypertable, taken, hit)
-        return hit
-
-    async def _put_back(
-        self, table: TargetTable, hypertable: HypertableInfo, taken: QualifiedName, expected: int
-    ) -> None:
-        put = _row_count(await self._connection.execute(hypertable_statements.put_back(table, hypertable, taken.sql)))
-        if put != expected:
-            reason = f"INSERT took {put} of {expected} rows that had been taken out to be changed"
-            raise BatchRefused(f"{table.name}: {reason}", reason=reason)
+        return HypertableRows(self._connection, table, hypertable, taken.sql)
 
     async def _update_whole_rows(self, run: TableRun, messages: Sequence[Message], *, binary: bool) -> bool:
         """Apply a run that is nothing but updates of whole rows; tell whether it was one."""
@@ -277,12 +262,13 @@ class Applier:
             return False
         count, rows = updates
         every_column = statements.value_stage_columns(table, range(len(table.columns)))
-        stage = await self._stage(table, "a", every_column)
+        staged = {column.name: f"c{column.index}" for column in table.key}
+        stage = await self._stage(table, "a", every_column, staged.values())
         await self._copy(stage, None, rows, count, binary=binary)
         hit = await self._change(
             table,
             stage,
-            {column.name: f"c{column.index}" for column in table.key},
+            staged,
             lambda within: statements.update_whole_rows(table, stage.sql, within),
         )
         self._expect_rows(run, "UPDATE", hit, count)
@@ -304,24 +290,11 @@ class Applier:
             )
             await self._copy(stage, None, rows, len(deletes), binary=binary)
             if table.hypertable is None:
-                hit = _row_count(await self._connection.execute(statements.delete_whole_rows(table, stage.sql)))
+                hit = await execute(self._connection, statements.delete_whole_rows(table, stage.sql))
             else:
-                hit = await self._delete_whole_rows(table, table.hypertable, stage)
+                hit = await (await self._hypertable_rows(table, table.hypertable)).delete_equal(stage.sql)
             self._expect_rows(run, "DELETE", hit, deletes.total())
         await self._copy_rows(table, [[row[i] for i in written] for row in inserts.elements()], binary=binary)
-
-    async def _delete_whole_rows(self, table: TargetTable, hypertable: HypertableInfo, stage: QualifiedName) -> int:
-        """Delete as many of equal rows as are staged: all of them, whose surplus is put back, for nothing tells them apart."""
-        staged = {table.columns[i].name: f"c{i}" for i in table.written}
-        taken = await self._stage(table, "b", hypertable_statements.taken_columns(hypertable))
-        deleted = kept = 0
-        for within in await stretches(self._connection, table, stage.sql, staged):
-            statement = hypertable_statements.take_whole_rows(table, hypertable, stage.sql, taken.sql, within)
-            row = await self._connection.fetchrow(statement)
-            deleted, kept = deleted + row["gone"], kept + row["kept"]
-        if kept:
-            await self._put_back(table, hypertable, taken, kept)
-        return deleted
 
     # source order
 
@@ -357,10 +330,17 @@ class Applier:
                 hint="The target's rows are not the source's: somebody wrote to the target, or the copy was not whole.",
             ) from error
 
-    async def _stage(self, table: TargetTable, kind: str, columns: Sequence[tuple[str, str]]) -> QualifiedName:
-        """Give an empty staging table for these columns. A rolled back savepoint may have taken it along: so ask each time."""
+    async def _stage(
+        self, table: TargetTable, kind: str, columns: Sequence[tuple[str, str]], found_by: Collection[str] = ()
+    ) -> QualifiedName:
+        """Give an empty staging table for these columns. A rolled back savepoint may have taken it along: so ask each time.
+
+        For a hypertable the columns that rows are found by have an index: the planner has been seen to take a chunk for
+        empty that holds what was decompressed into it, and to read the whole stage for each of its rows.
+        """
         name = f"lm_{crc32(table.name.sql.encode())}_{kind}_{crc32(repr(columns).encode())}"
-        await self._connection.execute(statements.create_stage(name, columns))
+        indexed = found_by if table.hypertable is not None else ()
+        await self._connection.execute(statements.create_stage(name, columns, indexed))
         stage = QualifiedName("pg_temp", name)
         if name in self._used_stages:
             await self._connection.execute(f"truncate {stage.sql}")
@@ -452,7 +432,3 @@ def _integer(number: int, *, binary: bool) -> bytes:
 async def _as_async(chunks: Iterable[Message]) -> AsyncIterator[Message]:
     for chunk in chunks:
         yield chunk
-
-
-def _row_count(status: str) -> int:
-    return int(status.rpartition(" ")[2])

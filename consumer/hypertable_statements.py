@@ -1,7 +1,8 @@
 """SQL for what a hypertable refuses to do in place, or cannot do by `ctid`: rows are taken out into a temporary table and put back changed.
 
 A `ctid` names a row within a chunk only, and none in a compressed batch; an UPDATE moves no row to another chunk, and changes no
-column of a unique index in a compressed one. In the statements `t` is the hypertable, `s` the staged row, `b` a row taken out.
+column of a unique index in a compressed one. Rows are read before they are deleted, never by RETURNING: TimescaleDB 2.24 looks for
+compressed batches anew after each row that it returns, and begins its bitmap scan again then: rows are missed. In the statements `t` is the hypertable, `s` the staged row, `b` a row taken out.
 """
 
 from __future__ import annotations
@@ -24,33 +25,28 @@ def taken_columns(info: HypertableInfo) -> list[tuple[str, str]]:
     return [("n", "bigint"), *((f"b{i}", column.type) for i, column in enumerate(info.stored))]
 
 
-def take_updated(
+def keep_updated(
     table: TargetTable, info: HypertableInfo, stage: str, taken: str, present: Sequence[int], within: str
 ) -> str:
-    """Delete the rows whose keys are staged, and keep them with the `present` columns set as staged."""
+    """Keep the rows whose keys are staged, with the `present` columns set as staged."""
     new = {table.columns[i].name: f"s.c{i}" for i in present}
-    values = ", ".join(
-        f"{new.get(c.name) or f't.{quote_identifier(c.name)}'} as b{i}" for i, c in enumerate(info.stored)
-    )
-    return f"""
-        with gone as (delete from {table.sql} t using {stage} s where {key_matches(table)}{within} returning {values})
-        insert into {taken} select 1, * from gone"""
+    values = ", ".join(new.get(column.name) or f"t.{quote_identifier(column.name)}" for column in info.stored)
+    return f"insert into {taken} select 1, {values} from {table.sql} t, {stage} s where {key_matches(table)}{within}"
 
 
-def take_whole_rows(table: TargetTable, info: HypertableInfo, stage: str, taken: str, within: str) -> str:
-    """Delete all rows that are the very image of a staged one and keep those beyond its `n`; give how many were not kept, and how many were."""
-    names = ", ".join(f"t.{quote_identifier(c.name)} as b{i}" for i, c in enumerate(info.stored))
-    listed = ", ".join(f"b{i}" for i in range(len(info.stored)))
+def keep_surplus(table: TargetTable, info: HypertableInfo, stage: str, taken: str, within: str) -> str:
+    """Keep, of the rows that are the very image of a staged one, those beyond its `n`."""
+    names = ", ".join(f"t.{quote_identifier(column.name)} as b{i}" for i, column in enumerate(info.stored))
     return f"""
-        with gone as (
-            delete from {table.sql} t using {stage} s where {_time_matches(table, info, "c")}{_image_matches(table, "c")}{within}
-            returning s.seq, s.n, {names}
-        ), numbered as (
-            select row_number() over (partition by seq) - n as n, {listed} from gone
-        ), kept as (
-            insert into {taken} select n, {listed} from numbered where n > 0
-        )
-        select count(*) filter (where n <= 0) as gone, count(*) filter (where n > 0) as kept from numbered"""
+        insert into {taken} select * from (
+            select row_number() over (partition by s.seq) - s.n as n, {names}
+            from {table.sql} t, {stage} s where {_image_matches(table, info, "c")}{within}
+        ) found where n > 0"""
+
+
+def delete_equal_rows(table: TargetTable, info: HypertableInfo, stage: str, within: str) -> str:
+    """Delete all rows that are the very image of a staged one."""
+    return f"delete from {table.sql} t using {stage} s where {_image_matches(table, info, 'c')}{within}"
 
 
 def put_back(table: TargetTable, info: HypertableInfo, taken: str, condition: str = "") -> str:
@@ -64,7 +60,7 @@ def apply_in_source_order(table: TargetTable, info: HypertableInfo, stage: str, 
     columns = [table.columns[i] for i in table.written]
     names = ", ".join(quote_identifier(column.name) for column in columns)
     values = ", ".join(f"s.c{i}" for i in table.written)
-    delete = f"delete from {table.sql} t where {key_matches(table)};" if table.key else _take_one(table, info, taken)
+    delete = f"delete from {table.sql} t where {key_matches(table)}; get diagnostics hit = row_count;"
     return do(f"""
         declare s record; hit bigint; mode text := pg_catalog.current_setting('plan_cache_mode');
         begin
@@ -75,8 +71,7 @@ def apply_in_source_order(table: TargetTable, info: HypertableInfo, stage: str, 
                     insert into {table.name.sql} ({names}) overriding system value values ({values});
                     get diagnostics hit = row_count;
                 elsif s.op = '{DELETED}' then
-                    {delete}
-                    {_put_others_back(table, info, taken)}
+                    {delete if table.key else _take_one(table, info, taken)}
                 else
                     {_update_one(table, info, taken)}
                 end if;
@@ -94,15 +89,16 @@ def _insert(table: TargetTable, info: HypertableInfo) -> str:
     return f"insert into {table.name.sql} ({names}) overriding system value"
 
 
-def _time_matches(table: TargetTable, info: HypertableInfo, name: str) -> str:
-    """Give the condition, implied by equal images, that lets an index be used, or the empty one."""
-    at = [i for i in table.written if table.columns[i].name == info.time_column]
-    return f"t.{quote_identifier(table.columns[at[0]].name)} = s.{name}{at[0]} and " if at else ""
-
-
-def _image_matches(table: TargetTable, name: str) -> str:
+def _image_matches(table: TargetTable, info: HypertableInfo, name: str) -> str:
+    """Give the condition that a row is the image of the one staged as `name`0 …; equal times are implied, but an index knows them."""
     target, staged = row_image(table, "t"), row_image(table, "s", name)
-    return f"hashtextextended({target}::text, 0) = hashtextextended({staged}::text, 0) and {target} operator(pg_catalog.*=) {staged}"
+    conditions = [
+        f"t.{quote_identifier(column.name)} = s.{name}{i}"
+        for i, column in enumerate(table.columns)
+        if column.name == info.time_column
+    ]
+    conditions.append(f"hashtextextended({target}::text, 0) = hashtextextended({staged}::text, 0)")
+    return " and ".join([*conditions, f"{target} operator(pg_catalog.*=) {staged}"])
 
 
 def _new_value(table: TargetTable, name: str, old: str) -> str:
@@ -114,20 +110,17 @@ def _new_value(table: TargetTable, name: str, old: str) -> str:
 
 
 def _take_one(table: TargetTable, info: HypertableInfo, taken: str) -> str:
-    """Take the row that a change names out; without a key, all rows that are equal to it."""
-    match = key_matches(table) if table.key else _time_matches(table, info, "o") + _image_matches(table, "o")
+    """Take the row that a change names out; without a key, all rows that are equal to it, and put the others back."""
+    match = key_matches(table) if table.key else _image_matches(table, info, "o")
     names = ", ".join(f"t.{quote_identifier(column.name)}" for column in info.stored)
-    return f"""
+    take = f"""
                     delete from {taken};
-                    with gone as (delete from {table.sql} t where {match} returning {names})
-                    insert into {taken} select row_number() over (), * from gone;"""
-
-
-def _put_others_back(table: TargetTable, info: HypertableInfo, taken: str) -> str:
+                    insert into {taken} select row_number() over (), {names} from {table.sql} t where {match};
+                    delete from {table.sql} t where {match};
+                    get diagnostics hit = row_count;"""
     if table.key:
-        return "get diagnostics hit = row_count;"
-    return f"""
-                    get diagnostics hit = row_count;
+        return take
+    return f"""{take}
                     if hit > 1 then
                         {put_back(table, info, taken, "where b.n > 1")};
                         hit := 1;
@@ -138,7 +131,6 @@ def _update_one(table: TargetTable, info: HypertableInfo, taken: str) -> str:
     values = ", ".join(_new_value(table, column.name, f"b.b{i}") for i, column in enumerate(info.stored))
     move = f"""
                     {_take_one(table, info, taken)}
-                    {_put_others_back(table, info, taken)}
                     {_insert(table, info)} select {values} from {taken} b where b.n = 1;"""
     if not table.key:
         return move

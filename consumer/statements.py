@@ -5,7 +5,7 @@ Each function is pure: names and types in, a statement out. In them `t` is the t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from live_migration.common.relation import quote_identifier
 from live_migration.consumer.target_tables import TargetTable
@@ -17,10 +17,13 @@ WRONG_ROW_COUNT = "LM001"
 """SQLSTATE that the source order loop raises when a change hits no row, or several; its detail is the change's number."""
 
 
-def create_stage(stage: str, columns: Sequence[tuple[str, str]]) -> str:
-    """Create a staging table of (name, type) columns."""
+def create_stage(stage: str, columns: Sequence[tuple[str, str]], indexed: Collection[str] = ()) -> str:
+    """Create a staging table of (name, type) columns, with an index over some of them."""
     listed = ", ".join(f"{name} {type_name}" for name, type_name in columns)
-    return f"create temporary table if not exists {stage} ({listed}) on commit delete rows"
+    table = f"create temporary table if not exists {stage} ({listed}) on commit delete rows"
+    if not indexed:
+        return table
+    return f"{table}; create index if not exists {stage}_i on pg_temp.{stage} ({', '.join(indexed)})"
 
 
 def key_stage_columns(table: TargetTable) -> list[tuple[str, str]]:
