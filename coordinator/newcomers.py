@@ -225,7 +225,7 @@ async def _let_go(
         return
     with asking("source", "reading the moment"):
         moment = Moment(**dict(await source.fetchrow(MOMENT)))
-    for row in gone:
+    for row in sorted(gone, key=lambda row: row["oid"], reverse=True):  # what stands on another was made after it
         name = QualifiedName(row["schema_name"], row["table_name"])
         try:
             with asking("target", f"dropping {name}"):
