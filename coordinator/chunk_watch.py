@@ -32,7 +32,8 @@ INTERVAL_SECONDS = 15.0
 _ATTEMPTS = 20
 
 _PLAN = """
-    select oid, schema_name, table_name, kind, publication, compressed_oid from _live_migration.tables where kind <> 'table'
+    select oid, schema_name, table_name, kind, publication, compressed_oid from _live_migration.tables
+    where kind <> 'table' and coalesce(newcomer, 'followed') = 'followed'
 """
 
 

@@ -183,7 +183,9 @@ async def _alter_identity(target: asyncpg.Connection, statement: str) -> None:
         async with target.transaction():
             await target.execute(statement)
     except asyncpg.FeatureNotSupportedError:
-        await target.execute(f"set local timescaledb.restoring = on; {statement}; set local timescaledb.restoring = off")
+        await target.execute(
+            f"set local timescaledb.restoring = on; {statement}; set local timescaledb.restoring = off"
+        )
 
 
 async def set_sequences(run: Run, source: asyncpg.Connection) -> None:

@@ -18,6 +18,7 @@ from live_migration.common.postgres import Side
 from live_migration.common.relation import QualifiedName, quote_identifier
 from live_migration.common.settings import Settings
 from live_migration.common.tasks import TaskGroup
+from live_migration.common.timescale import read_layout
 from live_migration.coordinator.skip import Skip, read_skips, skips_as_dicts
 
 BYTEA_OID = 17
@@ -182,7 +183,11 @@ async def _plan(pair: _Pair, lock_timeout: float, tell: Callable[[Result], None]
         with postgres.asking(side, "listing the tables"):
             async with connection.transaction(readonly=True):
                 await connection.execute(_set_lock_timeout(lock_timeout))  # reading a table's size takes a lock
-                sides.append({table.name: table for table in await list_tables(connection) if table.is_users})
+                layout = await read_layout(connection)
+                # What an aggregate materializes into may have another name on the other side.
+                views = {each.oid: each.view for each in layout.hypertables.values() if each.view} if layout else {}
+                tables = [table for table in await list_tables(connection) if table.is_users]
+                sides.append({views.get(table.oid, table.name): table for table in tables})
             encodings.append(await connection.fetchval("show server_encoding"))
     source, target = sides
     for name in source.keys() - target.keys():
