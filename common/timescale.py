@@ -207,6 +207,28 @@ async def read_layout(connection: asyncpg.Connection) -> Layout | None:
     )
 
 
+async def is_hypertable(connection: asyncpg.Connection, name: QualifiedName) -> bool:
+    """Tell whether a table is a hypertable; never where there is no TimescaleDB."""
+    if await read_version(connection) is None:
+        return False
+    query = "select exists (select from _timescaledb_catalog.hypertable where schema_name = $1 and table_name = $2)"
+    return bool(await connection.fetchval(query, name.schema, name.name))
+
+
+async def read_slices(connection: asyncpg.Connection, layout: Layout) -> dict[int, str]:
+    """Give the bounds of each chunk in its hypertable's dimensions, by oid: JSON as `_timescaledb_functions.create_chunk` takes it.
+
+    Equal on every server for chunks that hold the same range of the same hypertable.
+    """
+    oids = [chunk.oid for chunk in layout.chunks.values() if not chunk.is_foreign]
+    rows = await connection.fetch(
+        """select u.oid, (_timescaledb_functions.show_chunk(u.oid::regclass)).slices::text as slices
+           from unnest($1::oid[]) u (oid)""",
+        oids,
+    )
+    return {row["oid"]: row["slices"] for row in rows}
+
+
 _ONE_BY_SETTINGS = """
     select n.nspname::text as schema, c.relname::text as name, c.oid
     from _timescaledb_catalog.compression_settings s
@@ -249,3 +271,11 @@ async def chunk_range(connection: asyncpg.Connection, chunk: int) -> str | None:
     """Give the condition that holds for the rows of a chunk alone; None where it is gone."""
     condition: str | None = await connection.fetchval(f"select ({_RANGE}) from pg_class c where c.oid = $1", chunk)
     return condition
+
+
+async def chunk_ranges(connection: asyncpg.Connection, chunks: list[int]) -> dict[int, str]:
+    """Give the conditions of those of the chunks that are there, by oid, as `read_layout` does."""
+    rows = await connection.fetch(
+        f"select c.oid, ({_RANGE}) as range from pg_class c where c.oid = any($1::oid[])", chunks
+    )
+    return {row["oid"]: row["range"] or "true" for row in rows}

@@ -2,18 +2,20 @@
 
 A chunk and that table are one unit: one lock, one snapshot, one transaction on either side. A chunk that was compressed or
 decompressed since it was planned has no twin on the target: it is left empty, and its lane copies it anew through the hypertable.
+Where all chunks are copied through their hypertables (the target's TimescaleDB has another version), their rows are decompressed on the way.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import asyncpg
 
 from live_migration.common.catalog import CURRENT_TIMELINE
 from live_migration.common.relation import QualifiedName
-from live_migration.common.timescale import compressed_table
+from live_migration.common.timescale import chunk_range, compressed_table
 from live_migration.consumer.claim_endings import CopyOrigin
 from live_migration.consumer.claims import TableClaim
 from live_migration.consumer.copy_errors import CopyDeferred, TableStopped, server_errors
@@ -37,6 +39,18 @@ async def is_as_planned(source: asyncpg.Connection, claim: TableClaim) -> bool:
     with server_errors("source", f"looking at {claim.name}"):
         found = await compressed_table(source, claim.oid)
     return found == claim.compressed
+
+
+async def as_compressed_now(source: asyncpg.Connection, claim: TableClaim) -> TableClaim:
+    """Give the claim on a chunk that is copied through its hypertable with the table of its compressed rows that it has now."""
+    with server_errors("source", f"looking at {claim.name}"):
+        return replace(claim, compressed=await compressed_table(source, claim.oid))
+
+
+async def in_range_now(source: asyncpg.Connection, claim: TableClaim) -> TableClaim:
+    """Give the claim on a locked chunk with the range that it has now: chunks may have been merged into it since it was planned."""
+    with server_errors("source", f"looking at {claim.name}"):
+        return replace(claim, range=await chunk_range(source, claim.oid) or claim.range)
 
 
 async def look_without(source: asyncpg.Connection, claim: TableClaim) -> CopyOrigin:

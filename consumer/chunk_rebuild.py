@@ -9,9 +9,8 @@ its row does not show (`target_tables.RebuildFirst`), and the copy's own snapsho
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import asyncpg
 
@@ -24,14 +23,14 @@ from live_migration.common.timescale import chunk_range, compressed_table, compr
 from live_migration.consumer.chunk_copy import look_without
 from live_migration.consumer.claim_endings import CopyOrigin
 from live_migration.consumer.claims import TableClaim
-from live_migration.consumer.copy_errors import CopyDeferred, TableStopped, server_errors
+from live_migration.consumer.copy_errors import CopyDeferred, server_errors
 from live_migration.consumer.copy_stream import CopyCount, CopyPlan, stream_copy
-from live_migration.consumer.table_shape import copied_columns, find_differences, travels_binary
+from live_migration.consumer.merged_chunks import absorb, look_for_merged, mark_grown, siblings
 from live_migration.consumer.table_snapshot import (
     ChunkGone,
     LockedTable,
+    check_target,
     lock_table,
-    read_definitions,
     require_known_timeline,
 )
 
@@ -166,6 +165,7 @@ async def rebuild_chunk(
         CopyDeferred | TableStopped | ConnectionLost: it cannot be copied just now; nothing may be committed.
     """
     is_chunk = chunk.kind == "chunk"
+    grown: list[int] = []
     with server_errors("source", f"looking at {chunk.name}"):
         compressed = await compressed_table(source, chunk.oid) if is_chunk else None
     claim = TableClaim(chunk.oid, chunk.name, 0, has_parts=False, is_chunk=is_chunk, compressed=compressed)
@@ -174,9 +174,13 @@ async def rebuild_chunk(
     except ChunkGone:
         await source.execute("rollback")
         origin, plan, condition = await look_without(source, claim), None, chunk.range
+        grown = (await look_for_merged(source, target, chunk.oid, lock_timeout)).grown
     await flush()
     count = CopyCount(0, 0)
+    await mark_grown(target, grown)
     if plan is not None:
+        if is_chunk and condition and chunk.range and condition != chunk.range:
+            await absorb(target, chunk.oid, condition, await siblings(source, chunk.oid), origin)
         await _empty(target, chunk, condition)
         count = await stream_copy(source, target, plan, blocks=None, freeze=False, on_bytes=lambda _: None)
         with server_errors("source", f"ending the copy of {chunk.name}"):
@@ -204,25 +208,7 @@ async def _look(
                 raise CopyDeferred(f"chunk {chunk.name} is being compressed or decompressed just now")
             condition = await chunk_range(source, chunk.oid)
     await require_known_timeline(target, locked)
-    with server_errors("target", f"looking at {chunk.root}"):
-        root = await target.fetchval("select to_regclass($1)::oid", chunk.root.sql)
-        there = await read_definitions(target, root) if root is not None else ()
-    if chunk.kind == "chunk":  # which seems to take nulls where an aggregate's hypertable takes none
-        compared = tuple(replace(column, info=replace(column.info, not_null=False)) for column in there)
-    else:
-        compared = there
-    if differences := find_differences(locked.columns, compared):
-        raise TableStopped(
-            f"{chunk.root} has another shape on the source than on the target: {'; '.join(differences)}",
-            hint="Mend the target as the source was altered; the chunk is then copied by itself.",
-        )
-    columns = tuple(column.name for column in copied_columns(locked.columns))
-    described = [{"name": c.info.name, "type": c.info.type, "generated": c.info.generated} for c in locked.columns]
-    is_binary = travels_binary(locked.columns, there)
-    origin = CopyOrigin(
-        locked.snapshot, locked.horizon, locked.timeline, json.dumps(described, ensure_ascii=False), is_binary
-    )
-    plan = CopyPlan(chunk.name, columns, is_binary, target=chunk.root, decompresses=chunk.kind != "table")
+    plan, origin = await check_target(target, locked, chunk.root, decompresses=chunk.kind != "table")
     return origin, plan, condition
 
 

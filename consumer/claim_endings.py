@@ -26,7 +26,7 @@ _STATE_AFTER_COPY = """case when exists (select from _live_migration.indexes i w
 _FINISH_TABLE = f"""
     update _live_migration.tables t
     set state = {_STATE_AFTER_COPY}, snapshot = $4, horizon = $5, columns = $6, binary_copy = $7, row_count = $8, byte_count = $9,
-        timeline = $10, rebuild = $11, copied_at = clock_timestamp(), error = null, hint = null, {_FREE_SOURCE}
+        timeline = $10, rebuild = coalesce($11, t.rebuild), copied_at = clock_timestamp(), error = null, hint = null, {_FREE_SOURCE}
     where oid = $1 and attempt = $2 and owner = $3 and state = 'copying'
 """
 

@@ -26,6 +26,8 @@ class TableClaim:
     """A table to be copied from its beginning. `has_parts`: of an earlier attempt.
 
     `is_chunk`: of a hypertable; `compressed`: name in SQL and oid of the table that held its compressed rows when it was planned.
+    `root`: the target's hypertable that the rows are copied through, None where they go into a table of the same name; `range`: condition
+    that holds for a chunk's rows alone.
     """
 
     oid: int
@@ -34,6 +36,8 @@ class TableClaim:
     has_parts: bool
     is_chunk: bool = False
     compressed: tuple[str, int] | None = None
+    root: QualifiedName | None = None
+    range: str | None = None
 
     def __str__(self) -> str:
         return str(self.name)
@@ -100,7 +104,7 @@ _CLAIM_TABLE = f"""
     set state = 'copying', attempt = attempt + 1, snapshot_id = null, snapshot = null, horizon = null, timeline = null, row_count = 0, byte_count = 0,
         started_at = clock_timestamp(), copied_at = null, retry_at = null, {_LEASE}, {_SOURCE}
     from candidate c where t.oid = c.oid
-    returning t.oid, schema_name, table_name, attempt, kind, compressed_oid, compressed_name,
+    returning t.oid, schema_name, table_name, attempt, kind, compressed_oid, compressed_name, range, copies_to_root, root_schema, root_name,
               exists (select from _live_migration.parts p where p.oid = t.oid) as has_parts
 """
 
@@ -116,7 +120,7 @@ _CLAIM_PART = f"""
     from candidate c, _live_migration.tables t
     where p.oid = c.oid and p.part = c.part and t.oid = c.oid and t.snapshot_id is not null
     returning p.oid, t.schema_name, t.table_name, p.attempt, p.part, p.first_block, p.end_block, p.size_bytes, t.snapshot_id,
-              t.columns, t.binary_copy, t.timeline
+              t.columns, t.binary_copy, t.timeline, t.copies_to_root, t.root_schema, t.root_name
 """
 
 _CLAIM_INDEX = "select * from _live_migration.claim_index($1, $2, $3, $4)"
@@ -134,7 +138,13 @@ async def claim_table(connection: asyncpg.Connection, who: Claimant) -> TableCla
         row["has_parts"],
         row["kind"] == "chunk",
         (row["compressed_name"], row["compressed_oid"]) if row["compressed_oid"] is not None else None,
+        _root(row),
+        row["range"],
     )
+
+
+def _root(row: asyncpg.Record) -> QualifiedName | None:
+    return QualifiedName(row["root_schema"], row["root_name"]) if row["copies_to_root"] else None
 
 
 async def claim_part(connection: asyncpg.Connection, who: Claimant) -> PartClaim | None:
@@ -151,7 +161,7 @@ async def claim_part(connection: asyncpg.Connection, who: Claimant) -> PartClaim
         row["part"],
         BlockRange(row["first_block"], row["end_block"], row["size_bytes"]),
         row["snapshot_id"],
-        CopyPlan(name, columns, row["binary_copy"]),
+        CopyPlan(name, columns, row["binary_copy"], target=_root(row)),
         row["timeline"],
     )
 

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from live_migration.common.errors import LiveMigrationError
 from live_migration.common.telemetry import get_logger
-from live_migration.consumer.chunk_copy import CHANGED, copy_compressed, is_as_planned, look_without
+from live_migration.consumer.chunk_copy import (
+    CHANGED,
+    as_compressed_now,
+    copy_compressed,
+    in_range_now,
+    is_as_planned,
+    look_without,
+)
 from live_migration.consumer.claim_endings import CopyOrigin, finish_part, finish_table, share_snapshot
 from live_migration.consumer.claims import PartClaim, TableClaim, claim_part, claim_table
 from live_migration.consumer.copy_context import CopyContext
 from live_migration.consumer.copy_errors import CopyDeferred, server_errors
 from live_migration.consumer.copy_stream import CopyCount, stream_copy
 from live_migration.consumer.lease_keeper import Lease
+from live_migration.consumer.merged_chunks import Leftover, absorb, look_for_merged, mark_grown, siblings
 from live_migration.consumer.sessions import CopySession, SessionPair
 from live_migration.consumer.snapshot_holder import hold_snapshot
 from live_migration.consumer.table_snapshot import (
@@ -23,6 +31,8 @@ from live_migration.consumer.table_snapshot import (
 
 _TARGET_LOCK_TIMEOUT = "30s"
 """For emptying a table on the target: whoever uses it there must not keep our lock on the source for ever."""
+_AWAIT_CHUNK = "set local lock_timeout = '1h'"
+"""A transaction that makes a chunk lets no other make one of the same hypertable before it ends: other parts of ours wait for it."""
 
 log = get_logger(__name__)
 
@@ -87,7 +97,7 @@ class CopyWorker:
     async def _copy_part(self, lease: Lease[PartClaim], source: CopySession, target: CopySession) -> None:
         claim = lease.claim
         await import_snapshot(source.connection, claim, self._context.settings.lock_timeout)
-        await _begin_on_target(target, str(claim))
+        await _begin_on_target(target, str(claim), *([_AWAIT_CHUNK] if claim.plan.target is not None else []))
         count = await stream_copy(
             source.connection,
             target.connection,
@@ -110,19 +120,28 @@ class CopyWorker:
         settings = self._context.settings
         if claim.has_parts:
             await end_earlier_parts(target.connection, claim)
+        if claim.is_chunk and claim.root is not None:
+            claim = await as_compressed_now(source.connection, claim)
         if claim.is_chunk and not await self._is_chunk_whole(claim, source, target):
             return False
         table = await lock_table(source.connection, claim, settings.lock_timeout)
         if claim.is_chunk and not await is_as_planned(source.connection, claim):
             raise CopyDeferred(f"chunk {claim} is being compressed or decompressed just now")
+        if claim.is_chunk and claim.root is not None:
+            claim = await in_range_now(source.connection, claim)
         await require_known_timeline(target.connection, table)
-        plan, origin = await check_target(target.connection, table)
+        decompresses = claim.root is not None and claim.compressed is not None
+        plan, origin = await check_target(target.connection, table, claim.root, decompresses=decompresses)
         await self._context.watch.flush_barrier()
         ranges = table.parts(settings.part_size)
-        await _begin_on_target(target, str(claim), _empty(claim))
-        if claim.compressed is not None:
+        has_grown = claim.range != lease.claim.range
+        present = await siblings(source.connection, claim.oid) if has_grown else []
+        await _begin_on_target(target, str(claim), *_empty(claim))
+        if has_grown:
+            await absorb(target.connection, claim.oid, claim.range or "true", present, origin)
+        if claim.compressed is not None and not decompresses:
             await copy_compressed(source.connection, target.connection, claim, lease.progress)
-        if len(ranges) > 1:
+        if len(ranges) > 1 and not decompresses:
             with server_errors("source", f"exporting the snapshot of {claim}"):
                 snapshot_id = await source.connection.fetchval("select pg_export_snapshot()")
             with server_errors("target", f"planning the parts of {claim}"):
@@ -132,7 +151,12 @@ class CopyWorker:
             self._context.bell.ring()
             return True
         count = await stream_copy(
-            source.connection, target.connection, plan, blocks=None, freeze=True, on_bytes=lease.progress
+            source.connection,
+            target.connection,
+            plan,
+            blocks=None,
+            freeze=claim.root is None,
+            on_bytes=lease.progress,
         )
         await _end_on_source(source, str(claim))
         lease.is_finishing = True
@@ -145,16 +169,22 @@ class CopyWorker:
 
     async def _is_chunk_whole(self, claim: TableClaim, source: CopySession, target: CopySession) -> bool:
         """Tell whether a chunk is as it was planned; end its copy without rows where it is not."""
+        leftover = Leftover([], False)
         if await self._is_gone(claim, source):
             origin = await look_without(source.connection, claim)
+            lock_timeout = self._context.settings.lock_timeout
+            leftover = await look_for_merged(source.connection, target.connection, claim.oid, lock_timeout)
             log.info("chunk was dropped on the source", table=str(claim))
         elif await is_as_planned(source.connection, claim):
             return True
         else:
             origin = CopyOrigin(None, None, None, "[]", False, rebuild=CHANGED)
             log.info("chunk is copied by its lane", table=str(claim), reason=CHANGED)
-        await _begin_on_target(target, str(claim), _empty(claim))
+        # What an earlier attempt brought goes, but for what the chunk was merged into: its copy has emptied the range.
+        keeps = claim.root is not None and (leftover.has_rows or claim.attempt == 1)
+        await _begin_on_target(target, str(claim), *([] if keeps else _empty(claim)))
         with server_errors("target", f"finishing {claim}"):
+            await mark_grown(target.connection, leftover.grown)
             await finish_table(target.connection, claim, self._context.owner, origin, CopyCount(0, 0))
             await target.connection.execute("commit")
         self._context.bell.ring()
@@ -167,9 +197,15 @@ class CopyWorker:
             )
 
 
-def _empty(claim: TableClaim) -> str:
-    also = f", only {claim.compressed[0]}" if claim.compressed else ""
-    return f"truncate only {claim.name.sql}{also}"
+def _empty(claim: TableClaim) -> list[str]:
+    """Give the statements that remove what an earlier attempt left."""
+    if claim.root is None:
+        also = f", only {claim.compressed[0]}" if claim.compressed else ""
+        return [f"truncate only {claim.name.sql}{also}"]
+    if not claim.is_chunk:
+        return [f"truncate {claim.root.sql}", _AWAIT_CHUNK]
+    # What an earlier attempt wrote is committed by now, or never will be: a claim is taken over only then.
+    return [f"delete from {claim.root.sql} where {claim.range or 'false'}", _AWAIT_CHUNK]
 
 
 async def _begin_on_target(target: CopySession, what: str, *statements: str) -> None:

@@ -15,6 +15,7 @@ from live_migration.common.errors import LiveMigrationError
 from live_migration.common.postgres import Side, connect
 from live_migration.common.telemetry import get_logger
 from live_migration.consumer.copy_errors import server_errors
+from live_migration.consumer.hypertables import session_settings
 
 _BACKEND = "select backend_start from pg_stat_activity where pid = pg_backend_pid()"
 
@@ -56,17 +57,19 @@ async def open_session(uri: str, side: Side) -> CopySession:
 
 
 async def _copy_settings(connection: asyncpg.Connection) -> tuple[str, ...]:
-    """Give the statement that keeps triggers from firing, where the role may use it.
+    """Give the statement that keeps triggers from firing, where the role may use it, and what hypertables need.
 
     There are none on the target while it is copied to; where the role may not, a provider's superuser made the schema.
     """
     replica = "set local session_replication_role = replica"
+    more = await session_settings(connection)
+    settings = (more,) if more else ()
     try:
         await connection.execute(f"begin; {replica}; rollback")
     except asyncpg.InsufficientPrivilegeError:
         await connection.execute("rollback")
-        return ()
-    return (replica,)
+        return settings
+    return (replica, *settings)
 
 
 class SessionPair:

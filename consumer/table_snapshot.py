@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import asyncpg
 
@@ -209,12 +209,18 @@ async def require_known_timeline(connection: asyncpg.Connection, table: LockedTa
         )
 
 
-async def check_target(connection: asyncpg.Connection, table: LockedTable) -> tuple[CopyPlan, CopyOrigin]:
+async def check_target(
+    connection: asyncpg.Connection, table: LockedTable, root: QualifiedName | None = None, *, decompresses: bool = False
+) -> tuple[CopyPlan, CopyOrigin]:
     """Compare the source's table with the target's as it is now, and give how the rows are to travel.
+
+    With `root` they go through that hypertable, which may have another name; `decompresses`: see CopyPlan.
 
     Raises:
         TableStopped: the target cannot take the rows; the hint holds the statements that mend it, one a line.
     """
+    if root is not None and (decompresses or root != table.name):
+        return await _check_root(connection, table, root, decompresses=decompresses)
     with server_errors("target", f"looking at {table.name}"):
         row = await connection.fetchrow(_TARGET, table.name.sql)
         if row is None or row["kind"] != "r":
@@ -232,10 +238,44 @@ async def check_target(connection: asyncpg.Connection, table: LockedTable) -> tu
             f"{table.name} has another shape on the source than on the target: {'; '.join(differences)}",
             hint="\n".join(["Run this on the target; the copy then goes on by itself:", *statements]),
         )
+    return _plan(table, target, root)
+
+
+async def _check_root(
+    connection: asyncpg.Connection, table: LockedTable, root: QualifiedName, *, decompresses: bool
+) -> tuple[CopyPlan, CopyOrigin]:
+    """Do the same for a chunk, whose hypertable alone has a twin on the target."""
+    with server_errors("target", f"looking at {root}"):
+        oid = await connection.fetchval("select to_regclass($1)::oid", root.sql)
+        target = await read_definitions(connection, oid) if oid is not None else ()
+    if differences := find_differences(table.columns, _as_null(target, table.columns)):
+        raise TableStopped(
+            f"{root} has another shape on the source than on the target: {'; '.join(differences)}",
+            hint="Mend the target as the source was altered; the chunk is then copied by itself.",
+        )
+    return _plan(table, target, root, decompresses=decompresses)
+
+
+def _as_null(target: Sequence[ColumnDefinition], source: Sequence[ColumnDefinition]) -> tuple[ColumnDefinition, ...]:
+    """Give the target's columns, null where the source's may be: newer releases refuse nulls in an aggregate's time, which has none."""
+    may_be_null = {column.name for column in source if not column.info.not_null}
+    return tuple(
+        replace(column, info=replace(column.info, not_null=column.info.not_null and column.name not in may_be_null))
+        for column in target
+    )
+
+
+def _plan(
+    table: LockedTable,
+    target: Sequence[ColumnDefinition],
+    root: QualifiedName | None,
+    *,
+    decompresses: bool = False,
+) -> tuple[CopyPlan, CopyOrigin]:
     is_binary = travels_binary(table.columns, target)
     columns = tuple(column.name for column in copied_columns(table.columns))
     origin = CopyOrigin(table.snapshot, table.horizon, table.timeline, _columns_json(table.columns), is_binary)
-    return CopyPlan(table.name, columns, is_binary), origin
+    return CopyPlan(table.name, columns, is_binary, target=root, decompresses=decompresses), origin
 
 
 def _columns_json(columns: Sequence[ColumnDefinition]) -> str:

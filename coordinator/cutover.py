@@ -28,6 +28,7 @@ from live_migration.coordinator.identity_watch import reconcile
 from live_migration.coordinator.newcomers import bring_newcomers
 from live_migration.coordinator.run import APPLICATION, Run
 from live_migration.coordinator.skip import describe_skips, read_skips
+from live_migration.coordinator.timescale_handover import keep_aggregates
 from live_migration.producer.slot import OpenTransaction, describe_transactions, open_transactions
 
 _QUIET_SECONDS = 10.0
@@ -153,6 +154,7 @@ async def _prove_everything_arrived(run: Run, source: asyncpg.Connection) -> Non
     problems = await bring_newcomers(run, source)
     await _require_accounted_for(run, source, [f"{name} cannot be brought: {why}" for name, why in problems.items()])
     await follow_chunks(run, source, run.target)
+    await keep_aggregates(run, source)
     first = await emit_barrier(source, migration_id)
     run.reporter.note("the first barrier is in the WAL; waiting until the target has reached it")
     positions = await await_barrier(run, first, what="first barrier")

@@ -12,6 +12,7 @@ from live_migration.common.catalog import ColumnInfo, list_tables
 from live_migration.common.postgres import asking
 from live_migration.common.progress import name_list
 from live_migration.common.relation import QualifiedName
+from live_migration.common.timescale import INTERNAL_SCHEMA
 from live_migration.coordinator.observer import Reporter
 from live_migration.coordinator.run import Run
 
@@ -117,6 +118,7 @@ async def read_shapes(connection: asyncpg.Connection) -> dict[QualifiedName, Sha
         table.name: Shape(table.persistence, parents.get(table.oid), _columns(table.columns))
         for table in await list_tables(connection)
         if table.is_users
+        and table.name.schema != INTERNAL_SCHEMA  # what holds an aggregate's rows has a name of its own on each server
     }
 
 

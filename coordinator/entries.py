@@ -13,7 +13,8 @@ from live_migration.coordinator.run import Run
 
 _BATCH = 200
 """Entries in one transaction: few enough for max_locks_per_transaction."""
-_OPTIONAL = frozenset({"SECURITY LABEL"})
+_OPTIONAL = frozenset({"SECURITY LABEL", "CHUNK OF"})
+"""What is done without: a chunk that cannot be made with the source's bounds is made by the first row in it."""
 
 
 async def run_entries(run: Run, step: str, entries: Sequence[Entry]) -> None:

@@ -12,10 +12,13 @@ from live_migration.common.errors import TargetError
 from live_migration.common.postgres import asking
 from live_migration.common.progress import format_bytes
 from live_migration.common.relation import QualifiedName, ReplicaIdentity, quote_identifier
+from live_migration.common.timescale import is_hypertable
 from live_migration.consumer.copy_stream import CopyPlan, stream_copy
 from live_migration.coordinator import steps
+from live_migration.coordinator.aggregate_refresh import refresh_aggregates
 from live_migration.coordinator.drift import read_sequences
 from live_migration.coordinator.entries import run_entries
+from live_migration.coordinator.made_jobs import make_jobs
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.schema import read_post_data
 from live_migration.coordinator.timescale_handover import (
@@ -45,12 +48,14 @@ async def hand_over(run: Run, source: asyncpg.Connection) -> None:
     await _once(run, "replica identities", lambda: take_identities_back(run))
     await _once(run, "materialized views", lambda: refresh_materialized_views(run, source))
     await _once(run, "watermarks", lambda: bring_watermarks(run, source))
+    await make_jobs(run, source)
     await run_entries(run, "post-data last", post_data.last)  # event triggers: after all else that they would fire for
 
 
 async def finish_after_handover(run: Run) -> None:
     """Validate the foreign keys and gather statistics, while the target is in use already."""
     await _once(run, "validation of foreign keys", lambda: validate_foreign_keys(run))
+    await _once(run, "refreshed aggregates", lambda: refresh_aggregates(run))
     await _once(run, "compression", lambda: compress_like_source(run))
     await _once(run, "jobs", lambda: release_jobs(run))
     await _once(run, "analyze", lambda: _analyze(run))
@@ -106,7 +111,8 @@ async def _copy(run: Run, source: asyncpg.Connection, table: TableInfo) -> None:
         await target.execute("set local session_replication_role = replica")
         plan = CopyPlan(table.name, tuple(column.name for column in table.copied_columns), table.is_binary_safe)
         with asking("target", f"emptying {table.name}"):
-            await target.execute(f"truncate only {table.name.sql}")
+            only = "" if await is_hypertable(target, table.name) else "only "
+            await target.execute(f"truncate {only}{table.name.sql}")
         copied = await stream_copy(source, target, plan, blocks=None, freeze=False, on_bytes=lambda _: None)
         await target.execute(
             """update _live_migration.tables set copy_again = false, error = null, hint = null, row_count = $2
@@ -168,7 +174,7 @@ async def take_identities_back(run: Run) -> None:
             """select case when t.oid = c.oid then format('%I.%I', t.schema_name, t.table_name) else t.compressed_name end as name,
                       c.before
                from _live_migration.source_changes c join _live_migration.tables t on c.oid in (t.oid, t.compressed_oid)
-               where c.kind = 'replica_identity'"""
+               where c.kind = 'replica_identity' and (t.kind <> 'chunk' or not t.copies_to_root)"""
         )
         for row in rows:
             if not await target.fetchval("select to_regclass($1) is not null", row["name"]):

@@ -22,7 +22,10 @@ from live_migration.coordinator.clean import clean
 from live_migration.coordinator.conductor import conduct
 from live_migration.coordinator.display import Display, stop_hint
 from live_migration.coordinator.handover import is_finished
+from live_migration.coordinator.hypertable_candidates import Candidate
+from live_migration.coordinator.hypertable_findings import propose_hypertables
 from live_migration.coordinator.report import print_summary
+from live_migration.coordinator.run import APPLICATION
 from live_migration.coordinator.source_jobs import find_jobs_to_pause
 
 _STOPPED = 130
@@ -39,6 +42,8 @@ async def migrate(settings: Settings, *, recopy: bool = False) -> int:
     has_keys = sys.stdin is not None and sys.stdin.isatty()
     if has_keys and not settings.pause_source_jobs and not recopy:
         settings = await ask_to_pause_jobs(settings, sys.stdin.fileno())
+    if not settings.hypertable and settings.hypertables_file is None and not recopy:
+        settings = await ask_for_hypertables(settings, sys.stdin.fileno() if has_keys else None)
     async with Display(Console(stderr=True), stop_hint(has_keys=has_keys)) as display:
         async with _signals(stop, ask_cutover, display), _keys(ask_cutover if has_keys else None):
             async with _broker(settings, display.note) as reachable:
@@ -110,6 +115,44 @@ async def ask_to_pause_jobs(settings: Settings, terminal: int) -> Settings:
     click.echo("Pause these jobs of TimescaleDB on the source until `live-migration clean`? [y/N] ", nl=False, err=True)
     answer = await read_line(terminal)
     return settings.model_copy(update={"pause_source_jobs": answer.strip().lower() in ("y", "yes")})
+
+
+async def ask_for_hypertables(settings: Settings, terminal: int | None) -> Settings:
+    """Propose tables that would do well as hypertables, each to be taken or not; without a terminal name them, and take none.
+
+    `terminal`: its file number.
+    """
+    try:
+        candidates = await _find_candidates(settings)
+    except LiveMigrationError:
+        return settings  # the conductor's checks name it
+    if not candidates:
+        return settings
+    if terminal is None:
+        click.echo(
+            "These tables would do well as hypertables; they come over as plain tables, for none is named:", err=True
+        )
+        for candidate in candidates:
+            click.echo(f"  --hypertable '{candidate.spec}'  ({candidate})", err=True)
+        return settings
+    chosen = []
+    for candidate in candidates:
+        click.echo(f"Make {candidate} a hypertable on the target? [y/N] ", nl=False, err=True)
+        if (await read_line(terminal)).strip().lower() in ("y", "yes"):
+            chosen.append(str(candidate.spec))
+    return settings.model_copy(update={"hypertable": tuple(chosen)})
+
+
+async def _find_candidates(settings: Settings) -> list[Candidate]:
+    async with (
+        postgres.session(settings.source_uri(), "source", application=f"{APPLICATION} hypertables") as source,
+        postgres.session(settings.target_uri(), "target", application=f"{APPLICATION} hypertables") as target,
+    ):
+        with postgres.asking("target", "reading the migration's state"):
+            if await state.read_migration(target) is not None:
+                return []
+        with postgres.asking("source", "looking for tables that would do well as hypertables"):
+            return await propose_hypertables(settings, source, target)
 
 
 async def read_line(file: int) -> str:

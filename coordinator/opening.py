@@ -14,6 +14,7 @@ from live_migration.common.settings import Settings
 from live_migration.common.state import Migration, Phase
 from live_migration.coordinator import preflight
 from live_migration.coordinator.handover import is_finished
+from live_migration.coordinator.hypertable_spec import read_specs
 from live_migration.coordinator.observer import Reporter
 from live_migration.coordinator.run import APPLICATION
 from live_migration.producer.slot import identify_system
@@ -39,6 +40,7 @@ async def open_migration(settings: Settings, reporter: Reporter, *, must_exist: 
                 hint="`live-migration migrate` starts one; check TARGET.",
             )
         if migration is None:
+            settings = with_hypertables(settings)
             await _begin(settings, target, reporter)
             return settings
         _require_same_name(settings, migration)
@@ -56,6 +58,16 @@ async def open_migration(settings: Settings, reporter: Reporter, *, must_exist: 
                 return None
         await _require_same_source(settings, migration)
         return await _resume(settings, migration, target, reporter)
+
+
+def with_hypertables(settings: Settings) -> Settings:
+    """Give settings that name every hypertable themselves, for the file may be another one when the migration goes on.
+
+    Raises:
+        UsageError: what the user says of hypertables cannot be read.
+    """
+    specs = read_specs(settings.hypertable, settings.hypertables_file)
+    return settings.model_copy(update={"hypertable": tuple(map(str, specs)), "hypertables_file": None})
 
 
 async def _begin(settings: Settings, target: asyncpg.Connection, reporter: Reporter) -> None:
@@ -129,5 +141,7 @@ async def _resume(settings: Settings, migration: Migration, target: asyncpg.Conn
         reporter.note(f"the migration keeps its {migration.lane_count} lanes; --partitions cannot change them any more")
     reporter.note(f"going on in phase {migration.phase.value}")
     pause = settings.pause_source_jobs or bool(migration.settings.get("pause_source_jobs"))
-    fixed = {"kafka": kafka, "partitions": migration.lane_count, "pause_source_jobs": pause}
+    fixed = {"kafka": kafka, "partitions": migration.lane_count, "pause_source_jobs": pause, "hypertables_file": None}
+    fixed["hypertable"] = tuple(migration.settings.get("hypertable") or ())
+    fixed["skip_hypertable_incompatible_objects"] = bool(migration.settings.get("skip_hypertable_incompatible_objects"))
     return settings.model_copy(update=fixed)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from live_migration.common.catalog import ColumnInfo, TableInfo
 from live_migration.common.lanes import lane_of
-from live_migration.common.relation import ReplicaIdentity
+from live_migration.common.relation import QualifiedName, ReplicaIdentity
 
 Membership = Literal["all", "insert"]
 GENERATED_IN_FULL = 180_000
@@ -75,7 +75,12 @@ class Moment:
 
 
 def table_row(
-    table: TableInfo, lane_count: int, membership: Membership, others: Mapping[int, TableInfo], moment: Moment
+    table: TableInfo,
+    lane_count: int,
+    membership: Membership,
+    others: Mapping[int, TableInfo],
+    moment: Moment,
+    made: Collection[QualifiedName] | None = None,
 ) -> tuple[object, ...]:
     """Give a table's row for `_live_migration.tables`: the values of `TABLE_COLUMNS`.
 
@@ -85,10 +90,12 @@ def table_row(
         membership: its publication.
         others: all tables of the plan by oid, for what a chunk belongs to.
         moment: of the plan. A hypertable has no rows to copy, its snapshot says which chunks were gone by then.
+        made: names of the hypertables that are made anew on the target, for rows to be copied through them; None where none is.
     """
-    root = others.get(table.hypertable or 0, table if table.part == "hypertable" else None)
-    compressed = others.get(table.compressed or 0)
     is_root = table.part == "hypertable"
+    becomes_root = made is not None and table.part == "table" and table.name in made
+    root = others.get(table.hypertable or 0, table if is_root or becomes_root else None)
+    compressed = others.get(table.compressed or 0)
     return (
         table.oid,
         table.name.schema,
@@ -107,6 +114,7 @@ def table_row(
         table.range,
         root.name.schema if root else None,
         root.name.name if root else None,
+        made is not None and (becomes_root or table.part == "chunk"),
         "copied" if is_root else "planned",
         moment.snapshot if is_root else None,
         moment.horizon if is_root else None,
@@ -117,5 +125,5 @@ def table_row(
 TABLE_COLUMNS = (
     "oid", "schema_name", "table_name", "lane", "publication", "columns", "binary_copy", "row_estimate", "size_bytes",
     "changed_row_count", "kind", "hypertable_oid", "compressed_oid", "compressed_name", "range", "root_schema", "root_name",
-    "state", "snapshot", "horizon", "timeline",
+    "copies_to_root", "state", "snapshot", "horizon", "timeline",
 )  # fmt: skip

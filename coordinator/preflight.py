@@ -19,6 +19,7 @@ from live_migration.common.progress import name_list
 from live_migration.common.settings import Settings
 from live_migration.coordinator import client_programs, findings, source_findings, timescale_facts, timescale_findings
 from live_migration.coordinator.findings import Finding
+from live_migration.coordinator.hypertable_findings import find_hypertables
 from live_migration.producer.replication import ReplicationConnection
 
 _SERVER = """
@@ -147,6 +148,7 @@ class _Preflight:
             await self._check("target", self._check_pair, source, target)
             await self._check("target", self._check_conflicts, source, target)
             await self._check("source", self._check_timescale, source, target)
+            await self._check("source", self._check_hypertables, source, target)
         if self._settings.kafka:
             await self._check("target", self._check_kafka)
 
@@ -320,6 +322,11 @@ class _Preflight:
             pause_source_jobs=pause,
             is_begun=begun is not None,
         )
+
+    async def _check_hypertables(self, source: asyncpg.Connection, target: asyncpg.Connection) -> list[Finding]:
+        if self._migration:
+            return []  # they are there, or as good as
+        return await find_hypertables(self._settings, source, target)
 
     def _is_same_database(self) -> bool:
         return len(self._servers) == 2 and findings.is_same_database(self._servers["source"], self._servers["target"])

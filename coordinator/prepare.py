@@ -223,11 +223,27 @@ async def publish_compressed(
     """Publish the tables of compressed rows, FULL: a change there that no marker encloses is one that the stream does not tell."""
     present = await published_tables(source, run.settings.publication)
     wanted = [table for table in compressed_tables(tables) if table.oid not in present]
-    for table in wanted:
-        if table.identity is not ReplicaIdentity.FULL:
-            await _give_full_identity(run, source, target, table)
-    names = [PublishedTable(table.oid, table.name) for table in wanted]
+    names = [
+        PublishedTable(table.oid, table.name)
+        for table in wanted
+        if table.identity is ReplicaIdentity.FULL or await _may_be_watched(run, source, target, table)
+    ]
     await add_tables(source, run.settings.publication, names, lock_timeout=run.settings.lock_timeout)
+
+
+async def _may_be_watched(run: Run, source: asyncpg.Connection, target: asyncpg.Connection, table: TableInfo) -> bool:
+    """Give a table of compressed rows REPLICA IDENTITY FULL; False where TimescaleDB refuses: before 2.29 to all but superusers."""
+    try:
+        await _give_full_identity(run, source, target, table)
+    except SourceError as error:
+        if not isinstance(error.__cause__, asyncpg.InsufficientPrivilegeError):
+            raise
+        run.reporter.warn_on_change(
+            "compressed rows",
+            "this TimescaleDB lets no one but a superuser watch compressed rows: delete no whole batches of them on the source",
+        )
+        return False
+    return True
 
 
 async def give_identities_back(target: asyncpg.Connection, source: asyncpg.Connection, settings: Settings) -> list[str]:

@@ -51,6 +51,11 @@ RELEASE = """
     where kind <> 'hypertable' and newcomer is distinct from 'gone'
 """
 
+_INDEX_AGAIN = """
+    update _live_migration.tables t set state = 'copied' where kind = 'hypertable' and state = 'ready'
+      and exists (select from _live_migration.indexes i where i.table_oid = t.oid and i.state <> 'done')
+"""
+
 _BACKENDS = """
     select backend_pid, backend_start from _live_migration.tables where backend_pid is not null
     union select backend_pid, backend_start from _live_migration.parts where backend_pid is not null
@@ -183,4 +188,5 @@ async def release_tables(run: Run) -> None:
     """
     if await _is_under_way(run.target):
         await run.target.execute(RELEASE)
+        await run.target.execute(_INDEX_AGAIN)
         await steps.finish(run.target, run.epoch, _STEP)

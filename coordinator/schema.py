@@ -35,6 +35,10 @@ from live_migration.coordinator.dump_script import (
     parse_script,
 )
 from live_migration.coordinator.entries import run_entries
+from live_migration.coordinator.hypertable_entries import part_entries, without_only
+from live_migration.coordinator.made_definitions import ARCHIVE as MADE_ARCHIVE
+from live_migration.coordinator.made_definitions import Made, load_made, read_made
+from live_migration.coordinator.made_schema import make_schema
 from live_migration.coordinator.planning import Moment
 from live_migration.coordinator.post_data import PostData, sort_post_data
 from live_migration.coordinator.prepare import publish_tables
@@ -98,7 +102,9 @@ class SourceSchema:
     """(catalog, oid) of what must not come to the target: our publications, and triggers of chunks, which their hypertable's make."""
     moment: Moment
     catalog: Catalog | None
-    """TimescaleDB's."""
+    """TimescaleDB's, where it comes over whole."""
+    made: Made | None = None
+    """Hypertables that are made anew."""
 
     @property
     def followed(self) -> list[TableInfo]:
@@ -108,6 +114,9 @@ class SourceSchema:
     @property
     def index_owners(self) -> dict[int, int]:
         """Whose row in the plan the indexes of a table belong to, by oid: those of compressed rows to the chunk's."""
+        if self.made is not None:  # those of chunks, and of aggregates' rows, come with their hypertables
+            hidden = self.made.materializations
+            return {t.oid: t.oid for t in self.followed if t.part != "chunk" and t.name not in hidden}
         own = {table.oid: table.oid for table in self.followed}
         return own | {table.compressed: table.oid for table in self.followed if table.compressed is not None}
 
@@ -119,9 +128,12 @@ async def restore_schema(run: Run) -> None:
         await _plan(run, programs)
     entries = await read_entries(run, programs, PRE_DATA)
     run.reporter.note(f"restoring the schema: {len(entries)} objects")
-    await begin_restoring(run)
-    await run_entries(run, PRE_DATA, entries)
-    await restore_catalog(run)
+    if (made := await load_made(run)) is not None:
+        await make_schema(run, made, entries, step=PRE_DATA)
+    else:
+        await begin_restoring(run)
+        await run_entries(run, PRE_DATA, entries)
+        await restore_catalog(run)
     async with run.target_transaction("leaving phase schema"):
         await release_tables(run)
         await run.enter(Phase.COPY)
@@ -159,6 +171,8 @@ async def _plan(run: Run, programs: ClientPrograms) -> None:
                 )
             content = await asyncio.to_thread(archive.read_bytes)
             post_data = parse_script(await client_programs.write_script(programs, archive, section="post-data"))
+            if schema.made is not None:
+                post_data = [without_only(entry, schema.made.roots) for entry in post_data]
             published_all = await published_tables(source, run.settings.publication)
     await _save_plan(run, schema, content, post_data, frozenset(published_all))
 
@@ -184,7 +198,8 @@ async def _look(run: Run, source: asyncpg.Connection, programs: ClientPrograms, 
         schemas = []
         if run.migration.source_version >= _TABLES_IN_SCHEMA:
             schemas = await source.fetch(_SCHEMA_MEMBERS, [row["oid"] for row in ours])
-        catalog = await read_catalog(source)
+        made = await read_made(settings, source, run.target)
+        catalog = await read_catalog(source) if made is None else None
     inner = {table.oid for table in tables if not table.is_users}
     left_out = {(PG_PUBLICATION_REL, member) for row in ours for member in row["members"] or ()}
     left_out |= {(PG_PUBLICATION, row["oid"]) for row in ours}
@@ -193,10 +208,11 @@ async def _look(run: Run, source: asyncpg.Connection, programs: ClientPrograms, 
     return SourceSchema(
         tables,
         indexes,
-        [row for row in foreign_keys if row["table_oid"] not in inner],
+        [row for row in foreign_keys if row["table_oid"] not in inner and not (made and row["oid"] in made.left_out)],
         frozenset(left_out),
         moment,
         catalog,
+        made,
     )
 
 
@@ -238,10 +254,13 @@ async def _save_plan(
             "all" if table.oid in all_operations else "insert",
             by_oid,
             schema.moment,
+            schema.made.roots if schema.made else None,
         )
         for table in schema.followed
     ]
     owners = schema.index_owners
+    left_out = schema.made.left_out if schema.made else frozenset()
+    wanted = [index for index in schema.indexes if index["oid"] not in left_out]
     columns = ", ".join(planning.TABLE_COLUMNS)
     places = ", ".join(f"${n}" for n in range(1, len(planning.TABLE_COLUMNS) + 1))
     async with run.target_transaction("saving the plan") as target:
@@ -251,7 +270,7 @@ async def _save_plan(
         await target.executemany(
             """insert into _live_migration.indexes (oid, table_oid, name, is_primary, is_unique, size_bytes, statements)
                values ($1, $2, $3, $4, $5, $6, $7)""",
-            plan_indexes(schema.indexes, post_data, owners),
+            plan_indexes(wanted, post_data, owners),
         )
         await target.execute(_READY_WITHOUT_INDEX)
         await target.executemany(
@@ -268,6 +287,10 @@ async def _save_plan(
         if schema.catalog is not None:
             await target.execute(
                 "insert into _live_migration.archives values ($1, $2)", CATALOG_ARCHIVE, schema.catalog.encode()
+            )
+        if schema.made is not None:
+            await target.execute(
+                "insert into _live_migration.archives values ($1, $2)", MADE_ARCHIVE, schema.made.encode()
             )
         await target.execute(
             "insert into _live_migration.archives values ($1, $2)",
@@ -317,6 +340,9 @@ async def read_post_data(run: Run) -> PostData:
         )
     keys = EntryKeys.decode(content)
     entries = await read_entries(run, programs, "post-data")
+    if (made := await load_made(run)) is not None:
+        before, after = part_entries(entries, made.entries)
+        entries = [without_only(entry, made.roots) for entry in (*before, *after)]
     return sort_post_data(entries, built=keys.built, roots=keys.roots, ours=keys.ours)
 
 

@@ -8,31 +8,23 @@ from collections.abc import Iterable
 import asyncpg
 
 from live_migration.common.catalog import TableInfo
+from live_migration.common.errors import TargetError
 from live_migration.common.home import Home
 from live_migration.common.postgres import asking, session
 from live_migration.common.progress import name_list
 from live_migration.common.relation import QualifiedName
-from live_migration.common.timescale import Chunk, Layout, read_layout
+from live_migration.common.timescale import Chunk, Layout, read_layout, read_slices
 from live_migration.consumer.chunk_rebuild import all_due_chunks, find_chunk, mark_chunk, rebuild_chunk
 from live_migration.consumer.hypertables import session_settings
 from live_migration.consumer.source_watch import write_flush_barrier
+from live_migration.coordinator.aggregate_refresh import keep_watermarks
+from live_migration.coordinator.aggregate_state import AggregateState, read_state, write_state
 from live_migration.coordinator.run import APPLICATION, Run
 from live_migration.coordinator.source_jobs import release_target_jobs
-from live_migration.coordinator.timescale_catalog import load_catalog
 
-_WATERMARKS = """
-    select a.user_view_schema::text as schema, a.user_view_name::text as name, w.watermark
-    from _timescaledb_catalog.continuous_aggs_watermark w
-    join _timescaledb_catalog.continuous_agg a on a.mat_hypertable_id = w.mat_hypertable_id
-"""
-# By the view: an aggregate that was made after the plan has another id on the target.
-_SET_WATERMARK = """
-    update _timescaledb_catalog.continuous_aggs_watermark w set watermark = $3
-    from _timescaledb_catalog.continuous_agg a
-    where a.mat_hypertable_id = w.mat_hypertable_id and a.user_view_schema = $1 and a.user_view_name = $2
-"""
 _EVERYTHING = 2**63 - 1
 """An LSN: behind the last barrier all is applied."""
+_AGGREGATES = "aggregates before the barriers"
 _INSERT_ONLY = """
     select oid, schema_name, table_name from _live_migration.tables where kind = 'hypertable' and publication = 'insert'
 """
@@ -97,25 +89,61 @@ async def _mark_suspects(run: Run, source: asyncpg.Connection) -> None:
             )
 
 
-async def bring_watermarks(run: Run, source: asyncpg.Connection) -> None:
-    """Set each aggregate's watermark to the source's: what is materialized has been followed, up to where is in no stream."""
-    if await load_catalog(run) is None:
+async def keep_aggregates(run: Run, source: asyncpg.Connection) -> None:
+    """Note before the last barriers how far the aggregates are materialized: a policy may refresh after them."""
+    state = await _read_aggregates(source)
+    if state is None:
         return
+    async with run.target_transaction("noting the aggregates' watermarks") as target:
+        await target.execute(
+            "insert into _live_migration.archives values ($1, $2) on conflict (name) do update set content = excluded.content",
+            _AGGREGATES,
+            state.encode(),
+        )
+
+
+async def _read_aggregates(source: asyncpg.Connection) -> AggregateState | None:
     with asking("source", "reading the aggregates' watermarks"):
-        rows = await source.fetch(_WATERMARKS)
-    async with run.target_transaction("setting the aggregates' watermarks") as target:
-        await target.executemany(_SET_WATERMARK, [(row["schema"], row["name"], row["watermark"]) for row in rows])
+        async with source.transaction(isolation="repeatable_read", readonly=True):
+            layout = await read_layout(source)
+            return await read_state(source, layout) if layout else None
+
+
+async def bring_watermarks(run: Run, source: asyncpg.Connection) -> None:
+    """Make each aggregate as far materialized as on the source, and as much of it out of date: that is in no stream.
+
+    Where our role may not write TimescaleDB's catalog the aggregates are refreshed after the hand-over.
+    """
+    now = await _read_aggregates(source)
+    with asking("target", "reading the hypertables"):
+        ours = await read_layout(run.target)
+        before = await run.target.fetchval("select content from _live_migration.archives where name = $1", _AGGREGATES)
+    if now is None or ours is None or not now.watermarks:
+        return
+    wanted = now.since(AggregateState.decode(before)) if before else now
+    try:
+        async with run.target_transaction("setting the aggregates' watermarks") as target:
+            await write_state(target, ours, wanted)
+    except TargetError as error:
+        if not isinstance(error.__cause__, asyncpg.InsufficientPrivilegeError):
+            raise
+        await keep_watermarks(run, wanted)
 
 
 async def compress_like_source(run: Run) -> None:
     """Compress the target's chunks whose twins on the source are compressed, each in a transaction of its own."""
     async with run.source_session("compression") as source:
         theirs = await run.patiently("reading the hypertables", lambda: read_layout(source))
+        their_slices = (
+            await run.patiently("reading the hypertables", lambda: read_slices(source, theirs)) if theirs else {}
+        )
     with asking("target", "reading the hypertables"):
         ours = await read_layout(run.target)
     if theirs is None or ours is None:
         return
-    twins = _twins(theirs, ours)
+    with asking("target", "reading the hypertables"):
+        our_slices = await read_slices(run.target, ours)
+    twins = _twins(theirs, their_slices, ours, our_slices)
     if twins:
         run.reporter.note(f"compressing {len(twins)} chunks as on the source")
     schema = await run.target.fetchval(
@@ -128,18 +156,17 @@ async def compress_like_source(run: Run) -> None:
             )
 
 
-def _twins(theirs: Layout, ours: Layout) -> list[QualifiedName]:
+def _twins(
+    theirs: Layout, their_slices: dict[int, str], ours: Layout, our_slices: dict[int, str]
+) -> list[QualifiedName]:
     """Give our chunks that hold the same range of the same hypertable as a compressed one of theirs."""
-    wanted = {
-        (_known_as(theirs, chunk), chunk.range) for chunk in theirs.chunks.values() if chunk.compressed is not None
-    }
-    return sorted(chunk.name for chunk in ours.chunks.values() if (_known_as(ours, chunk), chunk.range) in wanted)
 
+    def key(layout: Layout, chunk: Chunk, slices: dict[int, str]) -> tuple[QualifiedName, str | None]:
+        hypertable = layout.hypertables[chunk.hypertable]
+        return hypertable.view or hypertable.name, slices.get(chunk.oid)
 
-def _known_as(layout: Layout, chunk: Chunk) -> QualifiedName:
-    """Give what people know a chunk's hypertable by: what an aggregate materializes into has a name of its own on each server."""
-    hypertable = layout.hypertables[chunk.hypertable]
-    return hypertable.view or hypertable.name
+    wanted = {key(theirs, chunk, their_slices) for chunk in theirs.chunks.values() if chunk.compressed is not None}
+    return sorted(chunk.name for chunk in ours.chunks.values() if key(ours, chunk, our_slices) in wanted)
 
 
 async def release_jobs(run: Run) -> None:

@@ -43,7 +43,7 @@ create table _live_migration.tables (
     range text,                             -- condition that holds for the rows of a chunk alone
     root_schema text,                       -- hypertable on the target that changes of the chunk (or hypertable) go to
     root_name text,
-    copies_to_root boolean not null default false,  -- rows of the chunk are copied through the hypertable, too
+    copies_to_root boolean not null default false,  -- rows of the chunk, or of a table that becomes one, are copied through the hypertable, too
     rebuild text,                           -- why its lane must copy the chunk (or newcomer) anew, null: it need not
     rebuild_lsn pg_lsn,                     -- which it does once it has applied all before this
     unseen_lsn pg_lsn,                      -- what may have been missed was before this: a copy from after it is whole
@@ -77,6 +77,7 @@ create table _live_migration.tables (
     lease_until timestamptz,
     unique (schema_name, table_name)
 );
+create index on _live_migration.tables (hypertable_oid) where hypertable_oid is not null;
 
 create table _live_migration.parts (
     oid oid not null references _live_migration.tables on delete cascade,
@@ -244,6 +245,9 @@ begin
         with candidate as (
             select i.oid from _live_migration.indexes i join _live_migration.tables t on t.oid = i.table_oid
             where t.state = 'copied' and i.state = 'pending' and coalesce(i.retry_at <= clock_timestamp(), true)
+              -- a hypertable's, once all rows that are copied through it are there
+              and not exists (select from _live_migration.tables c
+                              where c.hypertable_oid = t.oid and c.copies_to_root and c.state not in ('copied', 'ready'))
               and not exists (select from _live_migration.indexes o
                               where o.table_oid = i.table_oid and o.state = 'building'
                                 and (_live_migration.is_exclusive(o.statements) or _live_migration.is_exclusive(i.statements)))

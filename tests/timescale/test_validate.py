@@ -101,6 +101,7 @@ async def test_an_older_source_and_an_older_target(
         across = await found(other, timescale_target_database)
         assert {each.level for each in across} == {"warning"}
         about(across, "chunks come over as rows")
+        assert "room" in about(across, "compressed chunks are decompressed on their way").hint
         about(across, "go on meanwhile")
         assert "2.25 and newer have it" in about(across, "updates and deletes only when it has been found").what
     async with timescale_database(timescale_source) as source, timescale_database(other_timescale) as older:

@@ -112,7 +112,7 @@ _HYPERTABLES = """
 """
 _FOREIGN_KEYS = """
     select conrelid::regclass::text, conname, pg_get_constraintdef(oid), convalidated from pg_constraint
-    where contype = 'f' and connamespace <> '_timescaledb_catalog'::regnamespace
+    where contype = 'f' and connamespace::regnamespace::text !~ '^_timescaledb_(catalog|config)'
       and connamespace not in ('_timescaledb_internal'::regnamespace, coalesce(to_regnamespace('_live_migration'), 0)) and coninhcount = 0
       and conrelid not in (select inhrelid from pg_inherits) order by 1, 2
 """

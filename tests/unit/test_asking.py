@@ -12,6 +12,8 @@ import pytest
 from live_migration.common.errors import TargetError
 from live_migration.common.settings import Settings, load_settings
 from live_migration.coordinator import migrating
+from live_migration.coordinator.hypertable_candidates import Candidate
+from live_migration.coordinator.hypertable_spec import parse_spec
 from live_migration.coordinator.source_jobs import Job
 
 POLICY = Job(1000, "Columnstore Policy [1000]", "alice", True, "public.metrics", True, True)
@@ -62,6 +64,36 @@ async def test_nothing_is_asked_where_a_server_cannot_be(jobs: list[Job], capsys
         asked = await migrating.ask_to_pause_jobs(load_settings({}), file)
     assert not asked.pause_source_jobs
     assert capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def candidates(monkeypatch: pytest.MonkeyPatch) -> list[Candidate]:
+    found = [Candidate(parse_spec(text), 5 << 30, 1_000_000, None) for text in ("public.m:time,1 day", "e:at,7 days")]
+
+    async def find(_: Settings) -> list[Candidate]:
+        return found
+
+    monkeypatch.setattr(migrating, "_find_candidates", find)
+    return found
+
+
+async def test_each_proposed_hypertable_is_asked_for(
+    candidates: list[Candidate], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with terminal(b"y\n") as file:  # the second question meets the end of what is typed
+        asked = await migrating.ask_for_hypertables(load_settings({}), file)
+    assert asked.hypertable == ("public.m:time,1 day",)
+    assert "public.e:at,7 days (5.0 GiB" in capsys.readouterr().err
+
+
+async def test_without_a_terminal_hypertables_are_named_and_none_is_made(
+    candidates: list[Candidate], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = await migrating.ask_for_hypertables(load_settings({}), None)
+    assert asked.hypertable == ()
+    said = capsys.readouterr().err
+    assert "come over as plain tables" in said
+    assert "--hypertable 'public.e:at,7 days'" in said
 
 
 async def test_a_question_can_be_cancelled() -> None:
