@@ -106,7 +106,7 @@ _TABLES = """
                 select from pg_attribute a
                 where a.attrelid = c.oid and a.attgenerated <> '' and a.attnum = any((i.indkey::int2[])[0:i.indnkeyatts - 1]))
            ) as identity_index,
-           pg_relation_size(c.oid) as size, greatest(c.reltuples, 0)::bigint as rows,
+           coalesce(pg_relation_size(c.oid), 0) as size, greatest(c.reltuples, 0)::bigint as rows,
            pg_stat_get_tuples_updated(c.oid) + pg_stat_get_tuples_deleted(c.oid) as changed_rows
     from pg_class c join pg_namespace n on n.oid = c.relnamespace
     where c.relkind = 'r' and c.relpersistence in ('p', 'u')

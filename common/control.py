@@ -97,7 +97,10 @@ class ProducerStatus(_Record):
 
 
 class WalMessage(_Record):
-    """Content of our logical messages: `barrier` is repeated in every lane, `heartbeat` only moves the slot."""
+    """Content of our logical messages: `barrier` and `call` are repeated in every lane, `heartbeat` only moves the slot.
+
+    A lane that has passed a `call` looks in the state for chunks that it has to copy.
+    """
 
     kind: str
     migration_id: str

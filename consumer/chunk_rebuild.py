@@ -64,10 +64,10 @@ _DONE = """
 """
 
 
-# Chunks of a hypertable that was copied whole: what its snapshot shows is theirs, but for those that have a copy of their own before them.
+# Chunks of a hypertable that was copied whole: what its snapshot shows is theirs. A mark stays: more may be missed of a chunk since.
 _CHUNKS_DONE = """
     update _live_migration.tables set snapshot = $2, horizon = $3, timeline = $4, copy_again = false
-    where hypertable_oid = $1 and kind = 'chunk' and rebuild is null
+    where hypertable_oid = $1 and kind = 'chunk'
 """
 
 

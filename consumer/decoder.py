@@ -143,6 +143,7 @@ class Batch:
         self.is_inside_transaction = False
         self.must_end_at_commit = False
         self.suspects: dict[int, Home] = {}
+        self.is_called = False
 
     def is_empty(self) -> bool:
         """Tell whether there is nothing to write but the checkpoint."""
@@ -352,8 +353,12 @@ class LaneDecoder:
         if logical.prefix != control.MESSAGE_PREFIX:
             return
         content = orjson.loads(logical.content)
-        if content.get("kind") == "barrier" and content.get("migration_id") == self._migration_id:
+        if content.get("migration_id") != self._migration_id:
+            return
+        if content.get("kind") == "barrier":
             batch.barrier = content["id"]
+        elif content.get("kind") == "call":
+            batch.is_called = True
 
 
 def all_runs(step: dict[QualifiedName, list[TableRun]]) -> Iterator[TableRun]:

@@ -276,7 +276,7 @@ class LanePipeline:
         with asking("target", f"applying lane {self._checkpoint.lane}"):
             await applier.begin()
             change_count = byte_count = 0
-            barrier, commit_time = None, None
+            barrier, commit_time, is_called = None, None, False
             skipped: list[Position] = []
             while True:
                 batch = flush.batch
@@ -287,6 +287,7 @@ class LanePipeline:
                 change_count += batch.change_count
                 byte_count += batch.byte_count
                 barrier = batch.barrier or barrier
+                is_called |= batch.is_called
                 commit_time = commit_time if batch.commit_time is None else batch.commit_time
                 self._release(flush)
                 if flush.may_commit:
@@ -298,7 +299,7 @@ class LanePipeline:
             await self._connection.execute("commit")
         self._checkpoint = reached
         self._on_progress(reached)
-        if barrier is not None:  # the coordinator writes one when it has found something to be copied
+        if is_called:
             with asking("target", f"looking for chunks of lane {reached.lane}"):
                 if await due_chunks(self._connection, reached.lane, reached.position.commit_lsn):
                     raise ChunksDue(f"lane {reached.lane} has chunks to copy")

@@ -51,6 +51,11 @@ async def emit_barrier(source: asyncpg.Connection, migration_id: str) -> Barrier
     return await _emit(source, "barrier", migration_id)
 
 
+async def emit_call(source: asyncpg.Connection, migration_id: str) -> None:
+    """Write what makes every lane that has come so far look for chunks which it has to copy."""
+    await _emit(source, "call", migration_id)
+
+
 async def emit_heartbeat(source: asyncpg.Connection, migration_id: str) -> int:
     """Write what comes out of no lane, and give a position: a change log that is confirmed past it holds all before it."""
     return (await _emit(source, "heartbeat", migration_id)).before_lsn

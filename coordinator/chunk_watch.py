@@ -22,7 +22,7 @@ from live_migration.common.relation import QualifiedName
 from live_migration.common.timescale import read_version
 from live_migration.consumer.chunk_rebuild import mark_chunk
 from live_migration.coordinator import planning
-from live_migration.coordinator.barrier import emit_barrier
+from live_migration.coordinator.barrier import emit_call
 from live_migration.coordinator.prepare import publish_compressed
 from live_migration.coordinator.run import Run
 from live_migration.producer.publication import PublishedTable, add_tables, published_tables
@@ -32,7 +32,8 @@ INTERVAL_SECONDS = 15.0
 _ATTEMPTS = 20
 
 _PLAN = """
-    select oid, schema_name, table_name, kind, publication, compressed_oid from _live_migration.tables where kind <> 'table'
+    select oid, schema_name, table_name, kind, publication, compressed_oid from _live_migration.tables
+    where kind <> 'table' and coalesce(newcomer, 'followed') = 'followed'
 """
 
 
@@ -158,8 +159,7 @@ async def _mark(run: Run, source: asyncpg.Connection, target: asyncpg.Connection
         for each in missed:
             home = Home(each.root, each.chunk.name)
             await mark_chunk(target, each.chunk.oid, home, reason=each.reason, lsn=lsn, is_new=each.is_new)
-    # Lanes look for what they have to copy when they meet a barrier, which brings them past that position, too.
-    await emit_barrier(source, str(run.migration.id))
+    await emit_call(source, str(run.migration.id))  # it also brings every lane past that position
     run.reporter.note(f"{len(missed)} chunks are copied anew: {name_list(each.chunk.name for each in missed)}")
 
 

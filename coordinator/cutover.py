@@ -151,7 +151,7 @@ async def _back_to_replay(run: Run, error: LiveMigrationError) -> None:
 async def _prove_everything_arrived(run: Run, source: asyncpg.Connection) -> None:
     migration_id = str(run.migration.id)
     await _require_quiet(run, source)
-    problems = await bring_newcomers(run, source, run.target)
+    problems = await bring_newcomers(run, source)
     await _require_accounted_for(run, source, [f"{name} cannot be brought: {why}" for name, why in problems.items()])
     await follow_chunks(run, source, run.target)
     await keep_aggregates(run, source)

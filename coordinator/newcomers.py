@@ -24,7 +24,7 @@ from live_migration.common.relation import QualifiedName
 from live_migration.common.state import Phase
 from live_migration.common.timescale import read_layout
 from live_migration.coordinator import client_programs, planning, steps
-from live_migration.coordinator.barrier import emit_barrier
+from live_migration.coordinator.barrier import emit_call
 from live_migration.coordinator.drift import PARENTS
 from live_migration.coordinator.hypertable_source import read_definitions
 from live_migration.coordinator.identity_watch import move_lost
@@ -57,11 +57,11 @@ _LET_GO = """
 
 async def watch_newcomers(run: Run) -> None:
     """Bring newcomers now and then while lanes apply; never returns."""
-    async with run.source_session("newcomers") as source, run.target_session("newcomers") as target:
+    async with run.source_session("newcomers") as source:
         while True:
             # Not before: in phase copy, TimescaleDB's catalog on the target is not its own yet.
             if run.phase is Phase.REPLAY:
-                problems = await bring_newcomers(run, source, target)
+                problems = await bring_newcomers(run, source)
                 for name, reason in problems.items():
                     run.reporter.warn_on_change(
                         f"newcomer {name}", f"{name}, made on the source, cannot be brought: {reason}"
@@ -69,9 +69,10 @@ async def watch_newcomers(run: Run) -> None:
             await asyncio.sleep(INTERVAL_SECONDS)
 
 
-async def bring_newcomers(run: Run, source: asyncpg.Connection, target: asyncpg.Connection) -> dict[str, str]:
+async def bring_newcomers(run: Run, source: asyncpg.Connection) -> dict[str, str]:
     """Bring what was made on the source since the last look, let go of what is gone; give what could not be brought, and why."""
-    async with run.newcomers_lock:
+    # A session that began in TimescaleDB's restoring mode knows none of its statements ever after.
+    async with run.newcomers_lock, run.target_session("newcomers") as target:
         tables = await run.list_tables(source)
         await _let_go(run, source, target, tables)
         with asking("target", "reading the plan"):
@@ -152,8 +153,8 @@ async def _follow(run: Run, source: asyncpg.Connection, target: asyncpg.Connecti
         return {}  # dropped or renamed just now; the next look finds what is left
     await run.publications_changed(target)
     names = await _save(run, source, target, oids)
-    # Lanes look for what they have to copy when they meet a barrier.
-    await emit_barrier(source, str(run.migration.id))
+    # It also brings every lane past where the newcomers begin.
+    await emit_call(source, str(run.migration.id))
     run.reporter.note(f"{name_list(names)}: followed from now on, what they hold is copied")
     return {}
 
@@ -224,7 +225,7 @@ async def _let_go(
         return
     with asking("source", "reading the moment"):
         moment = Moment(**dict(await source.fetchrow(MOMENT)))
-    for row in gone:
+    for row in sorted(gone, key=lambda row: row["oid"], reverse=True):  # what stands on another was made after it
         name = QualifiedName(row["schema_name"], row["table_name"])
         try:
             with asking("target", f"dropping {name}"):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
 
 import asyncpg
 
@@ -19,7 +18,7 @@ from live_migration.common.errors import KafkaError, SlotError, SourceError
 from live_migration.common.lsn import Lsn
 from live_migration.common.postgres import asking
 from live_migration.common.progress import format_bytes
-from live_migration.common.relation import QualifiedName, ReplicaIdentity
+from live_migration.common.relation import ReplicaIdentity
 from live_migration.common.settings import Settings
 from live_migration.common.state import Phase
 from live_migration.common.timescale import read_version
@@ -58,11 +57,6 @@ from live_migration.producer.slot import (
 from live_migration.producer.tail_check import read_tails
 
 _STEP = "prepare"
-_PARENT = """
-    select p.oid, n.nspname::text as schema, p.relname::text as name, p.relreplident::text as identity
-    from pg_inherits i join pg_class p on p.oid = i.inhparent join pg_namespace n on n.oid = p.relnamespace
-    where i.inhrelid = $1
-"""
 _PLANNING_ATTEMPTS = 20
 _TOPIC_ATTEMPTS = 10
 
@@ -240,9 +234,9 @@ async def publish_compressed(
 async def _may_be_watched(run: Run, source: asyncpg.Connection, target: asyncpg.Connection, table: TableInfo) -> bool:
     """Give a table of compressed rows REPLICA IDENTITY FULL; False where TimescaleDB refuses: before 2.29 to all but superusers."""
     try:
-        await _watch_compressed(run, source, target, table)
+        await _give_full_identity(run, source, target, table)
     except SourceError as error:
-        if not isinstance(error.__cause__, asyncpg.FeatureNotSupportedError):
+        if not isinstance(error.__cause__, asyncpg.InsufficientPrivilegeError):
             raise
         run.reporter.warn_on_change(
             "compressed rows",
@@ -250,17 +244,6 @@ async def _may_be_watched(run: Run, source: asyncpg.Connection, target: asyncpg.
         )
         return False
     return True
-
-
-async def _watch_compressed(run: Run, source: asyncpg.Connection, target: asyncpg.Connection, table: TableInfo) -> None:
-    """Give a table of compressed rows its full identity; before 2.29 it has a parent, which hands it down, and alone may have it."""
-    with asking("source", f"looking at {table.name}"):
-        row = await source.fetchrow(_PARENT, table.oid)
-    if row is None:
-        await _give_full_identity(run, source, target, table)
-    elif row["identity"] != ReplicaIdentity.FULL.value:
-        name, identity = QualifiedName(row["schema"], row["name"]), ReplicaIdentity(row["identity"])
-        await _give_full_identity(run, source, target, replace(table, oid=row["oid"], name=name, identity=identity))
 
 
 async def give_identities_back(target: asyncpg.Connection, source: asyncpg.Connection, settings: Settings) -> list[str]:

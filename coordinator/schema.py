@@ -58,7 +58,7 @@ _ATTEMPTS = 30
 _INDEXES = """
     select i.indexrelid as oid, i.indrelid as table_oid, c.relname as name, t.relkind::text as table_kind,
            con.oid as constraint_oid, i.indisprimary as is_primary, i.indisunique as is_unique,
-           pg_relation_size(i.indexrelid) as size_bytes
+           coalesce(pg_relation_size(i.indexrelid), 0) as size_bytes  -- null for one that was dropped since the snapshot
     from pg_index i join pg_class c on c.oid = i.indexrelid join pg_class t on t.oid = i.indrelid
     left join pg_constraint con on con.conindid = i.indexrelid and con.conrelid = i.indrelid and con.contype in ('p', 'u', 'x')
     where t.relkind in ('r', 'p') and t.relnamespace not in (select oid from pg_namespace where nspname like 'pg\\_%')

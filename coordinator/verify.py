@@ -184,9 +184,9 @@ async def _plan(pair: _Pair, lock_timeout: float, tell: Callable[[Result], None]
             async with connection.transaction(readonly=True):
                 await connection.execute(_set_lock_timeout(lock_timeout))  # reading a table's size takes a lock
                 layout = await read_layout(connection)
+                # What an aggregate materializes into may have another name on the other side.
                 views = {each.oid: each.view for each in layout.hypertables.values() if each.view} if layout else {}
                 tables = [table for table in await list_tables(connection) if table.is_users]
-                # What holds an aggregate's rows has a name of its own on each server.
                 sides.append({views.get(table.oid, table.name): table for table in tables})
             encodings.append(await connection.fetchval("show server_encoding"))
     source, target = sides

@@ -49,13 +49,6 @@ _BLOCKERS = """
 """
 
 
-_IS_COMPRESSED = """
-    select (select rolsuper from pg_roles where rolname = current_user)
-       and exists (select from pg_extension where extname = 'timescaledb')
-       and exists (select from pg_attribute where attrelid = $1 and attname = '_ts_meta_count' and not attisdropped)
-"""
-
-
 @dataclass(frozen=True, slots=True)
 class PublishedTable:
     """A table by its oid and its name at the time."""
@@ -191,23 +184,33 @@ async def set_identity_full(
     connection: asyncpg.Connection, table: PublishedTable, *, lock_timeout: float, patience: float = _PATIENCE_SECONDS
 ) -> None:
     """Give a table REPLICA IDENTITY FULL."""
-    await execute_politely(
-        connection,
-        [*await _beside_timescale(connection, table.oid), f"alter table {table.name.sql} replica identity full"],
-        lock_timeout=lock_timeout,
-        doing=f"giving {table.name} REPLICA IDENTITY FULL",
-        relations=[table.oid],
-        patience=patience,
-    )
+    doing = f"giving {table.name} REPLICA IDENTITY FULL"
+    await _alter_identity(connection, table, "full", lock_timeout=lock_timeout, doing=doing, patience=patience)
 
 
-async def _beside_timescale(connection: asyncpg.Connection, oid: int) -> list[str]:
-    """Give what lets a table of compressed rows be altered where it counts as a chunk (before 2.29), which TimescaleDB refuses to alter.
+async def _alter_identity(
+    connection: asyncpg.Connection,
+    table: PublishedTable,
+    identity: str,
+    *,
+    lock_timeout: float,
+    doing: str,
+    patience: float = _PATIENCE_SECONDS,
+) -> None:
+    """Set a replica identity, which says nothing of a table's children.
 
-    In a session that restores it keeps out of the way; a superuser may have that for one transaction.
+    Before 2.29 TimescaleDB refuses this for its tables of compressed rows, unless it is told to mind its own business.
     """
-    is_refused = await connection.fetchval(_IS_COMPRESSED, oid)
-    return ["set local timescaledb.restoring = on"] if is_refused else []
+    statement = f"alter table {table.name.sql} replica identity {identity}"
+    for statements in ([statement], ["set local timescaledb.restoring = on", statement]):
+        try:
+            await execute_politely(
+                connection, statements, lock_timeout=lock_timeout, doing=doing, relations=[table.oid], patience=patience
+            )
+            return
+        except SourceError as error:
+            if len(statements) > 1 or not isinstance(error.__cause__, asyncpg.FeatureNotSupportedError):
+                raise
 
 
 def identity_without_full(before: ReplicaIdentity) -> str:
@@ -230,14 +233,7 @@ async def restore_identity(
     if row is None:
         return None
     name = QualifiedName(row["schema"], row["name"])
-    await execute_politely(
-        connection,
-        [
-            *await _beside_timescale(connection, oid),
-            f"alter table {name.sql} replica identity {identity_without_full(before)}",
-        ],
-        lock_timeout=lock_timeout,
-        doing=f"giving {name} its replica identity back",
-        relations=[oid],
-    )
+    doing = f"giving {name} its replica identity back"
+    identity = identity_without_full(before)
+    await _alter_identity(connection, PublishedTable(oid, name), identity, lock_timeout=lock_timeout, doing=doing)
     return name

@@ -283,7 +283,7 @@ class Router:
             content = WalMessage.model_validate_json(pgoutput.decode_logical_message(bytes(message)).content)
         except ValidationError:
             return  # anybody may write a message of this prefix
-        if content.kind == "barrier" and content.migration_id == self._migration_id:
+        if content.kind in ("barrier", "call") and content.migration_id == self._migration_id:
             for lane in self._lanes:
                 self._change_in(lane, message, ())
 

@@ -151,10 +151,15 @@ class Migration:
         """Ask for the cutover and wait until the coordinator is done."""
         self.ask_cutover.set()
         assert self.coordinator is not None
-        async with asyncio.timeout(timeout):
-            while not self.coordinator.done():
-                self.raise_failures()
-                await asyncio.wait([self.coordinator], timeout=0.2)
+        try:
+            async with asyncio.timeout(timeout):
+                while not self.coordinator.done():
+                    self.raise_failures()
+                    await asyncio.wait([self.coordinator], timeout=0.2)
+        except TimeoutError:
+            raise AssertionError(
+                f"not done within {timeout} s; notes {self.observer.notes[-5:]}, {self.observer.warnings[-5:]}"
+            ) from None
         await self.coordinator
 
     def raise_failures(self) -> None:

@@ -57,7 +57,6 @@ POLICIES = (
     """select add_retention_policy('app.loose', interval '900 days', initial_start => now() + interval '1 day')""",
     """select add_continuous_aggregate_policy('app.keyed_hourly', interval '900 days', interval '1 hour', interval '1 hour',
                                               initial_start => now() + interval '1 day')""",
-    "select alter_job(add_retention_policy('events', interval '900 days', if_not_exists => true), scheduled => true)",
     "select add_retention_policy('metrics', interval '900 days', initial_start => now() + interval '1 day')",
     "select alter_job(add_retention_policy('app.packed', interval '950 days'), scheduled => false)",
 )
@@ -104,7 +103,7 @@ class Writer:
         while not self._stopped.is_set():
             n += 1
             day, second = f"2026-02-{1 + n % 20:02}", f"{n // 20 % 60:02}:{n % 60:02}"
-            at = f"'{day} 00:{second}.{n % 1000:03}'::timestamptz"
+            at = f"'{day} 00:{second}.{n % 1000:03}5'::timestamptz"
             await connection.execute(f"insert into app.keyed values ({at}, {1 + n % 8}, {n})")
             await connection.execute(f"insert into app.loose values ({at}, 'w{n}')")
             await connection.execute(f"insert into app.packed values ({at}, {1 + n % 5}, {n})")
@@ -165,7 +164,7 @@ async def test_hypertables_aggregates_and_policies_made_during_replay_come_over(
             await asyncio.sleep(3)
         await _run(source, ("call refresh_continuous_aggregate('app.keyed_hourly', null, null)",))
         jobs = await _fetch(source, _JOBS)
-        await migration.finish(timeout=300)
+        await migration.finish(timeout=100)
         await _compare(migration)
         paused = {(name, *rest) for name, scheduled, *rest in before if scheduled}
         expected = [(name, scheduled or (name, *rest) in paused, *rest) for name, scheduled, *rest in jobs]
@@ -204,5 +203,32 @@ async def test_newcomers_come_over_exactly_once_whenever_the_coordinator_dies(
             migration.start_coordinator()
         await making
         await migration.until("all followed", _ALL_FOLLOWED, timeout=300)
-        await migration.finish(timeout=300)
+        await migration.finish(timeout=100)
         await _compare(migration)
+
+
+async def test_hypertables_and_aggregates_that_are_dropped_again_are_let_go(
+    timescale_source_database: str, target_of_timescale: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    source, target = timescale_source_database, target_of_timescale
+    await world.make(source)
+    create = (
+        "create table app.brief (time timestamptz not null, v int)",
+        "select create_hypertable('app.brief', 'time')",
+        "insert into app.brief select t, 1 from generate_series('2026-02-01'::timestamptz, '2026-02-20', '1 day') t",
+    )
+    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
+        await migration.until_phase("replay", timeout=300)
+        await _run(source, (*create, "drop table app.brief"))  # before anybody saw it
+        await migration.until("let go", "select count(*) > 0 from _live_migration.tables where newcomer = 'gone'")
+        aggregate = """create materialized view app.brief_daily with (timescaledb.continuous) as
+                       select time_bucket('1 day', time) as day, sum(v) as v from app.brief group by 1"""
+        await _run(source, (*create, aggregate))
+        followed = "select count(*) = 2 from _live_migration.tables where newcomer = 'followed' and rebuild is null"
+        await migration.until("followed", followed)
+        await _run(source, ("insert into app.brief values ('2026-03-01', 2)", "drop table app.brief cascade", *create))
+        await _run(source, ("insert into app.brief values ('2026-03-02', 3)",))
+        await migration.finish(timeout=150)
+        tables, aggregates = (*world.TABLES, "app.brief"), world.AGGREGATE_NAMES
+        assert await world.differences(source, target, tables=tables, aggregates=aggregates) == []
+        assert await _fetch(target, "select to_regclass('app.brief_daily') is null") == [(True,)]

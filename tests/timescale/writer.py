@@ -164,6 +164,7 @@ _MAKE: dict[str, Callable[[Writer, random.Random], str]] = {
     "compress": lambda w, rng: _chunk(rng, w, "compress_chunk(c, if_not_compressed => true)"),
     "decompress": lambda w, rng: _chunk(rng, w, "decompress_chunk(c, if_compressed => true)"),
     "insert events": _insert_events,
+    "truncate": lambda w, rng: f"truncate {rng.choice(('events', 'app.readings'))}",
     "delete events": lambda w, rng: f"delete from events where kind = 'e{rng.randrange(5)}' and ts > {w.time(rng)}",
     "insert readings": _insert_readings,
     "update readings": _update_readings,
@@ -176,5 +177,5 @@ _MAKE: dict[str, Callable[[Writer, random.Random], str]] = {
 _STATEMENTS = [
     ("insert metrics", 12), ("update metrics", 4), ("delete metrics", 4), ("delete batches", 1), ("move metrics", 2),
     ("compress", 1), ("decompress", 0.5), ("insert events", 4), ("delete events", 1), ("insert readings", 5),
-    ("update readings", 2), ("delete readings", 0.5), ("plain", 4), ("refresh", 0.3),
+    ("update readings", 2), ("delete readings", 0.5), ("plain", 4), ("refresh", 0.3), ("truncate", 0.3),
 ]  # fmt: skip

@@ -1,0 +1,31 @@
+"""Which chunks were missed: made unpublished, or compressed into a table that nobody watched."""
+
+from __future__ import annotations
+
+from live_migration.common.catalog import Part, TableInfo
+from live_migration.common.relation import QualifiedName, ReplicaIdentity
+from live_migration.coordinator.chunk_watch import Known, find_missed, find_unwatched
+
+KEYED, KEYLESS = QualifiedName("public", "keyed"), QualifiedName("public", "keyless")
+KNOWN = Known({1: (KEYED, True), 2: (KEYLESS, False)}, chunks=frozenset({11}), compressed=frozenset({21}))
+
+
+def table(oid: int, part: Part, root: int | None, compressed: int | None = None) -> TableInfo:
+    name = QualifiedName("inner", f"t{oid}")
+    return TableInfo(oid, name, "p", ReplicaIdentity.DEFAULT, 5, (), 0, 0, 0, part, root, "true", compressed)
+
+
+def test_a_new_chunk_must_be_where_its_hypertable_is() -> None:
+    tables = [table(oid, "chunk", root) for oid, root in ((11, 1), (12, 1), (13, 1), (14, 2), (15, 2), (16, 9))]
+    missed = find_missed(KNOWN, tables, frozenset({12}), frozenset({13, 14}))
+    # 13 is published for inserts alone, though its hypertable has an identity; 16 belongs to nobody of ours
+    assert [(m.chunk.oid, m.root, m.is_new) for m in missed] == [(13, KEYED, True), (15, KEYLESS, True)]
+
+
+def test_what_was_compressed_unwatched_is_copied_anew() -> None:
+    tables = [
+        table(11, "chunk", 1, 22), table(12, "chunk", 1, 21), table(13, "chunk", 1, 23), table(14, "chunk", 2),
+        table(21, "compressed", 1), table(22, "compressed", 1), table(23, "compressed", 1),
+    ]  # fmt: skip
+    found = find_unwatched(KNOWN, tables, frozenset({23}), {tables[3].name})
+    assert [(m.chunk.oid, m.is_new) for m in found] == [(11, False), (14, True)]
