@@ -47,9 +47,9 @@ _ALL = _REBUILD.format("(rebuild is not null or copy_again and kind = 'chunk')")
 _MARK = """
     insert into _live_migration.tables
         (oid, schema_name, table_name, lane, publication, columns, binary_copy, state, kind, hypertable_oid, root_schema,
-         root_name, snapshot, horizon, timeline, rebuild, rebuild_lsn, unseen_lsn)
+         root_name, copies_to_root, snapshot, horizon, timeline, rebuild, rebuild_lsn, unseen_lsn)
     select $1, $2, $3, h.lane, h.publication, h.columns, h.binary_copy, 'ready', 'chunk', h.oid, h.root_schema, h.root_name,
-           h.snapshot, h.horizon, h.timeline, $4, $5, $6
+           true, h.snapshot, h.horizon, h.timeline, $4, $5, $6
     from _live_migration.tables h where h.kind = 'hypertable' and h.schema_name = $7 and h.table_name = $8
     on conflict (schema_name, table_name) do update
     set rebuild = coalesce(tables.rebuild, excluded.rebuild), unseen_lsn = coalesce(excluded.unseen_lsn, tables.unseen_lsn),

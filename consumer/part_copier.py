@@ -134,7 +134,7 @@ class CopyWorker:
         plan, origin = await check_target(target.connection, table, claim.root, decompresses=decompresses)
         await self._context.watch.flush_barrier()
         ranges = table.parts(settings.part_size)
-        has_grown = claim.range != lease.claim.range
+        has_grown = lease.claim.range is not None and claim.range != lease.claim.range
         present = await siblings(source.connection, claim.oid) if has_grown else []
         await _begin_on_target(target, str(claim), *_empty(claim))
         if has_grown:

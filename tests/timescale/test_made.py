@@ -332,3 +332,48 @@ async def test_chunks_that_are_merged_meanwhile_are_neither_lost_nor_doubled(
             assert await _rows(source, "many") == await _rows(target, "many")
     finally:
         await merging.close()
+
+
+async def test_everything_can_be_copied_again(
+    older: str, target_of_timescale: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    """The slot is lost in the midst of replay: chunks that came after the plan are copied, too, and indexes are built again."""
+    source, target = older, target_of_timescale
+    await world.make(source)
+    await execute(source, _NO_REFRESHES)
+    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path) as migration:
+        await migration.until_phase("replay", timeout=240)
+        await execute(
+            source,
+            "insert into metrics values ('2026-01-20', 1, 1, 'new')",
+            "insert into events values ('2026-01-21', 'n')",
+        )
+        known = "select count(*) >= 2 from _live_migration.tables where kind = 'chunk' and range is null and rebuild is null"
+        await migration.until("new chunks found", known, timeout=90)
+        await migration.stop()
+        await migration.producer.crash()
+        migration.producer.task = None
+        await execute(
+            source,
+            "update metrics set temp = 5 where device = 2",
+            "delete from events where ts < '2026-01-02'",
+            f"select pg_drop_replication_slot('{unique_name}')",
+        )
+        topic = await _value(target, "select topic_id from _live_migration.migration")
+        migration.start_coordinator(recopy=True)
+        await migration.until("tables voided", "select topic_id <> $1 from _live_migration.migration", topic)
+        await migration.until("prepared again", "select phase <> 'prepare' from _live_migration.migration")
+        migration.producer.start()
+        await migration.until_phase("replay", timeout=240)
+        await migration.finish()
+        print("\n".join(migration.observer.notes + migration.observer.warnings))
+        assert await world.differences(source, target) == []
+        assert await _value(target, "select count(*) from pg_indexes where tablename = 'metrics'") == 3
+
+
+async def _value(uri: str, query: str) -> object:
+    connection = await asyncpg.connect(uri)
+    try:
+        return await connection.fetchval(query)
+    finally:
+        await connection.close()
