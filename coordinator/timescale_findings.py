@@ -72,18 +72,12 @@ def assess_target(
 
 
 def _assess_flattening(source: SourceFacts, *, flatten: bool) -> list[Finding]:
-    count = format_number_of(len(source.hypertables), "hypertable")
-    if not flatten:
-        return [
-            error(
-                f"the source has TimescaleDB {source.version}, the target's server does not offer it",
-                "Install TimescaleDB on the target's server, or give --flatten: hypertables then become plain tables.",
-            )
-        ]
+    """Refuse a target without TimescaleDB: making plain tables of hypertables (`flatten`) is not built yet."""
+    asked = ": --flatten cannot make plain tables of its hypertables yet" if flatten else ""
     return [
-        warning(
-            f"the target has no TimescaleDB: {count} and continuous aggregates of the source become plain tables; compression, "
-            "policies and jobs are not carried over"
+        error(
+            f"the source has TimescaleDB {source.version}, the target's server does not offer it{asked}",
+            "Install TimescaleDB on the target's server.",
         )
     ]
 

@@ -73,10 +73,10 @@ def test_two_plain_sides_of_one_version_are_fine() -> None:
     assert of_target() == []
 
 
-def test_a_target_without_it_is_refused_unless_flattened() -> None:
+def test_a_target_without_it_is_refused() -> None:
     without = with_server(version=None, default_version=None, versions=(), license=None, background_workers=None)
-    assert "--flatten" in only(of_target(target=without), "error")
-    assert "become plain tables" in only(of_target(target=without, flatten=True), "warning")
+    assert "Install TimescaleDB" in only(of_target(target=without), "error")
+    assert "--flatten cannot" in only(of_target(target=without, flatten=True), "error")
 
 
 def test_an_older_target_is_refused() -> None:
