@@ -26,6 +26,7 @@ from live_migration.consumer.claims import TableClaim
 from live_migration.consumer.copy_errors import CopyDeferred, server_errors
 from live_migration.consumer.copy_stream import CopyCount, CopyPlan, stream_copy
 from live_migration.consumer.merged_chunks import absorb, look_for_merged, mark_grown, siblings
+from live_migration.consumer.source_watch import await_committing
 from live_migration.consumer.table_snapshot import (
     ChunkGone,
     LockedTable,
@@ -167,6 +168,7 @@ async def rebuild_chunk(
     is_chunk = chunk.kind == "chunk"
     grown: list[int] = []
     with server_errors("source", f"looking at {chunk.name}"):
+        await await_committing(source)
         compressed = await compressed_table(source, chunk.oid) if is_chunk else None
     claim = TableClaim(chunk.oid, chunk.name, 0, has_parts=False, is_chunk=is_chunk, compressed=compressed)
     try:

@@ -7,9 +7,10 @@ its own first row. What was learnt so is kept in the control topic (`learnt`), f
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from live_migration.common import pgoutput
+from live_migration.common.errors import ConnectionLost
 from live_migration.common.home import Home
 from live_migration.common.postgres import asking, session
 from live_migration.common.relation import QualifiedName, Relation
@@ -22,6 +23,10 @@ CATALOG_TABLES = ("hypertable", "chunk", "compression_settings")
 _PART = re.compile(r'"((?:[^"]|"")*)"|([^".]+)')
 _COMPRESSED_HYPERTABLE = b"2"
 
+_RELATIONS = """
+    select n.nspname::text, c.relname::text from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.relkind in ('r', 'p')
+"""
+
 Learnt = dict[str, tuple[str, ...]]
 """Homes as they are kept: a relation's name in SQL to (hypertable's schema, name, chunk's schema, name, 'z' or '')."""
 
@@ -32,10 +37,27 @@ def parse_relation(text: str) -> QualifiedName | None:
     return QualifiedName(parts[0], parts[1]) if len(parts) == 2 else None
 
 
-class Homes:
-    """Knows the homes of relations, by name, for one session of the stream."""
+class StaleHomes(ConnectionLost):
+    """A relation is in the stream that came after the source's catalogs were read: the session begins anew, with what they say now."""
 
-    def __init__(self, layout: Layout | None, learnt: Mapping[str, tuple[str, ...]]) -> None:
+    def __init__(self, name: QualifiedName) -> None:
+        super().__init__(f"relation {name} is new on the source")
+        self.name = name
+
+
+class Homes:
+    """Knows the homes of relations, by name, for one session of the stream.
+
+    `known`: the relations that the source had when it was asked; None: any may be.
+    """
+
+    def __init__(
+        self,
+        layout: Layout | None,
+        learnt: Mapping[str, tuple[str, ...]],
+        known: Collection[QualifiedName] | None = None,
+    ) -> None:
+        self._known = known
         self.is_used = layout is not None
         """Whether the source has TimescaleDB."""
         self.learnt: Learnt = dict(learnt)
@@ -63,6 +85,11 @@ class Homes:
     def find(self, name: QualifiedName) -> Home | None:
         """Give where a relation belongs; None for what is no part of a hypertable, or of one that nobody knows."""
         return self._homes.get(name)
+
+    def require_known(self, name: QualifiedName) -> None:
+        """Raise StaleHomes for a relation that came after the source was asked: it may be a chunk."""
+        if self.is_used and self._known is not None and name not in self._known and name not in self._homes:
+            raise StaleHomes(name)
 
     def is_hidden(self, name: QualifiedName) -> bool:
         """Tell whether a relation is TimescaleDB's own, whose rows are not replayed."""
@@ -144,8 +171,10 @@ def text_values(message: bytes) -> list[str | None]:
     return values
 
 
-async def read_homes(uri: str, learnt: Mapping[str, tuple[str, ...]]) -> Homes:
+async def read_homes(uri: str, learnt: Mapping[str, tuple[str, ...]], gone: Collection[QualifiedName] = ()) -> Homes:
     """Give what the source's catalogs say now, beside what was learnt.
+
+    `gone`: relations that were asked for before; those that are not there now, either, are nobody's chunks.
 
     Raises:
         ConnectionLost | SourceError: the source does not say.
@@ -153,4 +182,6 @@ async def read_homes(uri: str, learnt: Mapping[str, tuple[str, ...]]) -> Homes:
     async with session(uri, "source", application="live-migration producer") as connection:
         with asking("source", "reading the hypertables"):
             async with connection.transaction(isolation="repeatable_read", readonly=True):
-                return Homes(await read_layout(connection), learnt)
+                layout = await read_layout(connection)
+                rows = await connection.fetch(_RELATIONS) if layout is not None else []
+    return Homes(layout, learnt, {*(QualifiedName(*row) for row in rows), *gone})

@@ -241,6 +241,7 @@ class Router:
             self._cut(before.lane)
         relation = pgoutput.decode_relation(message)
         if self._homes.is_used:
+            self._homes.require_known(relation.name)
             self._homes.learn_columns(relation)
             if self._homes.is_hidden(relation.name):
                 self._hidden[oid] = relation.name

@@ -12,11 +12,12 @@ from aiokafka import errors as kafka_errors
 from live_migration.common.control import ProducerConfig
 from live_migration.common.errors import ConnectionLost, LiveMigrationError, Retry
 from live_migration.common.kafka import check_topics
+from live_migration.common.relation import QualifiedName
 from live_migration.common.settings import Settings
 from live_migration.common.tasks import TaskGroup
 from live_migration.common.telemetry import get_logger
 from live_migration.producer.control_reader import BrokerLost, translate_broker_error
-from live_migration.producer.homes import read_homes
+from live_migration.producer.homes import StaleHomes, read_homes
 from live_migration.producer.losses import name_tables
 from live_migration.producer.publisher import Publisher, topics_exist
 from live_migration.producer.replication import ReplicationConnection, StreamFailed
@@ -79,6 +80,7 @@ class _Service:
         self._source_backoff = _Backoff(stop)
         self._failed_at: int | None = None
         self._failures = 0
+        self._asked_for: set[QualifiedName] = set()  # relations that made a session begin anew
 
     async def run(self) -> None:
         while not self._stop.is_set():
@@ -156,11 +158,14 @@ class _Service:
             await check_slot(uri, config, publisher.position)
             before = publisher.position
             try:
-                homes = await read_homes(uri, publisher.homes)
+                homes = await read_homes(uri, publisher.homes, self._asked_for)
                 session = Session(self._settings, config, publisher, stream, timeline, self._report, homes)
                 await session.run(self._stop)
             except BaseExceptionGroup as group:
                 raise worst_of(group) from group
+            except StaleHomes as error:
+                self._asked_for.add(error.name)
+                raise
             finally:
                 if publisher.position is not before:
                     self._source_backoff.reset()

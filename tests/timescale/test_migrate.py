@@ -13,7 +13,7 @@ from live_migration.common.local_postgres import LocalPostgres
 from live_migration.coordinator.clean import clean
 from live_migration.coordinator.verify import verify
 from tests.e2e.migration import Migration
-from tests.fixtures.fix_postgres import database
+from tests.fixtures.fix_postgres import database, execute
 from tests.fixtures.fix_timescale import timescale_database
 from tests.timescale import world
 from tests.timescale.writer import Writer
@@ -126,3 +126,24 @@ async def test_a_database_of_another_version_under_load_and_crashes(
 ) -> None:
     async with timescale_database(other_timescale) as source, database(other_timescale) as target:
         await _under_load(source, target, kafka_bootstrap, unique_name, tmp_path, 5, crashes=True)
+
+
+async def test_a_source_whose_role_is_no_superuser(
+    timescale_source_database: str,
+    target_of_timescale: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+) -> None:
+    """No schema and no catalog can be published: chunks that nobody told us of are found by looking."""
+    source, role = timescale_source_database, unique_name
+    database_name = source.rsplit("/", 1)[1]
+    await execute(target_of_timescale, f"create role {role} login")
+    await execute(
+        source,
+        f"create role {role} login replication",
+        f"alter database {database_name} owner to {role}",
+        f"grant all on schema public to {role}",
+    )
+    uri = source.replace("postgres@", f"{role}@")
+    await _under_load(uri, target_of_timescale, kafka_bootstrap, unique_name, tmp_path, 6, crashes=True)

@@ -11,7 +11,7 @@ from live_migration.common.errors import FormatError
 from live_migration.common.home import Home, decode_home, decode_suspect, encode_home, encode_suspect
 from live_migration.common.relation import Column, QualifiedName, Relation, ReplicaIdentity
 from live_migration.common.timescale import Chunk, Hypertable, Layout
-from live_migration.producer.homes import CATALOG_SCHEMA, Homes, parse_relation
+from live_migration.producer.homes import CATALOG_SCHEMA, Homes, StaleHomes, parse_relation
 
 ROOT, CHUNK = QualifiedName("app", 'Odd"name'), QualifiedName("store", "rd 1.chunk")
 LAYOUT = Layout(
@@ -110,3 +110,14 @@ def test_homes_and_suspects_as_frames() -> None:
 )
 def test_relations_as_regclass_prints_them(text: str, name: tuple[str, str] | None) -> None:
     assert parse_relation(text) == (QualifiedName(*name) if name else None)
+
+
+def test_a_relation_that_came_after_the_source_was_asked_makes_the_session_begin_anew_once() -> None:
+    known, new = QualifiedName("public", "known"), QualifiedName("public", "new")
+    homes = Homes(LAYOUT, {}, {known})
+    homes.require_known(known)
+    homes.require_known(CHUNK)
+    with pytest.raises(StaleHomes, match="new"):
+        homes.require_known(new)
+    Homes(LAYOUT, {}, {known, new}).require_known(new)  # asked for, and still nobody's chunk
+    Homes(None, {}, {known}).require_known(new)  # no TimescaleDB there
