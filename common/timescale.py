@@ -220,13 +220,34 @@ async def read_slices(connection: asyncpg.Connection, layout: Layout) -> dict[in
 
     Equal on every server for chunks that hold the same range of the same hypertable.
     """
-    oids = [chunk.oid for chunk in layout.chunks.values() if not chunk.is_foreign]
+    # From the catalog's tables, for TimescaleDB's own function looks past the snapshot, and fails on a chunk that was dropped since.
+    columns = {row[0] for row in await connection.fetch(_SLICE_COLUMNS)}
+    if "chunk.relid" in columns:
+        relation = "join pg_class p on p.oid = c.relid"
+    else:
+        relation = """join pg_namespace n on n.nspname = c.schema_name
+                      join pg_class p on p.relnamespace = n.oid and p.relname = c.table_name"""
+    if "dimension_slice.chunk_id" in columns:
+        slices = "join _timescaledb_catalog.dimension_slice s on s.chunk_id = c.id"
+    else:
+        slices = """join _timescaledb_catalog.chunk_constraint k on k.chunk_id = c.id
+                    join _timescaledb_catalog.dimension_slice s on s.id = k.dimension_slice_id"""
     rows = await connection.fetch(
-        """select u.oid, (_timescaledb_functions.show_chunk(u.oid::regclass)).slices::text as slices
-           from unnest($1::oid[]) u (oid)""",
-        oids,
+        f"""select p.oid, jsonb_object_agg(d.column_name, jsonb_build_array(s.range_start, s.range_end))::text as slices
+            from _timescaledb_catalog.chunk c {relation} {slices}
+            join _timescaledb_catalog.dimension d on d.id = s.dimension_id
+            where p.oid = any($1::oid[]) group by p.oid""",
+        [chunk.oid for chunk in layout.chunks.values() if not chunk.is_foreign],
     )
     return {row["oid"]: row["slices"] for row in rows}
+
+
+_SLICE_COLUMNS = """
+    select format('%s.%s', c.relname, a.attname)
+    from pg_attribute a join pg_class c on c.oid = a.attrelid join pg_namespace n on n.oid = c.relnamespace
+    where n.nspname = '_timescaledb_catalog' and c.relname in ('chunk', 'dimension_slice')
+      and a.attnum > 0 and not a.attisdropped
+"""
 
 
 _ONE_BY_SETTINGS = """
