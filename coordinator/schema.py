@@ -178,7 +178,7 @@ async def _plan(run: Run, programs: ClientPrograms) -> None:
 
 
 async def _look(run: Run, source: asyncpg.Connection, programs: ClientPrograms, archive: Path) -> SourceSchema | None:
-    """Dump the schema and read the catalogs in one snapshot; None when it shows a table that is not published."""
+    """Dump the schema and read the catalogs in one snapshot; None when it shows a table that is not published, or one is dropped meanwhile."""
     settings = run.settings
     async with source.transaction(isolation="repeatable_read", readonly=True):
         snapshot = await source.fetchval("select pg_export_snapshot()")
@@ -191,7 +191,12 @@ async def _look(run: Run, source: asyncpg.Connection, programs: ClientPrograms, 
         wanted = [table for table in tables if planning.is_followed(table) or table.part == "compressed"]
         if any(table.oid not in published for table in wanted):
             return None
-        await dump(run, programs, archive, snapshot)
+        try:
+            await dump(run, programs, archive, snapshot)
+        except ProgramError as error:
+            if "does not exist" not in error.message:
+                raise
+            return None  # a chunk was dropped before pg_dump could lock it
         ours = await source.fetch(_OUR_PUBLICATIONS, [settings.publication, settings.insert_publication])
         indexes, foreign_keys = await source.fetch(_INDEXES), await source.fetch(FOREIGN_KEYS)
         triggers = await source.fetch(_TRIGGERS)

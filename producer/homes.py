@@ -23,6 +23,10 @@ CATALOG_TABLES = ("hypertable", "chunk", "compression_settings")
 _PART = re.compile(r'"((?:[^"]|"")*)"|([^".]+)')
 _COMPRESSED_HYPERTABLE = b"2"
 
+_IS_PUBLISHED = """
+    select exists (select from pg_publication_tables
+                   where pubname = any($1::text[]) and schemaname = '_timescaledb_catalog' and tablename = 'chunk')
+"""
 _RELATIONS = """
     select n.nspname::text, c.relname::text from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.relkind in ('r', 'p')
 """
@@ -171,9 +175,12 @@ def text_values(message: bytes) -> list[str | None]:
     return values
 
 
-async def read_homes(uri: str, learnt: Mapping[str, tuple[str, ...]], gone: Collection[QualifiedName] = ()) -> Homes:
+async def read_homes(
+    uri: str, learnt: Mapping[str, tuple[str, ...]], publications: Collection[str], gone: Collection[QualifiedName]
+) -> Homes:
     """Give what the source's catalogs say now, beside what was learnt.
 
+    Where the catalog is published each new chunk is in the stream before its rows, and nothing need be asked again.
     `gone`: relations that were asked for before; those that are not there now, either, are nobody's chunks.
 
     Raises:
@@ -183,5 +190,7 @@ async def read_homes(uri: str, learnt: Mapping[str, tuple[str, ...]], gone: Coll
         with asking("source", "reading the hypertables"):
             async with connection.transaction(isolation="repeatable_read", readonly=True):
                 layout = await read_layout(connection)
-                rows = await connection.fetch(_RELATIONS) if layout is not None else []
+                if layout is None or await connection.fetchval(_IS_PUBLISHED, list(publications)):
+                    return Homes(layout, learnt)
+                rows = await connection.fetch(_RELATIONS)
     return Homes(layout, learnt, {*(QualifiedName(*row) for row in rows), *gone})

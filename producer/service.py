@@ -158,7 +158,7 @@ class _Service:
             await check_slot(uri, config, publisher.position)
             before = publisher.position
             try:
-                homes = await read_homes(uri, publisher.homes, self._asked_for)
+                homes = await read_homes(uri, publisher.homes, config.publications, self._asked_for)
                 session = Session(self._settings, config, publisher, stream, timeline, self._report, homes)
                 await session.run(self._stop)
             except BaseExceptionGroup as group:
