@@ -163,11 +163,18 @@ def server_error(error: asyncpg.PostgresError, side: Side, doing: str) -> LiveMi
     kind: type[LiveMigrationError] = SourceError if side == "source" else TargetError
     if side == "target" and error.sqlstate == _READ_ONLY:
         kind = ConnectionLost  # it fails over, or is about to: whoever works there comes back to it
+    if side == "target" and is_dropped_meanwhile(error):
+        kind = ConnectionLost  # a lane has emptied a hypertable, chunks and all: the next look finds it so
     detail = f" ({error.detail})" if getattr(error, "detail", None) else ""
     return kind(
         f"{side}: {doing}: {error.args[0]}{detail} [SQLSTATE {error.sqlstate}]",
         hint=getattr(error, "hint", None) or _next_step(side, error.sqlstate),
     )
+
+
+def is_dropped_meanwhile(error: BaseException | None) -> bool:
+    """Tell whether a query met a relation in the catalogs that somebody has dropped since its snapshot."""
+    return isinstance(error, asyncpg.InternalServerError) and "could not open relation" in str(error)
 
 
 def _next_step(side: Side, sqlstate: str | None) -> str:

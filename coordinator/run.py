@@ -14,7 +14,7 @@ import asyncpg
 from live_migration.common import state
 from live_migration.common.catalog import TableInfo, list_tables
 from live_migration.common.errors import LiveMigrationError, SourceError
-from live_migration.common.postgres import asking, session
+from live_migration.common.postgres import asking, is_dropped_meanwhile, session
 from live_migration.common.settings import Settings
 from live_migration.common.state import Migration, Phase
 from live_migration.coordinator.control_topic import announce_publication_change
@@ -28,11 +28,6 @@ APPLICATION = "live-migration"
 
 
 _DROPPED_ATTEMPTS = 50
-
-
-def _is_dropped_meanwhile(error: SourceError) -> bool:
-    """Tell whether a catalog function met a relation that somebody has dropped since the query's snapshot."""
-    return isinstance(error.__cause__, asyncpg.InternalServerError) and "could not open relation" in error.message
 
 
 @dataclass(slots=True)
@@ -67,7 +62,7 @@ class Run:
                 with asking("source", doing):
                     return await look()
             except SourceError as error:
-                if _is_dropped_meanwhile(error) and attempt < _DROPPED_ATTEMPTS:
+                if is_dropped_meanwhile(error.__cause__) and attempt < _DROPPED_ATTEMPTS:
                     continue
                 if not isinstance(error.__cause__, asyncpg.LockNotAvailableError):
                     raise

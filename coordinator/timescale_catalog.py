@@ -29,7 +29,9 @@ POST_RESTORE = "timescaledb post restore"
 _CONFIGURATION = """
     select c.relkind::text as kind, n.nspname::text as schema, c.relname::text as name, coalesce(k.condition, '') as condition,
            array(select a.attname::text from pg_attribute a
-                 where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped and a.attgenerated = '' order by a.attnum) as columns
+                 where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped and a.attgenerated = '' order by a.attnum) as columns,
+           array(select a.attname::text from pg_attribute a
+                 where a.attrelid = c.oid and a.attnum > 0 and a.atttypid = 'regclass'::regtype) as relations
     from pg_extension e, unnest(e.extconfig, e.extcondition) with ordinality k (oid, condition, number)
     join pg_class c on c.oid = k.oid join pg_namespace n on n.oid = c.relnamespace
     where e.extname = 'timescaledb'
@@ -82,20 +84,30 @@ async def read_catalog(source: asyncpg.Connection) -> Catalog | None:
             value = await source.fetchrow(f"select last_value, is_called from {name.sql}")
             sequences.append((name.sql, value["last_value"], value["is_called"]))
         else:
-            content = await _read_rows(source, name, row["columns"], row["condition"])
+            content = await _read_rows(source, name, row["columns"], row["relations"], row["condition"])
             tables.append(CatalogTable(name.schema, name.name, row["condition"], row["columns"], content))
     return Catalog(version, schema, tables, sequences)
 
 
-async def _read_rows(source: asyncpg.Connection, name: QualifiedName, columns: list[str], condition: str) -> str:
+async def _read_rows(
+    source: asyncpg.Connection, name: QualifiedName, columns: list[str], relations: list[str], condition: str
+) -> str:
     content = bytearray()
 
     async def take(data: bytes) -> None:
         content.extend(data)
 
-    listed = ", ".join(map(quote_identifier, columns))
-    await source.copy_from_query(f"select {listed} from {name.sql} {condition}", output=take, format="text")
+    listed = ", ".join(_named(column) if column in relations else f"t.{quote_identifier(column)}" for column in columns)
+    await source.copy_from_query(f"select {listed} from {name.sql} t {condition}", output=take, format="text")
     return base64.b64encode(content).decode()
+
+
+def _named(column: str) -> str:
+    """Give a relation's name as the snapshot has it: regclass itself prints a number for one that was dropped since."""
+    return (
+        "(select pg_catalog.format('%I.%I', n.nspname, c.relname) from pg_catalog.pg_class c"
+        f" join pg_catalog.pg_namespace n on n.oid = c.relnamespace where c.oid = t.{quote_identifier(column)})"
+    )
 
 
 async def load_catalog(run: Run) -> Catalog | None:
