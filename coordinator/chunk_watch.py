@@ -19,6 +19,7 @@ from live_migration.common.home import Home
 from live_migration.common.postgres import asking
 from live_migration.common.progress import name_list
 from live_migration.common.relation import QualifiedName
+from live_migration.common.state import Phase
 from live_migration.common.timescale import read_version
 from live_migration.consumer.chunk_rebuild import mark_chunk
 from live_migration.coordinator import planning
@@ -94,18 +95,26 @@ async def watch_chunks(run: Run) -> None:
             if await read_version(source) is None:
                 await asyncio.Event().wait()
         while True:
-            await follow_chunks(run, source, target)
+            await follow_chunks(run, source, target, phases=(Phase.COPY, Phase.REPLAY))
             await asyncio.sleep(INTERVAL_SECONDS)
 
 
-async def follow_chunks(run: Run, source: asyncpg.Connection, target: asyncpg.Connection) -> int:
-    """Publish what came since, and have copied anew what was missed; give how many chunks that is."""
-    for attempt in count(1):
-        try:
-            return await _follow_chunks(run, source, target)
-        except SourceError as error:
-            if attempt == _ATTEMPTS or not isinstance(error.__cause__, asyncpg.UndefinedTableError):
-                raise  # else a chunk was dropped or decompressed meanwhile
+async def follow_chunks(
+    run: Run, source: asyncpg.Connection, target: asyncpg.Connection, *, phases: Sequence[Phase] = tuple(Phase)
+) -> int:
+    """Publish what came since, and have copied anew what was missed; give how many chunks that is.
+
+    In other `phases` than these it does nothing: what it writes into the WAL between two barriers would look like a write.
+    """
+    async with run.following:
+        for attempt in count(1):
+            if run.phase not in phases:
+                return 0
+            try:
+                return await _follow_chunks(run, source, target)
+            except SourceError as error:
+                if attempt == _ATTEMPTS or not isinstance(error.__cause__, asyncpg.UndefinedTableError):
+                    raise  # else a chunk was dropped or decompressed meanwhile
     raise AssertionError
 
 

@@ -60,19 +60,25 @@ async def watch_newcomers(run: Run) -> None:
     async with run.source_session("newcomers") as source:
         while True:
             # Not before: in phase copy, TimescaleDB's catalog on the target is not its own yet.
-            if run.phase is Phase.REPLAY:
-                problems = await bring_newcomers(run, source)
-                for name, reason in problems.items():
-                    run.reporter.warn_on_change(
-                        f"newcomer {name}", f"{name}, made on the source, cannot be brought: {reason}"
-                    )
+            problems = await bring_newcomers(run, source, phases=(Phase.REPLAY,))
+            for name, reason in problems.items():
+                run.reporter.warn_on_change(
+                    f"newcomer {name}", f"{name}, made on the source, cannot be brought: {reason}"
+                )
             await asyncio.sleep(INTERVAL_SECONDS)
 
 
-async def bring_newcomers(run: Run, source: asyncpg.Connection) -> dict[str, str]:
-    """Bring what was made on the source since the last look, let go of what is gone; give what could not be brought, and why."""
+async def bring_newcomers(
+    run: Run, source: asyncpg.Connection, *, phases: Sequence[Phase] = tuple(Phase)
+) -> dict[str, str]:
+    """Bring what was made on the source since the last look, let go of what is gone; give what could not be brought, and why.
+
+    In other `phases` than these it does nothing: what it writes into the WAL between two barriers would look like a write.
+    """
     # A session that began in TimescaleDB's restoring mode knows none of its statements ever after.
-    async with run.newcomers_lock, run.target_session("newcomers") as target:
+    async with run.following, run.target_session("newcomers") as target:
+        if run.phase not in phases:
+            return {}
         tables = await run.list_tables(source)
         await _let_go(run, source, target, tables)
         with asking("target", "reading the plan"):

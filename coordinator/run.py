@@ -39,7 +39,7 @@ class Run:
     target: asyncpg.Connection
     epoch: int
     migration: Migration
-    newcomers_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    following: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by whoever brings newcomers: the watcher, or the cutover."""
 
     @property
