@@ -35,10 +35,12 @@ CHANGED = "it was compressed or decompressed between planning and copy"
 
 
 async def is_as_planned(source: asyncpg.Connection, claim: TableClaim) -> bool:
-    """Tell whether a chunk has its compressed rows where it had them when it was planned."""
+    """Tell whether a chunk has its compressed rows where it had them when it was planned, and, where it has a twin, the same range."""
     with server_errors("source", f"looking at {claim.name}"):
         found = await compressed_table(source, claim.oid)
-    return found == claim.compressed
+        has_twin = claim.root is None and claim.range is not None
+        is_same_range = not has_twin or await chunk_range(source, claim.oid) == claim.range
+    return found == claim.compressed and is_same_range
 
 
 async def as_compressed_now(source: asyncpg.Connection, claim: TableClaim) -> TableClaim:

@@ -35,6 +35,9 @@ from live_migration.consumer.table_snapshot import (
     require_known_timeline,
 )
 
+NOT_KNOWN_YET = 2**63 - 1
+"""An LSN behind all others."""
+
 log = get_logger(__name__)
 
 _REBUILD = """
@@ -128,6 +131,23 @@ async def mark_chunk(
         lsn,
         home.hypertable.schema,
         home.hypertable.name,
+    )
+
+
+async def is_marking(target: asyncpg.Connection) -> bool:
+    """Tell whether chunks are marked from a position on that is not known: whoever marked them did not get to the end."""
+    return bool(
+        await target.fetchval("select exists (select from _live_migration.tables where unseen_lsn = $1)", NOT_KNOWN_YET)
+    )
+
+
+async def set_marks(target: asyncpg.Connection, lsn: int) -> None:
+    """Say that what was missed of the chunks marked so far was before `lsn`."""
+    await target.execute(
+        """update _live_migration.tables
+           set unseen_lsn = $2, rebuild_lsn = case when rebuild_lsn = $1 then $2 else rebuild_lsn end where unseen_lsn = $1""",
+        NOT_KNOWN_YET,
+        lsn,
     )
 
 

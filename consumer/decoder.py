@@ -200,6 +200,11 @@ class LaneDecoder:
         self._inside = False
         self._batch: Batch | None = None
 
+    @property
+    def commit_lsn(self) -> int:
+        """Commit LSN of the transaction that was decoded last."""
+        return self._begin.commit_lsn
+
     async def decode(self, body: bytes, batch: Batch) -> None:
         """Add a segment's changes to a batch.
 

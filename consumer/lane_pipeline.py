@@ -69,6 +69,8 @@ class LanePipeline:
         on_progress: Callable[[Checkpoint], None],
         skips: LaneSkips,
         careful_until: Position = START,
+        *,
+        has_marks: bool = False,
     ) -> None:
         self._settings = settings
         self._checkpoint = checkpoint
@@ -80,6 +82,7 @@ class LanePipeline:
         self._lane_count = lane_count
         self._skips = skips
         self._careful_until = careful_until
+        self._has_marks = has_marks  # chunks wait for the lane to get so far
         self.attempted = START
         """Last position of the newest segment that was begun to be decoded."""
         self._inbox: deque[Segment] = deque()
@@ -90,6 +93,7 @@ class LanePipeline:
         self._open_changes = self._open_bytes = 0  # of flushes handed over, that may not be committed yet
         self._reading_error: LiveMigrationError | None = None
         self._decoding_error: LiveMigrationError | None = None
+        self._stopped_by: ChunkChangedUnseen | None = None
         self._is_applying = False
         self._held_bytes = 0
         self._changed = asyncio.Condition()
@@ -167,6 +171,8 @@ class LanePipeline:
 
     async def _grow(self) -> bool:
         """Decode into the growing batch until it is to be applied; False when reading has ended and nothing is left."""
+        if self._stopped_by is not None:
+            raise self._stopped_by
         flush = self._growing = Flush()
         while not self._is_full(flush):
             async with self._changed:
@@ -180,7 +186,13 @@ class LanePipeline:
                 self._inbox_bytes -= segment.held_bytes
                 self._changed.notify_all()
             await asyncio.sleep(0)  # nothing else here need wait: let the other lanes have their turn
-            await self._decode_segment(segment, flush)
+            try:
+                await self._decode_segment(segment, flush)
+            except ChunkChangedUnseen as error:
+                if not flush.segment_count:
+                    raise
+                self._stopped_by = error  # it begins its segment: all before it is applied first, a TRUNCATE above all
+                break
             flush.segment_count += 1
             flush.held_bytes += segment.held_bytes
             flush.next_offset, flush.position = segment.next_offset, segment.last
@@ -299,7 +311,7 @@ class LanePipeline:
             await self._connection.execute("commit")
         self._checkpoint = reached
         self._on_progress(reached)
-        if is_called:
+        if is_called or self._has_marks:
             with asking("target", f"looking for chunks of lane {reached.lane}"):
                 if await due_chunks(self._connection, reached.lane, reached.position.commit_lsn):
                     raise ChunksDue(f"lane {reached.lane} has chunks to copy")

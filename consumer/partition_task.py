@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 
 import asyncpg
@@ -18,7 +18,7 @@ from live_migration.common.telemetry import get_logger
 from live_migration.consumer import checkpoint as checkpoints
 from live_migration.consumer.applier import Applier
 from live_migration.consumer.checkpoint import Checkpoint
-from live_migration.consumer.chunk_rebuild import due_chunks, find_chunk, mark_chunk, rebuild_chunk
+from live_migration.consumer.chunk_rebuild import ChunkToRebuild, due_chunks, find_chunk, mark_chunk, rebuild_chunk
 from live_migration.consumer.decoder import LaneDecoder
 from live_migration.consumer.lane_pipeline import ChunksDue, LanePipeline
 from live_migration.consumer.log_reader import LogReader
@@ -62,6 +62,9 @@ class PartitionTask:
         # before its own get through, as they must before the target is altered (a segment holds but one shape of a table).
         self._careful_until = START
         self._refused_at: Position | None = None  # where chunks that wait were copied early
+        self._unseen_at: tuple[int, int] | None = None  # relation and transaction that made a chunk be copied
+        self._decoded_lsn = 0
+        self._has_marks = False
         self._must_take = True  # the group gave us the partition: whoever still holds the lane has to go
         self._skips = LaneSkips(settings, migration, lane)
         self._backoff = _FIRST_BACKOFF_SECONDS
@@ -132,11 +135,20 @@ class PartitionTask:
     async def _rebuild_chunks(self, connection: asyncpg.Connection, held: Checkpoint) -> None:
         """Copy what the lane has to copy before it goes on, each chunk in a transaction of its own."""
         with asking("target", f"looking for chunks of lane {self._lane}"):
-            chunks = await due_chunks(
-                connection, self._lane, held.position.commit_lsn, early=self._refused_at is not None
-            )
-        if not chunks:
-            return
+            chunks = await due_chunks(connection, self._lane, held.position.commit_lsn, early=self._copies_early)
+        if chunks:
+            await self._copy_chunks(connection, held, chunks)
+        with asking("target", f"looking for chunks of lane {self._lane}"):
+            self._has_marks = bool(await due_chunks(connection, self._lane, 0, early=True))
+
+    @property
+    def _copies_early(self) -> bool:
+        """Whether the lane cannot go on without its chunks, be their time come or not."""
+        return self._refused_at is not None or self._unseen_at is not None
+
+    async def _copy_chunks(
+        self, connection: asyncpg.Connection, held: Checkpoint, chunks: Sequence[ChunkToRebuild]
+    ) -> None:
         settings, migration_id = self._settings, self._migration.id
         async with session(settings.source_uri(), "source", application=f"live-migration lane {self._lane}") as source:
             async with session(settings.source_uri(), "source", application="live-migration barrier") as other:
@@ -171,15 +183,30 @@ class PartitionTask:
         return bool(chunks)
 
     async def _mark(self, error: ChunkChangedUnseen) -> None:
-        """Have a chunk copied anew at the lane's next beginning."""
+        """Have a chunk copied anew at the lane's next beginning.
+
+        Where the target shows whole transactions only, what came before in the same one may not be applied yet: it is copied again then.
+        """
         self._log.info("chunk is copied anew", reason=error.message)
+        event = (error.relation.oid, self._decoded_lsn)
+        if event == self._unseen_at:  # the copy did not show it: whatever keeps it from that, it is no reason to spin
+            await asyncio.sleep(STOPPED_SECONDS)
+        self._unseen_at = event
+        behind = self._decoded_lsn + 1 if self._migration.lane_count == 1 else None
         try:
             async with session(self._settings.source_uri(), "source", application="live-migration lane") as source:
                 with asking("source", f"looking for chunk {error.home.chunk}"):
                     oid = await find_chunk(source, error.home.chunk)
             async with session(self._settings.target_uri(), "target", application="live-migration lane") as target:
                 with asking("target", f"marking chunk {error.home.chunk}"):
-                    await mark_chunk(target, oid or error.relation.oid, error.home, reason="rows changed unseen")
+                    await mark_chunk(
+                        target,
+                        oid or error.relation.oid,
+                        error.home,
+                        reason="rows changed unseen",
+                        lsn=behind,
+                        is_new=behind is not None,
+                    )
         except LiveMigrationError as failure:
             await self._pause(failure)
 
@@ -212,10 +239,12 @@ class PartitionTask:
             self._advanced,
             self._skips,
             self._careful_until,
+            has_marks=self._has_marks,
         )
         try:
             await pipeline.run()
         except LiveMigrationError as error:
+            self._decoded_lsn = decoder.commit_lsn
             if error.retry is Retry.STOP:
                 self._careful_until = max(self._careful_until, pipeline.attempted)
             raise
@@ -224,7 +253,7 @@ class PartitionTask:
 
     def _advanced(self, reached: Checkpoint) -> None:
         self._checkpoint = reached
-        self._refused_at = None
+        self._refused_at = self._unseen_at = None
         self._backoff = _FIRST_BACKOFF_SECONDS
         self._on_progress(self._lane, reached.next_offset)
 

@@ -7,7 +7,7 @@ stream, or all of it. A chunk compressed since the plan has a table of compresse
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -21,11 +21,12 @@ from live_migration.common.progress import name_list
 from live_migration.common.relation import QualifiedName
 from live_migration.common.state import Phase
 from live_migration.common.timescale import read_version
-from live_migration.consumer.chunk_rebuild import mark_chunk
+from live_migration.consumer.chunk_rebuild import NOT_KNOWN_YET, is_marking, mark_chunk, set_marks
 from live_migration.coordinator import planning
 from live_migration.coordinator.barrier import emit_call
 from live_migration.coordinator.prepare import publish_compressed
 from live_migration.coordinator.run import Run
+from live_migration.coordinator.timescale_source import can_watch_compressed
 from live_migration.producer.publication import PublishedTable, add_tables, published_tables
 from live_migration.producer.slot import await_older_transactions
 
@@ -33,7 +34,7 @@ INTERVAL_SECONDS = 15.0
 _ATTEMPTS = 20
 
 _PLAN = """
-    select oid, schema_name, table_name, kind, publication, compressed_oid from _live_migration.tables
+    select oid, schema_name, table_name, kind, publication, compressed_oid, range from _live_migration.tables
     where kind <> 'table' and coalesce(newcomer, 'followed') = 'followed'
 """
 
@@ -48,6 +49,7 @@ class Known:
     roots: dict[int, tuple[QualifiedName, bool]] = field(default_factory=dict)
     chunks: frozenset[int] = frozenset()
     compressed: frozenset[int] = frozenset()
+    ranges: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,16 @@ def find_unwatched(
         for table in tables
         if table.part == "chunk" and table.hypertable in known.roots
         if table.compressed in unwatched or table.name in suspects
+    ]
+
+
+def find_grown(known: Known, tables: Sequence[TableInfo]) -> list[Missed]:
+    """Give the chunks of the plan that hold another range than then: others were merged into them, which is in no stream. Pure."""
+    return [
+        Missed(table, known.roots[table.hypertable or 0][0], "others were merged into it", is_new=False)
+        for table in tables
+        if table.part == "chunk" and table.hypertable in known.roots
+        if known.ranges.get(table.oid, table.range) != table.range
     ]
 
 
@@ -128,9 +140,15 @@ async def _follow_chunks(run: Run, source: asyncpg.Connection, target: asyncpg.C
         in_all = frozenset(await published_tables(source, settings.publication))
         in_insert = frozenset(await published_tables(source, settings.insert_publication))
     missed = find_missed(known, tables, in_all, in_insert)
-    has_new = any(table.part == "compressed" and table.oid not in in_all for table in tables)
-    if not (missed or has_new or suspects):
+    watches = await can_watch_compressed(source)
+    missed += find_unwatched(known, tables, in_all, set(suspects.values())) if watches else []
+    missed += find_grown(known, tables)
+    is_under_way = await is_marking(target)
+    has_new = watches and any(table.part == "compressed" and table.oid not in in_all for table in tables)
+    if not (missed or has_new or suspects or is_under_way):
         return 0
+    # First the marks, for what is published looks afterwards as if nothing had been missed.
+    await _mark(target, missed)
     for publication, wanted in ((settings.publication, True), (settings.insert_publication, False)):
         chunks = [each.chunk for each in missed if _goes_into_all(run, each.chunk) is wanted]
         names = [PublishedTable(chunk.oid, chunk.name) for chunk in chunks]
@@ -140,12 +158,9 @@ async def _follow_chunks(run: Run, source: asyncpg.Connection, target: asyncpg.C
         source, timeout=settings.slot_timeout, on_wait=run.reporter.note, what="publishing new chunks"
     )
     await run.publications_changed(target)
-    missed += find_unwatched(known, await run.list_tables(source), in_all, set(suspects.values()))
-    await _mark(run, source, target, missed)
-    with asking("target", "marking chunks"):
-        await target.execute(
-            "delete from _live_migration.suspects where compressed_oid = any($1::oid[])", list(suspects)
-        )
+    await _set_marks(run, source, target, list(suspects))
+    if missed:
+        run.reporter.note(f"{len(missed)} chunks are copied anew: {name_list(each.chunk.name for each in missed)}")
     return len(missed)
 
 
@@ -159,17 +174,23 @@ def _goes_into_all(run: Run, chunk: TableInfo) -> bool:
     return planning.has_identity(chunk, run.migration.source_version)
 
 
-async def _mark(run: Run, source: asyncpg.Connection, target: asyncpg.Connection, missed: Sequence[Missed]) -> None:
-    if not missed:
-        return
-    with asking("source", "reading the WAL's end"):
-        lsn = int(await source.fetchval("select pg_current_wal_insert_lsn()"))
+async def _mark(target: asyncpg.Connection, missed: Sequence[Missed]) -> None:
+    """Mark chunks to be copied anew, from a position on that is not known yet."""
     with asking("target", "marking chunks"):
         for each in missed:
             home = Home(each.root, each.chunk.name)
-            await mark_chunk(target, each.chunk.oid, home, reason=each.reason, lsn=lsn, is_new=each.is_new)
+            await mark_chunk(target, each.chunk.oid, home, reason=each.reason, lsn=NOT_KNOWN_YET, is_new=each.is_new)
+
+
+async def _set_marks(run: Run, source: asyncpg.Connection, target: asyncpg.Connection, suspects: Sequence[int]) -> None:
+    """Say from where on marked chunks are told of: all that was missed is before now."""
+    with asking("source", "reading the WAL's end"):
+        lsn = int(await source.fetchval("select pg_current_wal_insert_lsn()"))
+    with asking("target", "marking chunks"):
+        async with target.transaction():
+            await set_marks(target, lsn)
+            await target.execute("delete from _live_migration.suspects where compressed_oid = any($1::oid[])", suspects)
     await emit_call(source, str(run.migration.id))  # it also brings every lane past that position
-    run.reporter.note(f"{len(missed)} chunks are copied anew: {name_list(each.chunk.name for each in missed)}")
 
 
 def _known(rows: Sequence[asyncpg.Record]) -> Known:
@@ -181,4 +202,5 @@ def _known(rows: Sequence[asyncpg.Record]) -> Known:
         },
         frozenset(row["oid"] for row in rows if row["kind"] == "chunk"),
         frozenset(row["compressed_oid"] for row in rows if row["compressed_oid"] is not None),
+        {row["oid"]: row["range"] for row in rows if row["kind"] == "chunk" and row["range"] is not None},
     )

@@ -46,6 +46,7 @@ from live_migration.coordinator.recopy import release_tables
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.timescale_catalog import ARCHIVE as CATALOG_ARCHIVE
 from live_migration.coordinator.timescale_catalog import Catalog, begin_restoring, read_catalog, restore_catalog
+from live_migration.coordinator.timescale_source import can_watch_compressed
 from live_migration.producer.publication import published_tables
 from live_migration.producer.slot import await_older_transactions
 
@@ -188,7 +189,8 @@ async def _look(run: Run, source: asyncpg.Connection, programs: ClientPrograms, 
             **await published_tables(source, settings.publication),
             **await published_tables(source, settings.insert_publication),
         }
-        wanted = [table for table in tables if planning.is_followed(table) or table.part == "compressed"]
+        watches = await can_watch_compressed(source)
+        wanted = [t for t in tables if planning.is_followed(t) or (watches and t.part == "compressed")]
         if any(table.oid not in published for table in wanted):
             return None
         try:

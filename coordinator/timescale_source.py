@@ -16,7 +16,7 @@ import asyncpg
 from live_migration.common.catalog import TableInfo
 from live_migration.common.postgres import asking
 from live_migration.common.relation import quote_identifier
-from live_migration.common.timescale import INTERNAL_SCHEMA, Layout, read_layout
+from live_migration.common.timescale import INTERNAL_SCHEMA, Layout, read_layout, read_version
 from live_migration.coordinator.run import Run
 from live_migration.producer.homes import CATALOG_SCHEMA, CATALOG_TABLES
 from live_migration.producer.publication import execute_politely
@@ -129,3 +129,11 @@ async def _schema_statements(source: asyncpg.Connection, publication: str, layou
 def compressed_tables(tables: Sequence[TableInfo]) -> list[TableInfo]:
     """Give the tables of compressed rows among a source's tables."""
     return [table for table in tables if table.part == "compressed"]
+
+
+async def can_watch_compressed(source: asyncpg.Connection) -> bool:
+    """Tell whether tables of compressed rows can be published: before 2.29 by superusers alone."""
+    version = await read_version(source)
+    if version is None or tuple(int(part) for part in version.split("-")[0].split(".")[:2]) >= (2, 29):
+        return True
+    return bool(await source.fetchval("select usesuper from pg_user where usename = current_user"))
