@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from live_migration.common.catalog import Part, TableInfo
 from live_migration.common.relation import QualifiedName, ReplicaIdentity
-from live_migration.coordinator.chunk_watch import Known, find_missed, find_unwatched
+from live_migration.coordinator.chunk_watch import Known, find_grown, find_missed, find_unwatched
 
 KEYED, KEYLESS = QualifiedName("public", "keyed"), QualifiedName("public", "keyless")
 KNOWN = Known({1: (KEYED, True), 2: (KEYLESS, False)}, chunks=frozenset({11}), compressed=frozenset({21}))
@@ -29,3 +29,9 @@ def test_what_was_compressed_unwatched_is_copied_anew() -> None:
     ]  # fmt: skip
     found = find_unwatched(KNOWN, tables, frozenset({23}), {tables[3].name})
     assert [(m.chunk.oid, m.is_new) for m in found] == [(11, False), (14, True)]
+
+
+def test_a_chunk_that_others_were_merged_into_is_copied_anew() -> None:
+    known = Known({1: (KEYED, True)}, chunks=frozenset({11, 12}), ranges={11: "true", 12: "t < 5"})
+    found = find_grown(known, [table(11, "chunk", 1), table(12, "chunk", 1), table(13, "chunk", 1)])
+    assert [(m.chunk.oid, m.is_new) for m in found] == [(12, False)]
