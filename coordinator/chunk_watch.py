@@ -37,8 +37,6 @@ _PLAN = """
     select oid, schema_name, table_name, kind, publication, compressed_oid, range from _live_migration.tables
     where kind <> 'table' and coalesce(newcomer, 'followed') = 'followed'
 """
-
-
 _UNWATCHED = "it was compressed, and what then changed was not told at first"
 
 
@@ -101,7 +99,7 @@ def find_grown(known: Known, tables: Sequence[TableInfo]) -> list[Missed]:
 
 
 async def watch_chunks(run: Run) -> None:
-    """Follow chunks now and then; never returns. Returns at once where the source has no TimescaleDB."""
+    """Follow chunks now and then; never returns, and does nothing where the source has no TimescaleDB."""
     async with run.source_session("chunks") as source, run.target_session("chunks") as target:
         with asking("source", "looking for TimescaleDB"):
             if await read_version(source) is None:
