@@ -16,7 +16,11 @@ from live_migration.producer.publication import publications_present
 from live_migration.producer.slot import describe_slot, read_slot
 
 _TIMEOUT_SECONDS = 10.0
-_CHANGES = {"replica_identity": "REPLICA IDENTITY FULL of", "job": "paused jobs:"}
+_CHANGES = {
+    "replica_identity": "REPLICA IDENTITY FULL of",
+    "job": "paused jobs:",
+    "database_setting": "settings of the database:",
+}
 
 
 async def say_what_is_held(settings: Settings, reporter: Reporter) -> None:
