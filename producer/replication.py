@@ -20,6 +20,7 @@ from live_migration.common.errors import ConnectionLost, LiveMigrationError, Sou
 from live_migration.common.lsn import Lsn
 from live_migration.common.postgres import connect, describe
 from live_migration.common.relation import quote_identifier
+from live_migration.producer.window import narrow_window
 from live_migration.producer.wire import COPY_DATA, ReceiveBuffer, ServerMessage, data_row, error_fields, frame
 
 _STATUS = struct.Struct(">BQQQqB")
@@ -47,6 +48,7 @@ class ReplicationConnection:
         self._connection = connection
         self._address = address
         transport: asyncio.Transport = connection._transport  # asyncpg offers no other way to it
+        narrow_window(transport)
         self._input = ReceiveBuffer(transport)
         transport.set_protocol(self._input)
         self._doing = ""
@@ -109,6 +111,10 @@ class ReplicationConnection:
     async def received(self) -> None:
         """Wait until the stream has brought something, or has ended."""
         await self._input.received()
+
+    async def read_on(self, most_bytes: int) -> bool:
+        """Read on while more is there at once; tell whether there may be more still."""
+        return await self._input.read_on(most_bytes)
 
     async def gather(self, seconds: float) -> None:
         """Let the stream gather for so long."""

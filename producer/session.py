@@ -30,8 +30,8 @@ log = get_logger(__name__)
 _DRAIN_BYTES = 256 * KIB
 """Of the stream in one turn of the loop: about a millisecond of work."""
 _QUIET_BYTES = 8 * KIB
-_GATHER_SECONDS = 0.001
-"""Pause after a turn that brought little: waking up for each message of a walsender costs twice the processor time."""
+_GATHER_SECONDS = 0.006
+"""Pause once all that was there is taken: a walsender that is read message by message takes twice the processor time."""
 _RECORD_SECONDS = 2.0
 """Time between records of position and status while there is nothing to send."""
 _REPLY_GAP_SECONDS = 0.1
@@ -127,6 +127,7 @@ class Session:
         limit = 2 * settings.flush_bytes
         while True:
             await stream.received()
+            may_be_more = await stream.read_on(_DRAIN_BYTES)
             while taken := stream.take(router.drain, _DRAIN_BYTES):
                 if router.is_reply_requested:
                     router.is_reply_requested = False
@@ -140,7 +141,8 @@ class Session:
                     await self._has_space.wait()
                 if taken >= _QUIET_BYTES:
                     await asyncio.sleep(0)
-            await stream.gather(_GATHER_SECONDS)
+            if not may_be_more:
+                await stream.gather(_GATHER_SECONDS)
 
     async def _publish(self) -> None:
         """Publish what was received when it is enough or old enough, position and status also when there is nothing."""
