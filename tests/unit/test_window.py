@@ -56,4 +56,3 @@ def test_sockets_that_tell_nothing_are_left_alone() -> None:
         assert window.min_round_trip(ours) is None
         window.narrow_window(Transport(ours))  # type: ignore[arg-type]
     window.narrow_window(Transport(None))  # type: ignore[arg-type]
-
