@@ -25,6 +25,7 @@ from live_migration.consumer.folding import NotFoldable, decode_change, fold, fo
 from live_migration.consumer.hypertable_rows import HypertableRows, execute, row_count
 from live_migration.consumer.hypertables import HypertableInfo, session_settings
 from live_migration.consumer.layouts import Span
+from live_migration.consumer.plain_deletes import plain_deletes
 from live_migration.consumer.plain_updates import plain_updates
 from live_migration.consumer.refusal import BatchRefused, said
 from live_migration.consumer.row_code import copy_rows
@@ -44,9 +45,7 @@ from live_migration.consumer.target_tables import TargetTable
 _MOST_STAGES = 64
 """Staging tables that a session keeps: the server locks and empties every one of them at each COMMIT."""
 _CLASHES = (asyncpg.UniqueViolationError, asyncpg.ExclusionViolationError)
-_SESSION = (
-    "set local session_replication_role = replica; set local synchronous_commit = off; set constraints all deferred"
-)
+_SESSION = "set local session_replication_role = replica; set local synchronous_commit = off; set constraints all deferred; set local jit = off"
 
 
 class Applier:
@@ -185,22 +184,30 @@ class Applier:
         binary = _is_binary(messages)
         if await self._update_whole_rows(run, messages, binary=binary):
             return
+        deletes = plain_deletes(table, messages, binary=binary)
+        if deletes is not None:
+            await self._delete(run, deletes, len(messages), binary=binary)
+            return
         net = fold(messages, [column.index for column in table.key])
         if net.deletes:
-            stage = await self._stage(table, "d", statements.key_stage_columns(table), _staged_key(table).values())
-            await self._copy(
-                stage, None, map(binary_row if binary else text_row, net.deletes), len(net.deletes), binary=binary
-            )
-            hit = await self._change(
-                table, stage, _staged_key(table), lambda within: statements.delete_staged(table, stage.sql, within)
-            )
-            self._expect_rows(run, "DELETE", hit, len(net.deletes))
+            encode = binary_row if binary else text_row
+            await self._delete(run, map(encode, net.deletes), len(net.deletes), binary=binary)
         for present, updates in net.updates.items():
             await self._update(run, present, updates, binary=binary)
         if table.kept is None:
             await self._copy_rows(table, net.inserts, binary=binary)
         else:
             await self._copy_rows(table, [[row[i] for i in table.kept] for row in net.inserts], binary=binary)
+
+    async def _delete(self, run: TableRun, keys: Iterable[CopyRow], count: int, *, binary: bool) -> None:
+        table = run.table
+        staged = _staged_key(table)
+        stage = await self._stage(table, "d", statements.key_stage_columns(table), staged.values())
+        await self._copy(stage, None, keys, count, binary=binary)
+        hit = await self._change(
+            table, stage, staged, lambda within: statements.delete_staged(table, stage.sql, within)
+        )
+        self._expect_rows(run, "DELETE", hit, count)
 
     async def _update(
         self,
@@ -243,12 +250,14 @@ class Applier:
         `staged`: the columns that rows are found by -> their names on the stage; `statement`: makes one from a further condition.
         """
         hit = 0
+        planning = statements.planning(table)
         for within in await stretches(self._connection, table, stage.sql, staged):
-            hit += await execute(self._connection, statement(within))
+            hit += await execute(self._connection, f"{planning}; {statement(within)}")
         return hit
 
     async def _hypertable_rows(self, table: TargetTable, hypertable: HypertableInfo) -> HypertableRows:
         taken = await self._stage(table, "b", hypertable_statements.taken_columns(hypertable))
+        await self._connection.execute(statements.planning(table))
         return HypertableRows(self._connection, table, hypertable, taken.sql)
 
     async def _update_whole_rows(self, run: TableRun, messages: Sequence[Message], *, binary: bool) -> bool:
@@ -290,7 +299,8 @@ class Applier:
             )
             await self._copy(stage, None, rows, len(deletes), binary=binary)
             if table.hypertable is None:
-                hit = await execute(self._connection, statements.delete_whole_rows(table, stage.sql))
+                statement = statements.delete_whole_rows(table, stage.sql)
+                hit = await execute(self._connection, f"{statements.planning(table)}; {statement}")
             else:
                 hit = await (await self._hypertable_rows(table, table.hypertable)).delete_equal(stage.sql)
             self._expect_rows(run, "DELETE", hit, deletes.total())

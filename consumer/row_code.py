@@ -8,7 +8,7 @@ Measured: 0.6 µs for a row of four columns one of which is variable, where the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from live_migration.common.relation import Relation
 from live_migration.consumer.layouts import FIXED_SIZES
@@ -17,6 +17,13 @@ from live_migration.consumer.row_encoding import CopyRow, Message, in_blocks, in
 Encoder = Callable[[Message], CopyRow]
 
 _MOST_COLUMNS = 64
+_MANY_VARIABLE = 8
+"""Columns of variable size from which on `split_row` is faster than code made for the shape."""
+_TAG_AND_ZERO = b"b\0"
+_SPLIT_BYTES = 8192
+"""Messages below it are split: the first byte of each value's size is then 0."""
+_SIZES = [b"\xff\xff\xff"] * 3 + [size.to_bytes(3, "big") for size in range(_SPLIT_BYTES)]
+"""By the size of a part: the rest of the value's size that it must begin with."""
 _FIRST_TAG = 8
 """Where an Insert message's first value begins; the count of columns stands before it."""
 _HEAD_BYTES = 5
@@ -41,12 +48,32 @@ def binary_row_encoder(sizes: tuple[int | None, ...]) -> Encoder:
 
     A row that has NULLs, or is big, goes the long way.
     """
+    if sizes.count(None) >= _MANY_VARIABLE:
+        return partial(split_row, len(sizes))
     if not any(size is not None for size in sizes) or len(sizes) > _MOST_COLUMNS:
         return insert_as_binary_row
     names: dict[str, object] = {"general": insert_as_binary_row, "number": int.from_bytes}
     exec(compile(_source(sizes), "<row encoder>", "exec"), names)  # noqa: S102
     encoder: Encoder = names["encode"]  # type: ignore[assignment]
     return encoder
+
+
+def split_row(column_count: int, message: Message) -> CopyRow:
+    """Do what `insert_as_binary_row` does: COPY has a value's size before it, and a message a tag and the size, which begins with a zero.
+
+    So the message is cut at its tags. It may be cut within a value, too; that all parts have the size that they begin with tells that
+    it was not. A row that has NULLs, or is big, goes the long way.
+    Measured on 50 columns: half the time of code made for the shape.
+    """
+    if len(message) < _SPLIT_BYTES and type(message) is bytes:
+        first, *parts = message[_FIRST_TAG:].split(_TAG_AND_ZERO)
+        if (
+            not first
+            and len(parts) == column_count
+            and all(map(bytes.startswith, parts, map(_SIZES.__getitem__, map(len, parts))))
+        ):
+            return b"\0".join((message[6:_FIRST_TAG], *parts))
+    return insert_as_binary_row(message)
 
 
 def _source(sizes: Sequence[int | None]) -> str:

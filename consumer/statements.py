@@ -17,6 +17,16 @@ WRONG_ROW_COUNT = "LM001"
 """SQLSTATE that the source order loop raises when a change hits no row, or several; its detail is the change's number."""
 
 
+def planning(table: TargetTable) -> str:
+    """Give the settings under which staged rows are joined with the table: by its key's index, where there is one.
+
+    The planner knows nothing of a stage but its size. It has been seen to hash a table of 1.5 million rows for 100,000 staged ones, at four
+    times the time, and so for each batch; with the index the time depends on what is staged alone.
+    """
+    value = "off" if table.is_key_indexed and table.hypertable is None else "default"
+    return f"set local enable_hashjoin to {value}; set local enable_mergejoin to {value}"
+
+
 def create_stage(stage: str, columns: Sequence[tuple[str, str]], indexed: Collection[str] = ()) -> str:
     """Create a staging table of (name, type) columns, with an index over some of them."""
     listed = ", ".join(f"{name} {type_name}" for name, type_name in columns)

@@ -48,6 +48,8 @@ class TargetTable:
     is_deferrable: bool
     is_ordinary: bool
     hypertable: HypertableInfo | None = None
+    is_key_indexed: bool = False
+    """Whether a unique index has the key's columns and no others."""
 
     @property
     def sql(self) -> str:
@@ -271,6 +273,10 @@ class TargetTables:
             any(index["is_deferrable"] for index in indexes),
             row["kind"] == "r",
             await read_hypertable(self._connection, row["oid"], name, on_target) if row["has_timescale"] else None,
+            any(
+                index["is_identity"] and not index["is_exclusion"] and set(index["columns"]) == set(key_names)
+                for index in indexes
+            ),
         )
 
     async def _match_columns(

@@ -53,10 +53,10 @@ class LaneBuffer:
     """
 
     __slots__ = (
-        "_commit_lsn",
         "_topic_id",
         "base",
         "change_count",
+        "commit_lsn",
         "has_begin",
         "lane",
         "last",
@@ -72,7 +72,7 @@ class LaneBuffer:
         self._topic_id = topic_id
         self.last = last
         """Position of the last change that was cut off."""
-        self._commit_lsn, self.ordinal = last
+        self.commit_lsn, self.ordinal = last
         self._clear()
 
     def _clear(self) -> None:
@@ -87,7 +87,7 @@ class LaneBuffer:
     @property
     def position(self) -> Position:
         """Position of the last change appended, cut or not."""
-        return Position(self._commit_lsn, self.ordinal)
+        return Position(self.commit_lsn, self.ordinal)
 
     def prepare(self, begin: bytes, commit_lsn: int, base: int, routes: Sequence[tuple[bytes, Route]]) -> None:
         """Put before a message what it needs: the transaction's Begin and the Relation messages, where not there yet."""
@@ -99,12 +99,15 @@ class LaneBuffer:
             if oid not in self.relations:
                 self._append(route.relation_frame)
                 self.relations[oid] = route.name
-        self._commit_lsn = commit_lsn
+        self.commit_lsn = commit_lsn
 
     def missing_bytes(self, routes: Sequence[tuple[bytes, Route]]) -> int:
         """Give the size of what `prepare` would put in."""
         missing = 0 if self.has_begin else BEGIN_FRAME_BYTES
-        return missing + sum(len(route.relation_frame) for oid, route in routes if oid not in self.relations)
+        for oid, route in routes:
+            if oid not in self.relations:
+                missing += len(route.relation_frame)
+        return missing
 
     def append_change(self, message: bytes, ordinal: int) -> None:
         """Append a change after `prepare`."""
@@ -112,9 +115,9 @@ class LaneBuffer:
         self.ordinal = ordinal
         self.change_count += 1
 
-    def append_commit(self, message: bytes) -> None:
-        """Append the Commit after `prepare`."""
-        self._append(frame(message))
+    def append_commit(self, framed: bytes) -> None:
+        """Append the framed Commit after `prepare`."""
+        self._append(framed)
         self.ordinal = COMMIT_ORDINAL
         self.has_begin = False
 

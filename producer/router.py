@@ -20,7 +20,7 @@ from live_migration.common.lsn import Lsn
 from live_migration.common.relation import QualifiedName, ReplicaIdentity
 from live_migration.common.segment import COMMIT_ORDINAL, FRAME, Position, frame
 from live_migration.producer.ack_tracker import AckTracker
-from live_migration.producer.batcher import LaneBuffer, Message, Record, Route
+from live_migration.producer.batcher import BEGIN_FRAME_BYTES, LaneBuffer, Message, Record, Route
 from live_migration.producer.homes import Homes
 from live_migration.producer.spans import BEFORE_MESSAGE_BYTES, SHORTEST_SPAN, SpanFinder, log_frames
 
@@ -73,6 +73,8 @@ class Router:
         self._routes: dict[bytes, Route] = {}
         # Lanes by type byte and oid of row messages that need nothing put before them any more: the fast path.
         self._ready_lanes: dict[bytes, LaneBuffer] = {}
+        # The same, where the transaction's Begin may not stand there yet.
+        self._described: dict[bytes, LaneBuffer] = {}
         self._spans = SpanFinder()
         self._records: list[Record] = []
         self._begin = b""
@@ -126,7 +128,10 @@ class Router:
             if kind != _COPY_DATA or following > end + 5:
                 break
             start = at + BEFORE_MESSAGE_BYTES
-            lane = ready_lanes.get(data[start : start + 5])
+            key = data[start : start + 5]
+            lane = ready_lanes.get(key)
+            if lane is None and stream_kind == _XLOG_DATA:
+                lane = self._open(key, ordinal, following - start)
             if lane is not None and stream_kind == _XLOG_DATA:
                 size = lane.size + following - start + FRAME.size
                 if size <= limit:
@@ -149,12 +154,35 @@ class Router:
                         last_length, last_lane, alike = length, lane, 0
                     continue
             self._ordinal = ordinal
-            self._copied(data[at + _COPY_HEAD_BYTES : following])
+            if stream_kind == _XLOG_DATA and following > start:
+                self._dispatch(data[start:following])
+            else:
+                self._copied(data[at + _COPY_HEAD_BYTES : following])
             ordinal = self._ordinal
             at = following
         self._ordinal = ordinal
         self.pending_bytes = self.pending_bytes + at if self.has_changes else 0
         return at
+
+    def _open(self, key: bytes, ordinal: int, message_bytes: int) -> LaneBuffer | None:
+        """Begin the transaction in the lane of a row message whose relation stands there; None where more is to be looked at.
+
+        Args:
+            key: the message's type byte and relation.
+            ordinal: of the change before it.
+        """
+        lane = self._described.get(key)
+        if lane is None or self._moves:
+            return None
+        if not lane.has_begin:
+            size = lane.size + BEGIN_FRAME_BYTES + FRAME.size + message_bytes
+            if self._commit_lsn <= lane.commit_lsn or size > self._segment_bytes:
+                return None
+            lane.prepare(self._begin, self._commit_lsn, ordinal, ())
+            self._touched[lane] = None
+            self.has_changes = True
+        self._ready_lanes[key] = lane
+        return lane
 
     def _take_span(self, data: bytes, at: int, lane: LaneBuffer, ordinal: int) -> tuple[int, int]:
         """Take messages of one size and relation that are all for this lane; give how many, 0 when they are few, and their size."""
@@ -211,15 +239,17 @@ class Router:
     def _commit(self, message: bytes) -> None:
         if len(message) != _COMMIT_BYTES:
             raise FormatError(f"commit message of {len(message)} bytes after {self._where()}")
+        framed = frame(message)
         for lane in self._touched:
             if (self._commit_lsn, COMMIT_ORDINAL) > lane.position:
-                if lane.size + lane.missing_bytes(()) + FRAME.size + len(message) > self._segment_bytes:
+                if lane.size + lane.missing_bytes(()) + len(framed) > self._segment_bytes:
                     self._cut(lane)
-                lane.prepare(self._begin, self._commit_lsn, self._ordinal, ())
+                if not lane.has_begin:
+                    lane.prepare(self._begin, self._commit_lsn, self._ordinal, ())
                 # with one lane the target commits where a segment ends with a Commit: there must be such an end
-                spans_segments = lane.last.commit_lsn == self._commit_lsn
-                lane.append_commit(message)
-                if spans_segments and len(self._lanes) == 1:
+                spans_segments = len(self._lanes) == 1 and lane.last.commit_lsn == self._commit_lsn
+                lane.append_commit(framed)
+                if spans_segments:
                     self._cut(lane)
                 self.has_changes = True
         self._touched.clear()
@@ -336,7 +366,7 @@ class Router:
             if route.stands_alone:
                 continue
             for kind in _ROW_KINDS:
-                self._ready_lanes[kind + oid] = lane
+                self._ready_lanes[kind + oid] = self._described[kind + oid] = lane
 
     def _cut(self, lane: LaneBuffer) -> None:
         self._forget(lane)
@@ -348,6 +378,7 @@ class Router:
         for oid in lane.relations:
             for kind in _ROW_KINDS:
                 self._ready_lanes.pop(kind + oid, None)
+                self._described.pop(kind + oid, None)
 
     def _route(self, oid: bytes) -> Route:
         try:

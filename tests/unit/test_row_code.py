@@ -29,6 +29,31 @@ def test_a_row_is_what_the_general_encoder_gives(data: st.DataObject) -> None:
     assert encode(message) == insert_as_binary_row(message)
 
 
+@settings(deadline=None, max_examples=600)
+@given(
+    st.lists(
+        st.one_of(noise, noise, st.binary(max_size=3), st.sampled_from([b"b\0", b"b\0\0\0\x01"])),
+        min_size=8,
+        max_size=14,
+    ),
+    st.data(),
+)
+def test_a_row_cut_at_its_tags_is_the_same(row: list[bytes | None], data: st.DataObject) -> None:
+    """Values that look like tags and sizes cut it elsewhere; NULLs may make up the number."""
+    for at in data.draw(st.lists(st.integers(0, len(row) - 1), max_size=3)):
+        row[at] = None
+    message = put_insert(9, row, binary=True)
+    encode = binary_row_encoder((None,) * len(row))
+    assert encode is not insert_as_binary_row
+    assert encode(message) == insert_as_binary_row(message)
+
+
+def test_long_rows_are_not_cut() -> None:
+    row: list[bytes | None] = [b"x" * 9000, *[b"y"] * 9]
+    message = put_insert(9, row, binary=True)
+    assert binary_row_encoder((None,) * 10)(message) == insert_as_binary_row(message)
+
+
 def test_no_column_many_columns_and_big_messages_go_the_long_way() -> None:
     assert binary_row_encoder(()) is insert_as_binary_row
     assert binary_row_encoder((None, None)) is insert_as_binary_row
