@@ -12,11 +12,13 @@ from live_migration.common import control, pgoutput
 from live_migration.common.errors import FormatError
 from live_migration.common.home import HOME, SUSPECT, Home, decode_home, decode_suspect
 from live_migration.common.relation import QualifiedName, Relation
-from live_migration.common.segment import BASE, FRAME, Position
+from live_migration.common.segment import FRAME, Position
 from live_migration.consumer.layouts import FIXED_SIZES, SHORTEST_SPAN, Layouts, Span
 from live_migration.consumer.row_encoding import BIG_BYTES, Message
 from live_migration.consumer.target_tables import ChunkChangedUnseen, RelationRefused, Resolution, TargetTable
 
+_BEGIN = struct.Struct(">BQqIQ")
+"""A Begin message, and the base that the log puts behind it."""
 _TAKES_ROWS = frozenset((pgoutput.INSERT, pgoutput.UPDATE, pgoutput.DELETE))
 
 
@@ -195,15 +197,14 @@ class LaneDecoder:
         self._known: dict[int, _Known] = {}
         self._homes: dict[int, Home] = {}
         self._serial = 0
-        self._begin = pgoutput.Begin(0, 0, 0)
-        self._base = 0
+        self._commit_lsn = self._xid = self._base = 0
         self._inside = False
         self._batch: Batch | None = None
 
     @property
     def commit_lsn(self) -> int:
         """Commit LSN of the transaction that was decoded last."""
-        return self._begin.commit_lsn
+        return self._commit_lsn
 
     async def decode(self, body: bytes, batch: Batch) -> None:
         """Add a segment's changes to a batch.
@@ -239,7 +240,14 @@ class LaneDecoder:
             if at > end or not length:
                 raise FormatError(f"segment ends within a frame at byte {start}")
             kind = body[start]
-            if kind in _TAKES_ROWS:
+            if kind == pgoutput.BEGIN and length == _BEGIN.size:  # here, for there may be one for each change
+                _, commit_lsn, batch.commit_time, self._xid, self._base = _BEGIN.unpack_from(body, start)
+                self._commit_lsn = commit_lsn
+                self._serial += 1
+                self._inside = True
+            elif kind == pgoutput.COMMIT:
+                self._inside = False
+            elif kind in _TAKES_ROWS:
                 known = self._known.get(from_bytes(body[start + 1 : start + 5], "big"))
                 if known is None:
                     raise FormatError(f"segment has a row at byte {start} before its relation")
@@ -253,7 +261,11 @@ class LaneDecoder:
                     step = known.step
                 if kind != pgoutput.INSERT:
                     run.only_inserts = False
-                elif known.layouts is not None and (span := known.layouts.span(body, start - 8, at)) is not None:
+                elif (
+                    known.layouts is not None
+                    and body[at + 8 : at + 13] == body[start : start + 5]  # one by itself is not worth it
+                    and (span := known.layouts.span(body, start - 8, at)) is not None
+                ):
                     run.add_span(span)
                     batch.change_count += span.row_count
                     at = start - 8 + span.row_count * span.layout.stride
@@ -272,9 +284,9 @@ class LaneDecoder:
         """Note that a relation's next changes are of the present transaction."""
         known.serial = self._serial
         snapshot = known.snapshot
-        known.skips = snapshot is not None and snapshot.includes(self._begin.commit_lsn, self._begin.xid)
+        known.skips = snapshot is not None and snapshot.includes(self._commit_lsn, self._xid)
         if known.run is not None:
-            known.run.marks.append((known.run.count, self._begin.commit_lsn, self._base))
+            known.run.marks.append((known.run.count, self._commit_lsn, self._base))
 
     def _open_run(self, known: _Known, batch: Batch) -> TableRun:
         """Give the run of the batch's last step that a relation's changes go into."""
@@ -285,7 +297,7 @@ class LaneDecoder:
             table_runs.append(TableRun(table))
             batch.run_count += 1
         run = table_runs[-1]
-        run.marks.append((run.count, self._begin.commit_lsn, self._base))
+        run.marks.append((run.count, self._commit_lsn, self._base))
         known.run, known.step = run, runs
         if table.is_deferrable:
             batch.must_end_at_commit = True
@@ -294,14 +306,7 @@ class LaneDecoder:
     async def _other(self, kind: int, message: bytes, relative: int, batch: Batch) -> None:
         match kind:
             case pgoutput.BEGIN:
-                (self._base,) = BASE.unpack_from(message, len(message) - 8)
-                begin = pgoutput.decode_begin(message)
-                batch.commit_time = begin.commit_time
-                self._begin = begin
-                self._serial += 1
-                self._inside = True
-            case pgoutput.COMMIT:
-                self._inside = False
+                raise FormatError(f"begin message of {len(message)} bytes, with its base, is not {_BEGIN.size} long")
             case pgoutput.RELATION:
                 await self._learn(message)
             case pgoutput.TRUNCATE:
@@ -349,7 +354,7 @@ class LaneDecoder:
                 raise ChunkChangedUnseen(home, known.relation, known.snapshot)
             tables[known.table.sql] = known.table
         if tables:
-            position = Position(self._begin.commit_lsn, self._base + relative)
+            position = Position(self._commit_lsn, self._base + relative)
             batch.steps.append(TruncateStep(list(tables.values()), position))
             batch.change_count += 1
 
