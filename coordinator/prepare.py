@@ -41,6 +41,7 @@ from live_migration.producer.publication import (
     move_table,
     publications_present,
     published_tables,
+    renew_decoding_catalog,
     restore_identity,
     set_identity_full,
     tables_without_identity,
@@ -105,13 +106,23 @@ async def _prepare_source(run: Run, source: asyncpg.Connection) -> None:
 
 
 async def _begin_change_log(run: Run, source: asyncpg.Connection, timeline: int, members: Memberships) -> None:
-    """Make the slot, which may wait long for open transactions, and enter phase `schema`."""
+    """Make the slot, which may wait long for open transactions, and enter phase `schema`.
+
+    The change log begins behind all that ran while the slot was made, and is in the copies then: the catalog by which that is decoded may be
+    too old. PostgreSQL (18.6) was seen to end the stream so for a truncated table, and to leave out an added column's values without a word.
+    """
     settings, reporter = run.settings, run.reporter
-    lsn = await create_slot(settings.source_uri(), settings.slot, timeout=settings.slot_timeout, on_wait=reporter.note)
+
+    async def outwait(what: str) -> None:
+        await await_older_transactions(source, timeout=settings.slot_timeout, on_wait=reporter.note, what=what)
+
+    await create_slot(settings.source_uri(), settings.slot, timeout=settings.slot_timeout, on_wait=reporter.note)
+    await renew_decoding_catalog(source, settings.publication)
+    await outwait("the beginning of the change log")
+    with asking("source", "reading the WAL position"):
+        lsn = int(await source.fetchval("select pg_current_wal_insert_lsn() - '0/0'::pg_lsn"))
     reporter.note(f"slot {settings.slot} made, the change log begins at {Lsn(lsn)}")
-    await await_older_transactions(
-        source, timeout=settings.slot_timeout, on_wait=reporter.note, what="the first table snapshot"
-    )
+    await outwait("the first table snapshot")  # what committed below stands in the WAL, but may not be visible yet
     with asking("source", "looking for TimescaleDB"):
         has_timescale = await read_version(source) is not None
     await _enter_schema(run, lsn, timeline, members, has_timescale)

@@ -110,6 +110,19 @@ async def create_publication(connection: asyncpg.Connection, name: str, operatio
         await connection.execute(f"create publication {quote_identifier(name)} with (publish = '{operations}')")
 
 
+async def renew_decoding_catalog(connection: asyncpg.Connection, name: str) -> None:
+    """Commit a change of the source's catalog, a comment on a publication of ours, so that decoding looks at the catalog anew.
+
+    While a slot is made, PostgreSQL may take up a catalog that lacks what a transaction changed which had begun before and committed in
+    between; it goes on with that one until the next change of the catalog. Seen with 18.6.
+    """
+    comment = "'live-migration: the slot is made'"
+    with asking("source", f"commenting on publication {name}"):
+        async with connection.transaction():
+            await connection.execute("set local synchronous_commit = local")  # no standby need have it
+            await connection.execute(f"comment on publication {quote_identifier(name)} is {comment}")
+
+
 async def drop_publication(connection: asyncpg.Connection, name: str, *, lock_timeout: float) -> bool:
     """Drop a publication; tell whether there was one."""
     if not await publications_present(connection, [name]):

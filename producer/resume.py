@@ -167,5 +167,6 @@ def explain_repeated_failure(lsn: int, times: int, reason: str) -> SourceError:
         f"the source cannot stream the changes after {Lsn(lsn)}; it failed {times} times there: {reason}",
         hint="The source's log tells the table. A value that is too big as text, bytes that are not text in the "
         "database's encoding, or a type without binary output stop decoding: mend the cause or take the table out "
-        "of the publication, then start the producer again.",
+        "of the publication, then start the producer again. What the source itself cannot decode (could not map filenumber) needs "
+        f"another slot. {RECOPY}",
     )

@@ -32,6 +32,9 @@ _DRAIN_BYTES = 256 * KIB
 _QUIET_BYTES = 8 * KIB
 _GATHER_SECONDS = 0.006
 """Pause once all that was there is taken: a walsender that is read message by message takes twice the processor time."""
+_BACKLOG_BYTES = 512 * KIB
+"""A flush of so much tells that there is a backlog, or as good as one."""
+_BACKLOG_INTERVALS = 4
 _RECORD_SECONDS = 2.0
 """Time between records of position and status while there is nothing to send."""
 _REPLY_GAP_SECONDS = 0.1
@@ -73,7 +76,7 @@ class Session:
             settings.source_uri(), config.migration_id, settings.heartbeat_interval, lambda: self._acks.recorded_lsn
         )
         self._failure: LiveMigrationError | None = None
-        self._in_flight_bytes = 0
+        self._in_flight_bytes = self._flushed_bytes = 0
         self._published_changes = 0
         self._has_changes = asyncio.Event()
         self._is_full = asyncio.Event()
@@ -148,15 +151,20 @@ class Session:
         """Publish what was received when it is enough or old enough, position and status also when there is nothing."""
         while True:
             if await _is_set(self._has_changes, _RECORD_SECONDS):
-                await _is_set(self._is_full, self._settings.flush_interval)
+                await _is_set(self._is_full, self._flush_seconds())
             await self._flush()
             if self._ending.is_set() and not self._router.has_changes:
                 return
 
+    def _flush_seconds(self) -> float:
+        """Give how long changes are gathered: in a backlog longer, for a transaction costs the broker some milliseconds of processor time."""
+        interval = self._settings.flush_interval
+        return _BACKLOG_INTERVALS * interval if self._flushed_bytes >= _BACKLOG_BYTES else interval
+
     async def _flush(self) -> None:
         self._has_changes.clear()
         self._is_full.clear()
-        self._in_flight_bytes = self._router.pending_bytes
+        self._in_flight_bytes = self._flushed_bytes = self._router.pending_bytes
         records = deque(self._router.take())
         position = LogPosition(
             confirm_lsn=self._acks.confirmable_lsn,
