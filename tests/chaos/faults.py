@@ -6,10 +6,10 @@ import asyncio
 import random
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import psutil
 
@@ -54,6 +54,16 @@ class _Kill(Fault):
         return f"pid {victim.pid}"
 
 
+async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await what must not be left half done when the round ends: a server is to run again."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise
+
+
 class KillProducer(_Kill):
     name = "kill producer"
     kind = "producer"
@@ -77,8 +87,10 @@ class KillBroker(Fault):
         away = self.rng.uniform(0, 6)
         async with scene.world.busy["broker"]:
             await scene.world.broker.kill()
-            await asyncio.sleep(away)
-            await scene.world.broker.start()
+            try:
+                await asyncio.sleep(away)
+            finally:
+                await to_its_end(scene.world.broker.start())
         return f"away for {away:.1f} s and its start"
 
 
@@ -88,7 +100,7 @@ class _Restart(Fault):
     async def inject(self, scene: Scene) -> str:
         is_immediate = self.rng.random() < 0.8
         async with scene.world.busy[self.side]:
-            await scene.world.servers[self.side].restart(immediate=is_immediate)
+            await to_its_end(scene.world.servers[self.side].restart(immediate=is_immediate))
         if self.side == "source":
             scene.source_restarts += 1
         return "immediate" if is_immediate else "fast"

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import asyncpg
 
-from tests.chaos.faults import Fault, Scene
+from tests.chaos.faults import Fault, Scene, to_its_end
 from tests.chaos.world import GONE, Disk, Side
 from tests.support.workload import TABLES
 
@@ -126,8 +126,8 @@ class InRecovery(Fault):
             signal_file.touch()
             owner = server.data_dir.stat()
             os.chown(signal_file, owner.st_uid, owner.st_gid)
-            await server.restart(immediate=False)
             try:
+                await to_its_end(server.restart(immediate=False))
                 await asyncio.sleep(seconds)
             finally:
                 async with direct(scene, "target", "postgres") as connection:
