@@ -35,6 +35,7 @@ _PLUGINS = {
     "source": f"io.debezium:debezium-connector-postgres:{DEBEZIUM_VERSION}",
     "sink": f"io.debezium:debezium-connector-jdbc:{DEBEZIUM_VERSION}",
 }
+_SHARED = ("jackson-annotations-", "jackson-core-", "jackson-databind-")
 _HEAP = "2g"  # what Connect's own script allows
 _START_SECONDS = 180.0
 _LOOK_SECONDS = 5.0
@@ -149,12 +150,15 @@ def connect_jars() -> Path:
 
 
 def _download(folder: Path) -> None:
-    """Each part has a folder of its own, as in a distribution: the worker keeps their class paths apart."""
+    """Fill a folder for each part, as in a distribution, whose plugins leave out what they share with the worker."""
     parts: dict[Path, tuple[str, ...]] = {folder / "worker": _WORKER}
     parts |= {folder / "plugins" / name: (coordinate,) for name, coordinate in _PLUGINS.items()}
     for path, coordinates in parts.items():
         path.mkdir(parents=True)
         download_jars(coordinates, path)
+    for jar in (folder / "plugins").rglob("jackson-*.jar"):
+        if jar.name.startswith(_SHARED):
+            jar.unlink()
 
 
 def _java(jars: Path, folder: Path) -> list[str | Path]:
@@ -166,7 +170,7 @@ def _java(jars: Path, folder: Path) -> list[str | Path]:
         JAVA,
         f"-Xms{_HEAP}",
         f"-Xmx{_HEAP}",
-        "-XX:+UseG1GC",
+        "-XX:+UseParallelGC",
         "-XX:-UsePerfData",
         "-Duser.timezone=UTC",
         f"-Djava.io.tmpdir={folder}",
