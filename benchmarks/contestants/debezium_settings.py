@@ -56,6 +56,7 @@ _SINK = {
     "consumer.override.max.poll.interval.ms": _LONGEST_MS,
     "consumer.override.request.timeout.ms": str(10 * 60 * 1000),
 }
+_URL_OPTIONS = "reWriteBatchedInserts=true&options=-c%20synchronous_commit=off"  # the latter as the others have it
 _MODES = {
     # What a migration needs: rows are written again after a restart, updated, deleted. UNNEST takes a key once a statement.
     "upsert": {"insert.mode": "upsert", "use.reduction.buffer": "true", "delete.enabled": "true"},
@@ -108,7 +109,7 @@ async def sink_config(servers: Servers, table: str, insert_mode: str) -> dict[st
         | {
             "topics": topic_of(table),
             "collection.name.format": table,
-            "connection.url": f"jdbc:postgresql://127.0.0.1:{servers.target.port}/{DATABASE}?reWriteBatchedInserts=true",
+            "connection.url": f"jdbc:postgresql://127.0.0.1:{servers.target.port}/{DATABASE}?{_URL_OPTIONS}",
             "key.converter.schema.content": key,
             "value.converter.schema.content": row,
         }
