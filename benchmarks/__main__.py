@@ -35,6 +35,7 @@ def main() -> None:
             warm_up=not arguments.no_warm_up,
             is_long=arguments.long,
             folder=Path(folder),
+            with_debezium=arguments.with_debezium,
         )
         asyncio.run(_run(plan, arguments.cases or list(CASES), arguments.results))
 
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scale", type=float, default=1.0, help="shrinks row counts, for a quick try")
     parser.add_argument("--no-warm-up", action="store_true", help="count the first round too")
     parser.add_argument("--long", action="store_true", help="also what takes very long: cost_per_row up to 30 M rows")
+    parser.add_argument("--with-debezium", action="store_true", help="also backlog_debezium, which downloads its peer")
     parser.add_argument("--results", type=Path, default=_RESULTS, help="the JSON file, to which cases are added")
     return parser
 

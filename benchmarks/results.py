@@ -18,6 +18,7 @@ class Plan:
     warm_up: bool
     is_long: bool
     folder: Path
+    with_debezium: bool = False
 
     def scaled(self, count: int, *, least: int = 1) -> int:
         """Give a row count shrunk by the scale."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from benchmarks.cases import (
     backlog_binary,
+    backlog_debezium,
     backlog_text,
     cost_per_row,
     deletes,
@@ -33,6 +34,7 @@ CASES: dict[str, Case] = {
         kafka_to_target,
         slot_to_kafka,
         backlog_text,
+        backlog_debezium,
         updates,
         deletes,
         small_transactions,

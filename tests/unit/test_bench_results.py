@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import report
 from benchmarks.cases import CASES
+from benchmarks.cases.case import Skipped
 from benchmarks.results import CaseResult, Entry, Plan, Round
 from benchmarks.sampling import Usage
 
@@ -54,3 +55,9 @@ def test_cases_of_an_earlier_run_are_kept(result: CaseResult, tmp_path: Path) ->
     assert list(cases) == ["updates", "deletes"]
     assert cases["updates"]["scale"] == 0.5
     assert cases["updates"]["machine"] == {"cores": 2}
+
+
+async def test_debezium_has_to_be_asked_for() -> None:
+    plan = Plan(rounds=1, scale=0.01, warm_up=False, is_long=False, folder=Path())
+    with pytest.raises(Skipped, match="--with-debezium"):
+        await CASES["backlog_debezium"].run(plan)
