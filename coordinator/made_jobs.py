@@ -16,7 +16,7 @@ from live_migration.coordinator.run import Run
 from live_migration.coordinator.source_jobs import hold_target_jobs
 
 _STEP = "jobs made"
-_PAUSED = "select oid::int from _live_migration.source_changes where kind = 'job' and before = 'true'"
+_PAUSED = "select oid::int from _live_migration.source_changes where kind = 'job' and before = 'true' and not restored"
 
 
 async def make_jobs(run: Run, source: asyncpg.Connection) -> None:

@@ -263,7 +263,7 @@ async def hold_target_jobs(target: asyncpg.Connection, flags: Mapping[int, bool]
         return []
     if flags is None:
         rows = await target.fetch(
-            "select oid::int as id, before from _live_migration.source_changes where kind = 'job'"
+            "select oid::int as id, before from _live_migration.source_changes where kind = 'job' and not restored"
         )
         flags = {row["id"]: row["before"] == "true" for row in rows}
     jobs = await read_jobs(target)
