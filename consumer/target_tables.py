@@ -12,7 +12,7 @@ from live_migration.common.catalog import ColumnInfo, read_columns
 from live_migration.common.errors import LaneStopped
 from live_migration.common.home import Home
 from live_migration.common.relation import Column, QualifiedName, Relation, ReplicaIdentity, quote_identifier
-from live_migration.common.visibility import CopySnapshot
+from live_migration.common.visibility import EVERYTHING, CopySnapshot
 from live_migration.consumer.hypertables import HypertableInfo, read_hypertable
 
 FOLDABLE_TYPES = frozenset({16, 17, 19, 20, 21, 23, 25, 26, 1043, 1082, 1083, 1114, 1184, 2950})
@@ -81,7 +81,7 @@ class TargetTable:
 
 _TABLE = """
     select coalesce(t.root_schema, t.schema_name) as schema_name, coalesce(t.root_name, t.table_name) as table_name,
-           t.lane, t.snapshot, t.horizon - '0/0'::pg_lsn as horizon, c.oid, c.relkind::text as kind,
+           t.lane, t.is_left_out, t.snapshot, t.horizon - '0/0'::pg_lsn as horizon, c.oid, c.relkind::text as kind,
            to_regclass('_timescaledb_catalog.dimension') is not null as has_timescale,
            t.rebuild is not null and t.kind <> 'chunk'
                or exists (select from _live_migration.tables h where h.oid = t.hypertable_oid and h.rebuild is not null) as is_due
@@ -205,6 +205,9 @@ class TargetTables:
                 f"relation {relation.name} (oid {relation.oid}) is in the stream but not part of the migration yet"
             )
             raise NotPlanned(message, relation, home)
+        if row["is_left_out"]:
+            name = home.hypertable if home else relation.name
+            raise RelationRefused(LaneStopped(f"{name} is not carried over to the target"), relation, EVERYTHING)
         snapshot = CopySnapshot.parse(row["snapshot"], int(row["horizon"])) if row["snapshot"] else None
         if row["is_due"]:
             raise RebuildFirst(relation, snapshot)

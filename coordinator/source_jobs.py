@@ -123,7 +123,7 @@ async def find_jobs_to_pause(settings: Settings) -> list[Job]:
             version = await read_version(source) if jobs else None
         with asking("target", "asking for TimescaleDB's version"):
             is_same = version is not None and await read_version_to_be(target, version) == version
-    return jobs if is_same else []
+    return jobs if is_same and not settings.flatten else []
 
 
 async def pause_source_jobs(run: Run, source: asyncpg.Connection) -> list[Job]:

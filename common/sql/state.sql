@@ -43,6 +43,7 @@ create table _live_migration.tables (
     range text,                             -- condition that holds for the rows of a chunk alone
     root_schema text,                       -- hypertable on the target that changes of the chunk (or hypertable) go to
     root_name text,
+    is_left_out boolean not null default false,     -- holds a continuous aggregate's rows, which a target of plain tables does not get
     copies_to_root boolean not null default false,  -- rows of the chunk, or of a table that becomes one, are copied through the hypertable, too
     rebuild text,                           -- why its lane must copy the chunk (or newcomer) anew, null: it need not
     rebuild_lsn pg_lsn,                     -- which it does once it has applied all before this

@@ -114,6 +114,31 @@ async def test_an_event_on_a_chunk_that_is_marked_for_later_has_it_copied_early_
         assert await it.rows(0) == {7: "unseen"}
 
 
+async def test_changes_of_what_is_left_out_are_passed_over(
+    source_database: str, target_database: str, kafka_bootstrap: str, unique_name: str
+) -> None:
+    """An aggregate's rows where the target has plain tables alone: of chunks that are known, new, and compressed; others of the lane go on."""
+    async with chunk_in_lane(source_database, target_database, kafka_bootstrap, unique_name) as it:
+        lane, hidden = it.lanes[0], QualifiedName("public", "hidden")
+        lane.xid = 0  # no snapshot shows these
+        await it.target.execute(
+            """insert into _live_migration.tables (oid, schema_name, table_name, lane, publication, columns, binary_copy, state, kind, is_left_out)
+               values ($1, 'public', 'hidden', 0, 'insert', '[]', false, 'ready', 'hypertable', true)""",
+            oid_of("hidden"),
+        )
+        for table, is_compressed in (("hidden", None), ("hidden_1", False), ("hidden_packed", True)):
+            home = None if is_compressed is None else Home(hidden, QualifiedName("store", "hidden_1"), is_compressed)
+            lane.describe(table, relation(table, [("hour", INT4, False)], identity="f"), home=home)
+        lane.transaction([insert("hidden_1", "1"), insert("chunk_1", "1", "seen"), truncate("hidden", "hidden_1")])
+        lane.transaction([insert("hidden_packed", "1")])
+        lane.cut()
+        await it.send()
+        async with it.consumer():
+            await it.until_applied()
+        assert await it.rows(0) == {1: "seen"}
+        assert await _marks(it.target) == []
+
+
 async def _marks(target: asyncpg.Connection) -> list[str]:
     rows = await target.fetch("select rebuild from _live_migration.tables where rebuild is not null")
     return [row["rebuild"] for row in rows]
