@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -183,11 +183,17 @@ class Resolution(NamedTuple):
 
 
 class TargetTables:
-    """Looks the tables of one lane up."""
+    """Looks the tables of one lane up.
 
-    def __init__(self, connection: asyncpg.Connection, lane: int) -> None:
+    `meet`: told the oid and home of a chunk that has no row in the plan, which it may give it.
+    """
+
+    def __init__(
+        self, connection: asyncpg.Connection, lane: int, meet: Callable[[int, Home], Awaitable[None]] | None = None
+    ) -> None:
         self._connection = connection
         self._lane = lane
+        self._meet = meet
         self._shared: dict[tuple[int, ReplicaIdentity, tuple[Column, ...]], TargetTable] = {}
 
     async def resolve(self, relation: Relation, home: Home | None = None) -> Resolution:
@@ -238,6 +244,9 @@ class TargetTables:
             row = await self._connection.fetchrow(_BY_NAME, "chunk", home.chunk.schema, home.chunk.name)
         else:
             row = await self._connection.fetchrow(_BY_OID, relation.oid)
+            if row is None and self._meet is not None:
+                await self._meet(relation.oid, home)
+                row = await self._connection.fetchrow(_BY_OID, relation.oid)
         if row is None:
             row = await self._connection.fetchrow(_BY_NAME, "hypertable", home.hypertable.schema, home.hypertable.name)
         if row is None:

@@ -48,8 +48,9 @@ create table _live_migration.tables (
     rebuild text,                           -- why its lane must copy the chunk (or newcomer) anew, null: it need not
     rebuild_lsn pg_lsn,                     -- which it does once it has applied all before this
     unseen_lsn pg_lsn,                      -- what may have been missed was before this: a copy from after it is whole
-    -- of a table that came after the plan: made on the target; in the stream, all of it, from its snapshot on; gone again from the source
-    newcomer text check (newcomer in ('made', 'followed', 'gone')),
+    -- of a table that came after the plan: made on the target; in the stream, all of it, from its snapshot on; gone again from the source.
+    -- Of a chunk that came after it: a lane has met it.
+    newcomer text check (newcomer in ('made', 'followed', 'gone', 'met')),
     columns jsonb not null,                 -- [{"name", "type", "generated"}] as planned, in attnum order
     binary_copy boolean not null,
     row_estimate bigint not null default 0,
