@@ -44,3 +44,7 @@ class CopySnapshot:
         if distance >= 0x80000000:
             distance -= 0x100000000
         return self.xmax + distance
+
+
+EVERYTHING = CopySnapshot(1 << 66, 1 << 65, frozenset(), 1 << 65)
+"""Shows every change that was ever made or will be: of a table whose changes are passed over."""

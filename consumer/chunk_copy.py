@@ -20,6 +20,7 @@ from live_migration.consumer.claim_endings import CopyOrigin
 from live_migration.consumer.claims import TableClaim
 from live_migration.consumer.copy_errors import CopyDeferred, TableStopped, server_errors
 from live_migration.consumer.copy_stream import CopyCount, CopyPlan, stream_copy
+from live_migration.consumer.plain_chunks import is_plain, is_told_without
 from live_migration.consumer.table_shape import ColumnDefinition
 from live_migration.consumer.table_snapshot import read_definitions
 
@@ -35,18 +36,21 @@ CHANGED = "it was compressed or decompressed between planning and copy"
 
 
 async def is_as_planned(source: asyncpg.Connection, claim: TableClaim) -> bool:
-    """Tell whether a chunk has its compressed rows where it had them when it was planned, and, where it has a twin, the same range."""
+    """Tell whether a chunk has its compressed rows where it had them when it was planned, and the same range where it must not have another."""
     with server_errors("source", f"looking at {claim.name}"):
         found = await compressed_table(source, claim.oid)
-        has_twin = claim.root is None and claim.range is not None
-        is_same_range = not has_twin or await chunk_range(source, claim.oid) == claim.range
+        # One that has grown is copied over what it has taken up, if that can be told from the rest of its hypertable.
+        may_grow = claim.root is not None and not (claim.is_into_plain and not is_told_without(claim.range or ""))
+        is_same_range = may_grow or claim.range is None or await chunk_range(source, claim.oid) == claim.range
     return found == claim.compressed and is_same_range
 
 
-async def as_compressed_now(source: asyncpg.Connection, claim: TableClaim) -> TableClaim:
-    """Give the claim on a chunk that is copied through its hypertable with the table of its compressed rows that it has now."""
+async def as_it_is_now(source: asyncpg.Connection, target: asyncpg.Connection, claim: TableClaim) -> TableClaim:
+    """Give the claim on a chunk that is copied through its hypertable with the table of its compressed rows, and the root, as they are now."""
+    assert claim.root is not None
     with server_errors("source", f"looking at {claim.name}"):
-        return replace(claim, compressed=await compressed_table(source, claim.oid))
+        compressed = await compressed_table(source, claim.oid)
+    return replace(claim, compressed=compressed, is_into_plain=await is_plain(target, claim.root))
 
 
 async def in_range_now(source: asyncpg.Connection, claim: TableClaim) -> TableClaim:

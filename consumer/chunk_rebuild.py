@@ -3,14 +3,14 @@
 The lane stands still meanwhile, so the rule of every copy holds: a change that the new snapshot shows is passed over from here on.
 All that came before the chunk was made must be applied (`rebuild_lsn`), or an older TRUNCATE of the hypertable would take its rows along.
 
-A newcomer, a table or hypertable made after the plan, is copied whole. No lane has passed over a change of it that the snapshot of
+A newcomer, a table or hypertable made after the plan, is copied whole, and so is a hypertable whose chunks the target cannot tell apart (`plain_chunks`). No lane has passed over a change of it that the snapshot of
 its row does not show (`target_tables.RebuildFirst`), and the copy's own snapshot is a later one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import asyncpg
 
@@ -26,6 +26,7 @@ from live_migration.consumer.claims import TableClaim
 from live_migration.consumer.copy_errors import CopyDeferred, server_errors
 from live_migration.consumer.copy_stream import CopyCount, CopyPlan, stream_copy
 from live_migration.consumer.merged_chunks import absorb, look_for_merged, mark_grown, siblings
+from live_migration.consumer.plain_chunks import hypertable_to_copy, is_plain
 from live_migration.consumer.source_watch import await_committing
 from live_migration.consumer.table_snapshot import (
     ChunkGone,
@@ -54,7 +55,7 @@ _MARK = """
          root_name, copies_to_root, snapshot, horizon, timeline, rebuild, rebuild_lsn, unseen_lsn)
     select $1, $2, $3, h.lane, h.publication, h.columns, h.binary_copy, 'ready', 'chunk', h.oid, h.root_schema, h.root_name,
            true, h.snapshot, h.horizon, h.timeline, $4, $5, $6
-    from _live_migration.tables h where h.kind = 'hypertable' and h.schema_name = $7 and h.table_name = $8
+    from _live_migration.tables h where h.kind = 'hypertable' and not h.is_left_out and h.schema_name = $7 and h.table_name = $8
     on conflict (schema_name, table_name) do update
     set rebuild = coalesce(tables.rebuild, excluded.rebuild), unseen_lsn = coalesce(excluded.unseen_lsn, tables.unseen_lsn),
         rebuild_lsn = case when tables.rebuild is null then excluded.rebuild_lsn else tables.rebuild_lsn end
@@ -68,11 +69,14 @@ _DONE = """
 """
 
 
-# Chunks of a hypertable that was copied whole: what its snapshot shows is theirs. A mark stays: more may be missed of a chunk since.
+# Chunks of a hypertable that was copied whole: what its snapshot shows is theirs. A mark stays where more may have been missed since.
 _CHUNKS_DONE = """
-    update _live_migration.tables set snapshot = $2, horizon = $3, timeline = $4, copy_again = false
+    update _live_migration.tables
+    set rebuild = case when coalesce(rebuild_lsn <= $5, true) and coalesce(unseen_lsn <= $3, true) then null else rebuild end,
+        snapshot = $2, horizon = $3, timeline = $4, copy_again = false
     where hypertable_oid = $1 and kind = 'chunk'
 """
+_IS_MARKED = "select rebuild is not null or copy_again from _live_migration.tables where oid = $1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +184,16 @@ async def rebuild_chunk(
     """Empty a chunk's range of the target's hypertable and copy the chunk into it, a newcomer wholly; inside a transaction on the
     target, in the replica role.
 
-    `applied_lsn`: all before it is applied.
+    `applied_lsn`: all before it is applied. One that waits no more, for its hypertable was copied whole meanwhile, is left as it is.
 
     Raises:
         CopyDeferred | TableStopped | ConnectionLost: it cannot be copied just now; nothing may be committed.
     """
+    with server_errors("target", f"looking at {chunk.name}"):
+        if not await target.fetchval(_IS_MARKED, chunk.oid):
+            return CopyCount(0, 0)
+    if chunk.kind == "chunk" and (whole := await hypertable_to_copy(source, target, chunk.oid, chunk.root)):
+        chunk = replace(chunk, oid=whole[0], name=whole[1], range=None, kind="hypertable")
     is_chunk = chunk.kind == "chunk"
     grown: list[int] = []
     with server_errors("source", f"looking at {chunk.name}"):
@@ -248,7 +257,8 @@ async def _lock_hypertable(source: asyncpg.Connection, claim: TableClaim, lock_t
 async def _empty(target: asyncpg.Connection, chunk: ChunkToRebuild, condition: str | None) -> None:
     if chunk.kind != "chunk":
         # A materialization takes no TRUNCATE.
-        statement = f"truncate only {chunk.root.sql}" if chunk.kind == "table" else f"delete from {chunk.root.sql}"
+        is_whole = chunk.kind == "table" or await is_plain(target, chunk.root)
+        statement = f"truncate only {chunk.root.sql}" if is_whole else f"delete from {chunk.root.sql}"
         with server_errors("target", f"emptying {chunk.root}"):
             await target.execute(statement)
         return
@@ -276,4 +286,4 @@ async def _finish(
         raise Fenced(f"{chunk.name} is not part of the plan any more")
     if chunk.kind == "hypertable":
         with server_errors("target", f"finishing the chunks of {chunk.name}"):
-            await target.execute(_CHUNKS_DONE, chunk.oid, origin.snapshot, origin.horizon, origin.timeline)
+            await target.execute(_CHUNKS_DONE, chunk.oid, origin.snapshot, origin.horizon, origin.timeline, applied_lsn)

@@ -27,7 +27,7 @@ class TableClaim:
 
     `is_chunk`: of a hypertable; `compressed`: name in SQL and oid of the table that held its compressed rows when it was planned.
     `root`: the target's hypertable that the rows are copied through, None where they go into a table of the same name; `range`: condition
-    that holds for a chunk's rows alone.
+    that holds for a chunk's rows alone. `is_into_plain`: the root is a plain table, which keeps no chunks apart.
     """
 
     oid: int
@@ -38,6 +38,7 @@ class TableClaim:
     compressed: tuple[str, int] | None = None
     root: QualifiedName | None = None
     range: str | None = None
+    is_into_plain: bool = False
 
     def __str__(self) -> str:
         return str(self.name)

@@ -6,7 +6,7 @@ from live_migration.common.errors import LiveMigrationError
 from live_migration.common.telemetry import get_logger
 from live_migration.consumer.chunk_copy import (
     CHANGED,
-    as_compressed_now,
+    as_it_is_now,
     copy_compressed,
     in_range_now,
     is_as_planned,
@@ -121,7 +121,7 @@ class CopyWorker:
         if claim.has_parts:
             await end_earlier_parts(target.connection, claim)
         if claim.is_chunk and claim.root is not None:
-            claim = await as_compressed_now(source.connection, claim)
+            claim = await as_it_is_now(source.connection, target.connection, claim)
         if claim.is_chunk and not await self._is_chunk_whole(claim, source, target):
             return False
         table = await lock_table(source.connection, claim, settings.lock_timeout)
@@ -136,12 +136,12 @@ class CopyWorker:
         ranges = table.parts(settings.part_size)
         has_grown = lease.claim.range is not None and claim.range != lease.claim.range
         present = await siblings(source.connection, claim.oid) if has_grown else []
-        await _begin_on_target(target, str(claim), *_empty(claim))
+        await _begin_on_target(target, str(claim), *_empty(claim, has_grown=has_grown))
         if has_grown:
             await absorb(target.connection, claim.oid, claim.range or "true", present, origin)
         if claim.compressed is not None and not decompresses:
             await copy_compressed(source.connection, target.connection, claim, lease.progress)
-        if len(ranges) > 1 and not decompresses:
+        if len(ranges) > 1 and not decompresses and not claim.is_into_plain:
             with server_errors("source", f"exporting the snapshot of {claim}"):
                 snapshot_id = await source.connection.fetchval("select pg_export_snapshot()")
             with server_errors("target", f"planning the parts of {claim}"):
@@ -197,13 +197,15 @@ class CopyWorker:
             )
 
 
-def _empty(claim: TableClaim) -> list[str]:
-    """Give the statements that remove what an earlier attempt left."""
+def _empty(claim: TableClaim, *, has_grown: bool = False) -> list[str]:
+    """Give the statements that remove what an earlier attempt left, and what a chunk has taken up that was copied before."""
     if claim.root is None:
         also = f", only {claim.compressed[0]}" if claim.compressed else ""
         return [f"truncate only {claim.name.sql}{also}"]
     if not claim.is_chunk:
         return [f"truncate {claim.root.sql}", _AWAIT_CHUNK]
+    if claim.is_into_plain and not has_grown:
+        return []  # copied in one transaction: no attempt leaves anything, and without an index the range is dear to look for
     # What an earlier attempt wrote is committed by now, or never will be: a claim is taken over only then.
     return [f"delete from {claim.root.sql} where {claim.range or 'false'}", _AWAIT_CHUNK]
 

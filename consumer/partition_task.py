@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, suppress
 import asyncpg
 
 from live_migration.common.errors import ConnectionLost, Fenced, LaneStopped, LiveMigrationError, Retry, TargetError
+from live_migration.common.home import Home
 from live_migration.common.postgres import asking, connect, end_with, session
 from live_migration.common.segment import START, Position
 from live_migration.common.settings import Settings
@@ -26,7 +27,7 @@ from live_migration.consumer.memory_budget import MemoryBudget
 from live_migration.consumer.refusal import ChangeRefused, is_of_a_change
 from live_migration.consumer.skips import LaneSkips
 from live_migration.consumer.source_watch import write_flush_barrier
-from live_migration.consumer.strangers import let_go_if_gone
+from live_migration.consumer.strangers import let_go_if_gone, meet_chunk
 from live_migration.consumer.target_tables import ChunkChangedUnseen, NotPlanned, RebuildFirst, TargetTables
 
 STANDBY_SECONDS = 1.0
@@ -129,7 +130,13 @@ class PartitionTask:
             stack.push_async_callback(reader.close)
             await reader.open()
             self._log.info("lane taken", next_offset=held.next_offset, position=str(held.position), epoch=held.epoch)
-            decoder = LaneDecoder(TargetTables(beside, self._lane), str(self._migration.id))
+
+            async def meet(oid: int, home: Home) -> None:
+                uri, lock_timeout = self._settings.source_uri(), self._settings.lock_timeout
+                async with session(uri, "source", application=f"live-migration lane {self._lane}") as source:
+                    await meet_chunk(source, beside, oid, home, lock_timeout)
+
+            decoder = LaneDecoder(TargetTables(beside, self._lane, meet), str(self._migration.id))
             await self._run_pipeline(held, connection, reader, decoder)
 
     async def _rebuild_chunks(self, connection: asyncpg.Connection, held: Checkpoint) -> None:

@@ -1,14 +1,21 @@
-"""Relations of the stream that nobody planned and that are gone from the source again: their changes are passed over."""
+"""Relations of the stream that nobody planned. Those that are gone from the source again have their changes passed over.
+
+A chunk made after the plan may be gone because it was merged into another, whose copy then holds its rows: it gets a row of its own in the plan
+when a lane meets it first, for that copy to say so (`merged_chunks.absorb`), or, should it be gone by then, to be passed over at once.
+"""
 
 from __future__ import annotations
 
 import asyncpg
 
+from live_migration.common.errors import ConnectionLost
+from live_migration.common.home import Home
 from live_migration.common.postgres import asking
 from live_migration.common.telemetry import get_logger
 from live_migration.consumer.chunk_copy import look_without
 from live_migration.consumer.claims import TableClaim
 from live_migration.consumer.copy_errors import CopyDeferred
+from live_migration.consumer.merged_chunks import look_for_merged, mark_grown
 from live_migration.consumer.target_tables import NotPlanned
 
 log = get_logger(__name__)
@@ -20,6 +27,41 @@ _LET_GO = """
     values ($1, $2, $3, $4, 'insert', '[]', false, 'ready', $5, $6, $7, 'gone', $8, $9, $10)
     on conflict do nothing
 """
+
+_MEET = """
+    insert into _live_migration.tables
+        (oid, schema_name, table_name, lane, publication, columns, binary_copy, state, kind, hypertable_oid, root_schema, root_name,
+         copies_to_root, newcomer, snapshot, horizon, timeline)
+    select $1, $2, $3, h.lane, h.publication, h.columns, h.binary_copy, 'ready', 'chunk', h.oid, h.root_schema, h.root_name,
+           true, 'met', coalesce($6, h.snapshot), coalesce($7::pg_lsn, h.horizon), coalesce($8, h.timeline)
+    from _live_migration.tables h
+    where h.kind = 'hypertable' and not h.is_left_out and h.schema_name = $4 and h.table_name = $5
+    on conflict do nothing
+"""
+
+
+async def meet_chunk(
+    source: asyncpg.Connection, target: asyncpg.Connection, oid: int, home: Home, lock_timeout: float
+) -> None:
+    """Give a chunk that was made after the plan its row; does nothing where it has one, or its hypertable has none.
+
+    Raises:
+        CopyDeferred | ConnectionLost: the source cannot be asked just now.
+    """
+    with asking("source", f"looking for chunk {home.chunk}"):
+        is_there = await source.fetchval("select exists (select from pg_class where oid = $1)", oid)
+    origin = None if is_there else await look_without(source, TableClaim(oid, home.chunk, 0, has_parts=False))
+    names = home.chunk.schema, home.chunk.name, home.hypertable.schema, home.hypertable.name
+    with asking("target", f"meeting chunk {home.chunk}"):
+        async with target.transaction():
+            if origin is None:
+                await target.execute(_MEET, oid, *names, None, None, None)
+                return
+            if await target.fetchval("select source_timeline from _live_migration.migration") != origin.timeline:
+                raise ConnectionLost(f"source: it failed over while chunk {home.chunk} was looked for")
+            await target.execute(_MEET, oid, *names, origin.snapshot, origin.horizon, origin.timeline)
+            await mark_grown(target, (await look_for_merged(source, target, oid, lock_timeout)).grown)
+    log.info("a chunk that is gone from the source is passed over", chunk=str(home.chunk))
 
 
 async def let_go_if_gone(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from live_migration.common.catalog import ColumnInfo, read_columns
 from live_migration.common.errors import LaneStopped
 from live_migration.common.home import Home
 from live_migration.common.relation import Column, QualifiedName, Relation, ReplicaIdentity, quote_identifier
-from live_migration.common.visibility import CopySnapshot
+from live_migration.common.visibility import EVERYTHING, CopySnapshot
 from live_migration.consumer.hypertables import HypertableInfo, read_hypertable
 
 FOLDABLE_TYPES = frozenset({16, 17, 19, 20, 21, 23, 25, 26, 1043, 1082, 1083, 1114, 1184, 2950})
@@ -83,7 +83,7 @@ class TargetTable:
 
 _TABLE = """
     select coalesce(t.root_schema, t.schema_name) as schema_name, coalesce(t.root_name, t.table_name) as table_name,
-           t.lane, t.snapshot, t.horizon - '0/0'::pg_lsn as horizon, c.oid, c.relkind::text as kind,
+           t.lane, t.is_left_out, t.snapshot, t.horizon - '0/0'::pg_lsn as horizon, c.oid, c.relkind::text as kind,
            to_regclass('_timescaledb_catalog.dimension') is not null as has_timescale,
            t.rebuild is not null and t.kind <> 'chunk'
                or exists (select from _live_migration.tables h where h.oid = t.hypertable_oid and h.rebuild is not null) as is_due
@@ -185,11 +185,17 @@ class Resolution(NamedTuple):
 
 
 class TargetTables:
-    """Looks the tables of one lane up."""
+    """Looks the tables of one lane up.
 
-    def __init__(self, connection: asyncpg.Connection, lane: int) -> None:
+    `meet`: told the oid and home of a chunk that has no row in the plan, which it may give it.
+    """
+
+    def __init__(
+        self, connection: asyncpg.Connection, lane: int, meet: Callable[[int, Home], Awaitable[None]] | None = None
+    ) -> None:
         self._connection = connection
         self._lane = lane
+        self._meet = meet
         self._shared: dict[tuple[int, ReplicaIdentity, tuple[Column, ...]], TargetTable] = {}
 
     async def resolve(self, relation: Relation, home: Home | None = None) -> Resolution:
@@ -207,6 +213,9 @@ class TargetTables:
                 f"relation {relation.name} (oid {relation.oid}) is in the stream but not part of the migration yet"
             )
             raise NotPlanned(message, relation, home)
+        if row["is_left_out"]:
+            name = home.hypertable if home else relation.name
+            raise RelationRefused(LaneStopped(f"{name} is not carried over to the target"), relation, EVERYTHING)
         snapshot = CopySnapshot.parse(row["snapshot"], int(row["horizon"])) if row["snapshot"] else None
         if row["is_due"]:
             raise RebuildFirst(relation, snapshot)
@@ -237,6 +246,9 @@ class TargetTables:
             row = await self._connection.fetchrow(_BY_NAME, "chunk", home.chunk.schema, home.chunk.name)
         else:
             row = await self._connection.fetchrow(_BY_OID, relation.oid)
+            if row is None and self._meet is not None:
+                await self._meet(relation.oid, home)
+                row = await self._connection.fetchrow(_BY_OID, relation.oid)
         if row is None:
             row = await self._connection.fetchrow(_BY_NAME, "hypertable", home.hypertable.schema, home.hypertable.name)
         if row is None:

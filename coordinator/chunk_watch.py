@@ -35,7 +35,7 @@ _ATTEMPTS = 20
 
 _PLAN = """
     select oid, schema_name, table_name, kind, publication, compressed_oid, range from _live_migration.tables
-    where kind <> 'table' and coalesce(newcomer, 'followed') = 'followed'
+    where kind <> 'table' and coalesce(newcomer, 'followed') = 'followed' and not is_left_out
 """
 _UNWATCHED = "it was compressed, and what then changed was not told at first"
 

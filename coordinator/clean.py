@@ -15,10 +15,9 @@ from live_migration.common.settings import Settings
 from live_migration.common.state import Migration, Phase
 from live_migration.coordinator.cutover import is_coordinator_alive
 from live_migration.coordinator.dead_letters import count_letters
-from live_migration.coordinator.prepare import give_identities_back, remove_from_source
+from live_migration.coordinator.giving_back import give_back
+from live_migration.coordinator.prepare import remove_from_source
 from live_migration.coordinator.run import APPLICATION
-from live_migration.coordinator.source_jobs import give_jobs_back
-from live_migration.coordinator.timescale_source import give_settings_back
 from live_migration.producer.slot import identify_system, read_slot
 
 Note = Callable[[str], None]
@@ -74,11 +73,7 @@ async def _clean_source(
         for dropped in await remove_from_source(source, settings):
             note(f"dropped {dropped} on the source")
         if migration is not None:
-            for table in await give_identities_back(target, source, settings):
-                note(f"{table} has its replica identity back")
-            for name in await give_settings_back(target, source):
-                note(f"{name} of the source's database is as it was")
-            for line in await give_jobs_back(target, source, settings):
+            for line in await give_back(target, source, settings):
                 note(line)
 
 

@@ -67,19 +67,27 @@ def compare(planned: Mapping[int, QualifiedName], found: Mapping[int, QualifiedN
 
 
 async def read_planned(target: asyncpg.Connection) -> dict[int, QualifiedName]:
-    """Give the planned tables by oid, without chunks, which come and go with their hypertables."""
+    """Give the planned tables by oid, without chunks, which come and go with their hypertables, and what is left out."""
     rows = await target.fetch(
-        "select oid, schema_name, table_name from _live_migration.tables where kind <> 'chunk' and newcomer is distinct from 'gone'"
+        """select oid, schema_name, table_name from _live_migration.tables
+           where kind <> 'chunk' and newcomer is distinct from 'gone' and not is_left_out"""
     )
     return {row["oid"]: QualifiedName(row["schema_name"], row["table_name"]) for row in rows}
+
+
+async def read_left_out(target: asyncpg.Connection) -> frozenset[int]:
+    """Give the oids of the source's hypertables that the target does not get."""
+    return frozenset(
+        row["oid"] for row in await target.fetch("select oid from _live_migration.tables where is_left_out")
+    )
 
 
 async def find_drift(run: Run, source: asyncpg.Connection, target: asyncpg.Connection) -> Drift:
     """Compare the source's logged tables with the plan."""
     with asking("target", "reading the plan"):
-        planned = await read_planned(target)
-    found = {t.oid: t.name for t in await run.list_tables(source) if t.persistence == "p" and t.is_users}
-    return compare(planned, found)
+        planned, left_out = await read_planned(target), await read_left_out(target)
+    tables = [t for t in await run.list_tables(source) if t.persistence == "p" and t.is_users]
+    return compare(planned, {t.oid: t.name for t in tables if t.oid not in left_out})
 
 
 async def watch_drift(run: Run) -> None:

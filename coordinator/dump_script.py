@@ -34,7 +34,8 @@ PG_PUBLICATION_NAMESPACE = 6237
 class Entry:
     """One entry of an archive. (`catalog`, `oid`) is the source's catalog row, (0, 0) where there is none.
 
-    `defaults` are the settings that hold for it, such as `default_table_access_method`.
+    `defaults` are the settings that hold for it, such as `default_table_access_method`. `number`: its own in the archive; `needs`:
+    those of the entries that it depends on, of a comment that which it is on.
     """
 
     catalog: int
@@ -44,6 +45,8 @@ class Entry:
     schema: str
     statements: str
     defaults: tuple[tuple[str, str], ...] = ()
+    number: int = 0
+    needs: tuple[int, ...] = ()
 
     @property
     def label(self) -> str:
@@ -52,8 +55,8 @@ class Entry:
 
 
 _HEADER = re.compile(
-    r"--\n-- TOC entry \d+ \(class (?P<catalog>\d+) OID (?P<oid>\d+)\)\n"
-    r"(?:-- Dependencies: [^\n]*\n)?"
+    r"--\n-- TOC entry (?P<number>\d+) \(class (?P<catalog>\d+) OID (?P<oid>\d+)\)\n"
+    r"(?:-- Dependencies: (?P<needs>[^\n]*)\n)?"
     r"-- Name: (?P<name>[^\n]*); Type: (?P<type>[^;\n]*); Schema: (?P<schema>[^\n]*?); Owner: [^\n]*\n"
     r"(?:-- Data Pos: [^\n]*\n)?--\n"
 )
@@ -98,6 +101,8 @@ def parse_script(script: str) -> list[Entry]:
                 header["schema"],
                 body.strip(),
                 tuple(defaults.items()),
+                int(header["number"]),
+                tuple(map(int, (header["needs"] or "").split())),
             )
         )
         defaults.update(own)

@@ -17,7 +17,9 @@ from live_migration.consumer.copy_stream import CopyPlan, stream_copy
 from live_migration.coordinator import steps
 from live_migration.coordinator.aggregate_refresh import refresh_aggregates
 from live_migration.coordinator.drift import read_sequences
+from live_migration.coordinator.dump_script import PG_CLASS
 from live_migration.coordinator.entries import run_entries
+from live_migration.coordinator.made_definitions import load_made
 from live_migration.coordinator.made_jobs import make_jobs
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.schema import read_post_data
@@ -321,13 +323,15 @@ async def refresh_materialized_views(run: Run, source: asyncpg.Connection) -> No
     """Fill the materialized views that the source has filled; those that read others after these."""
     with asking("source", "listing materialized views"):
         rows = await source.fetch(
-            """select n.nspname as schema, c.relname as name from pg_class c join pg_namespace n on n.oid = c.relnamespace
+            """select c.oid, n.nspname as schema, c.relname as name from pg_class c join pg_namespace n on n.oid = c.relnamespace
                where c.relkind = 'm' and c.relispopulated and n.nspname !~ '^pg_' and n.nspname <> 'information_schema'
                  and not exists (select from pg_depend d
                                  where d.classid = 'pg_class'::regclass and d.objid = c.oid and d.deptype = 'e')
                order by c.oid"""
         )
-    views = [QualifiedName(row["schema"], row["name"]) for row in rows]
+    made = await load_made(run)
+    absent = made.entries.left_out if made else frozenset()
+    views = [QualifiedName(row["schema"], row["name"]) for row in rows if (PG_CLASS, row["oid"]) not in absent]
     while views:
         failed = [(view, error) for view in views if (error := await _refresh(run, view)) is not None]
         if len(failed) == len(views):

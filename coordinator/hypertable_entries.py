@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import asyncpg
 
 from live_migration.common.relation import QualifiedName
-from live_migration.common.timescale import read_layout
+from live_migration.common.timescale import Layout, read_layout
 from live_migration.coordinator.dump_script import Entry
 
 _AGGREGATE_VIEWS = """
@@ -34,6 +34,7 @@ _PARTS = """
     union all select 'pg_statistic_ext'::regclass, oid from pg_statistic_ext where stxrelid = any($1::oid[])
     union all select 'pg_policy'::regclass, oid from pg_policy where polrelid = any($1::oid[])
     union all select 'pg_rewrite'::regclass, oid from pg_rewrite where ev_class = any($1::oid[])
+    union all select 'pg_publication_rel'::regclass, oid from pg_publication_rel where prrelid = any($1::oid[])
     union all select 'pg_trigger'::regclass, t.oid from pg_trigger t join pg_proc p on p.oid = t.tgfoid
               join pg_namespace n on n.oid = p.pronamespace where n.nspname like '\\_timescaledb\\_%'
 """
@@ -60,10 +61,26 @@ _ONLY = re.compile(rf"^ALTER TABLE ONLY (?P<schema>{_NAME})\.(?P<name>{_NAME})(?
 
 @dataclass(frozen=True, slots=True)
 class EntriesOfTimescale:
-    """(catalog, oid) of rows on the source. `made`: what TimescaleDB makes itself; `after_aggregates`: what stands on those."""
+    """(catalog, oid) of rows on the source. `made`: what TimescaleDB makes itself; `after_aggregates`: what stands on those.
+
+    `left_out`: what the target cannot have, nor comments on it.
+    """
 
     made: frozenset[tuple[int, int]]
     after_aggregates: frozenset[tuple[int, int]]
+    left_out: frozenset[tuple[int, int]] = frozenset()
+
+    def to_run(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Give the entries, of one section, that are run on the target at some time, in their order."""
+        entries = list(entries)
+        absent = {each.number for each in entries if (each.catalog, each.oid) in self.left_out}
+        keys = self.made | self.left_out
+        return [
+            each
+            for each in entries
+            if (each.catalog, each.oid) not in keys
+            and not (each.catalog == 0 and (each.schema.startswith(_INTERNAL) or not absent.isdisjoint(each.needs)))
+        ]
 
 
 async def read_entries_of_timescale(connection: asyncpg.Connection) -> EntriesOfTimescale:
@@ -74,25 +91,37 @@ async def read_entries_of_timescale(connection: asyncpg.Connection) -> EntriesOf
     layout = await read_layout(connection)
     if layout is None:
         return EntriesOfTimescale(frozenset(), frozenset())
-    views = [row["oid"] for row in await connection.fetch(_AGGREGATE_VIEWS)]
-    materializations = [each.oid for each in layout.hypertables.values() if each.view]
-    relations = [*views, *materializations, *layout.chunks, *layout.compressed, *layout.compressed_roots]
-    made = {tuple(row) for row in await connection.fetch(_PARTS, relations)}
+    views = await read_aggregate_views(connection)
+    made = await read_parts(connection, own_relations(layout, views))
     after = {tuple(row) for row in await connection.fetch(_DEPENDENTS, views)} - made
-    return EntriesOfTimescale(frozenset(made), frozenset(after))
+    return EntriesOfTimescale(made, frozenset(after))
+
+
+async def read_aggregate_views(connection: asyncpg.Connection) -> list[int]:
+    """Give the oids of the views that continuous aggregates consist of."""
+    return [row["oid"] for row in await connection.fetch(_AGGREGATE_VIEWS)]
+
+
+def own_relations(layout: Layout, views: Iterable[int]) -> list[int]:
+    """Give the oids of all that TimescaleDB has made itself; `views`: those of aggregates."""
+    materializations = [each.oid for each in layout.hypertables.values() if each.view]
+    return [*views, *materializations, *layout.chunks, *layout.compressed, *layout.compressed_roots]
+
+
+async def read_parts(connection: asyncpg.Connection, relations: Iterable[int]) -> frozenset[tuple[int, int]]:
+    """Give (catalog, oid) of relations, of what hangs on them, and of TimescaleDB's triggers on others."""
+    return frozenset(tuple(row) for row in await connection.fetch(_PARTS, list(relations)))
 
 
 def part_entries(entries: Iterable[Entry], keys: EntriesOfTimescale) -> tuple[list[Entry], list[Entry]]:
     """Part a section's entries into those to run before hypertables and aggregates are made, and those to run after.
 
-    What TimescaleDB makes is in neither. Comments come after, for they name no catalog row that tells what they are on.
+    What TimescaleDB makes, and what the target cannot have, is in neither. Comments come after, for they name no catalog row that tells what they are on.
     """
     before: list[Entry] = []
     after: list[Entry] = []
-    for entry in entries:
+    for entry in keys.to_run(entries):
         key = (entry.catalog, entry.oid)
-        if key in keys.made or (entry.catalog == 0 and entry.schema.startswith(_INTERNAL)):
-            continue
         is_late = key in keys.after_aggregates or (entry.catalog == 0 and entry.type in ("COMMENT", "SECURITY LABEL"))
         (after if is_late else before).append(entry)
     return before, after

@@ -8,6 +8,8 @@ from live_migration.common.progress import format_bytes
 from live_migration.common.settings import Settings
 from live_migration.common.timescale import read_version, read_version_to_be
 from live_migration.coordinator.findings import Finding, error, warning
+from live_migration.coordinator.flat_entries import read_flat_entries
+from live_migration.coordinator.flat_findings import assess_flat
 from live_migration.coordinator.hypertable_candidates import Candidate, propose, read_memory
 from live_migration.coordinator.hypertable_checks import assess_specs
 from live_migration.coordinator.hypertable_gaps import assess_definitions, read_absent, read_target
@@ -32,7 +34,7 @@ async def find_hypertables(settings: Settings, source: asyncpg.Connection, targe
     specs = read_specs(settings.hypertable, settings.hypertables_file)
     version = await read_version(source)
     if version is not None:
-        found = await _find_gaps(version, source, target)
+        found = await (_find_flat(source) if settings.flatten else _find_gaps(version, source, target))
         if specs:
             found.append(
                 error(
@@ -51,6 +53,13 @@ async def find_hypertables(settings: Settings, source: asyncpg.Connection, targe
         skip_incompatible=settings.skip_hypertable_incompatible_objects,
         memory_bytes=await read_memory(target),
     )
+
+
+async def _find_flat(source: asyncpg.Connection) -> list[Finding]:
+    async with source.transaction(isolation="repeatable_read", readonly=True):
+        definitions, entries = await read_definitions(source), await read_flat_entries(source)
+        decompressed_bytes: int = await source.fetchval(_DECOMPRESSED)
+    return assess_flat(definitions, entries, decompressed_bytes) if definitions else []
 
 
 async def _find_gaps(version: str, source: asyncpg.Connection, target: asyncpg.Connection) -> list[Finding]:

@@ -1,5 +1,5 @@
-"""What a target is given anew, where chunks cannot come over as they are: TimescaleDB of another version there, or plain tables that
-become hypertables. Read in the snapshot that the plan is of, and kept in the state.
+"""What a target is given anew, where chunks cannot come over as they are: TimescaleDB of another version there, plain tables that become
+hypertables, or hypertables that become plain tables. Read in the snapshot that the plan is of, and kept in the state.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from live_migration.common.settings import Settings
 from live_migration.common.timescale import read_layout, read_slices, read_version, read_version_to_be
 from live_migration.coordinator import hypertable_definitions
 from live_migration.coordinator.dump_script import PG_CLASS, PG_CONSTRAINT
+from live_migration.coordinator.flat_entries import read_flat_entries
 from live_migration.coordinator.hypertable_checks import incompatible_objects
 from live_migration.coordinator.hypertable_definitions import Definitions
 from live_migration.coordinator.hypertable_entries import EntriesOfTimescale, read_entries_of_timescale
@@ -36,8 +37,8 @@ class Made:
     """What is made on the target. `entries`: which of the archive's are not run, or late.
 
     `slices`: of each chunk that the plan copies, by its oid on the source. `left_out`: oids of indexes and foreign keys that the
-    target's hypertables cannot have, by the user's choice.
-    `is_from_plain`: the tables are plain ones on the source.
+    target's tables cannot have, by the user's choice.
+    `is_from_plain`: the tables are plain ones on the source. `is_flat`: they become plain ones on the target, and aggregates are left out.
     """
 
     definitions: Definitions
@@ -45,10 +46,16 @@ class Made:
     slices: dict[int, str] = field(default_factory=dict)
     left_out: frozenset[int] = frozenset()
     is_from_plain: bool = False
+    is_flat: bool = False
+
+    @property
+    def absent(self) -> frozenset[QualifiedName]:
+        """Names of the source's hypertables that the target does not get: those of aggregates, where it has plain tables alone."""
+        return frozenset(self.materializations) if self.is_flat else frozenset()
 
     @property
     def roots(self) -> frozenset[QualifiedName]:
-        """Names of the hypertables, the same on both ends."""
+        """Names of the hypertables, the same on both ends, be they plain tables on either."""
         return frozenset(each.name for each in self.definitions.hypertables)
 
     @property
@@ -64,19 +71,23 @@ class Made:
             "slices": list(self.slices.items()),
             "left_out": sorted(self.left_out),
             "is_from_plain": self.is_from_plain,
+            "entries_left_out": sorted(self.entries.left_out),
+            "is_flat": self.is_flat,
         }
         return json.dumps(found).encode()
 
     @classmethod
     def decode(cls, content: bytes) -> Made:
         found = json.loads(content)
-        made, after = (frozenset((c, o) for c, o in found[key]) for key in ("made", "after_aggregates"))
+        keys = ("made", "after_aggregates", "entries_left_out")
+        entries = EntriesOfTimescale(*(frozenset((c, o) for c, o in found[key]) for key in keys))
         return cls(
             hypertable_definitions.decode(found["definitions"].encode()),
-            EntriesOfTimescale(made, after),
+            entries,
             dict(found["slices"]),
             frozenset(found["left_out"]),
             found["is_from_plain"],
+            found["is_flat"],
         )
 
 
@@ -90,6 +101,8 @@ async def read_made(settings: Settings, source: asyncpg.Connection, target: asyn
     if version is None:
         specs = read_specs(settings.hypertable, settings.hypertables_file)
         return await _of_specs(settings, specs, source, target) if specs else None
+    if settings.flatten:
+        return await _flat(source)
     with asking("target", "asking for TimescaleDB's version"):
         if await read_version_to_be(target, version) == version:
             return None
@@ -97,6 +110,12 @@ async def read_made(settings: Settings, source: asyncpg.Connection, target: asyn
     assert definitions is not None
     assert layout is not None
     return Made(definitions, await read_entries_of_timescale(source), await read_slices(source, layout))
+
+
+async def _flat(source: asyncpg.Connection) -> Made:
+    definitions, found = await read_definitions(source), await read_flat_entries(source)
+    assert definitions is not None
+    return Made(definitions, found.entries, left_out=found.indexes, is_flat=True)
 
 
 async def _of_specs(

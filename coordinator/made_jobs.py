@@ -16,7 +16,7 @@ from live_migration.coordinator.run import Run
 from live_migration.coordinator.source_jobs import hold_target_jobs
 
 _STEP = "jobs made"
-_PAUSED = "select oid::int from _live_migration.source_changes where kind = 'job' and before = 'true'"
+_PAUSED = "select oid::int from _live_migration.source_changes where kind = 'job' and before = 'true' and not restored"
 
 
 async def make_jobs(run: Run, source: asyncpg.Connection) -> None:
@@ -25,7 +25,7 @@ async def make_jobs(run: Run, source: asyncpg.Connection) -> None:
     One that the target refuses is named in a warning and left out: users wait.
     """
     made = await load_made(run)
-    if made is None or made.is_from_plain or await steps.is_done(run.target, _STEP):
+    if made is None or made.is_from_plain or made.is_flat or await steps.is_done(run.target, _STEP):
         return
     with asking("source", "reading the jobs"):
         async with source.transaction(isolation="repeatable_read", readonly=True):

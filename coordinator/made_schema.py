@@ -1,4 +1,4 @@
-"""Hypertables and aggregates on the target, made anew: each step's progress is committed with what it made."""
+"""Hypertables and aggregates on the target, made anew, or plain tables in their place: each step's progress is committed with what it made."""
 
 from __future__ import annotations
 
@@ -44,8 +44,11 @@ async def make_schema(run: Run, made: Made, entries: Sequence[Entry], *, step: s
     Raises:
         TargetError: names what cannot be made.
     """
-    target = await _make_extension(run, made.definitions)
     before, after = part_entries(entries, made.entries)
+    if made.is_flat:
+        await run_entries(run, step, [*before, *after])
+        return
+    target = await _make_extension(run, made.definitions)
     await run_entries(run, step, before)
     await run_entries(run, "hypertables", hypertable_entries(made.definitions, target))
     await run_entries(run, "aggregates", aggregate_entries(made.definitions, target))

@@ -16,6 +16,7 @@ from live_migration.common.relation import QualifiedName
 from live_migration.coordinator import client_programs, planning, steps
 from live_migration.coordinator.client_programs import ClientPrograms, ProgramError
 from live_migration.coordinator.dump_script import Entry, parse_script
+from live_migration.coordinator.flat_entries import read_flat_entries
 from live_migration.coordinator.hypertable_definitions import Definitions, Hypertable
 from live_migration.coordinator.hypertable_entries import EntriesOfTimescale, read_entries_of_timescale, without_only
 from live_migration.coordinator.hypertable_gaps import read_target
@@ -64,13 +65,17 @@ class Newcomer:
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """All that makes a newcomer, as one snapshot of the source showed it. `entries`: pg_dump's; an aggregate has none."""
+    """All that makes a newcomer, as one snapshot of the source showed it. `entries`: pg_dump's; an aggregate has none.
+
+    `is_flat`: a hypertable becomes a plain table.
+    """
 
     pre_data: Sequence[Entry]
     post_data: Sequence[Entry]
     definitions: Definitions | None
     keys: EntriesOfTimescale
     foreign_keys: Sequence[asyncpg.Record]
+    is_flat: bool = False
 
     def at_once(self, section: Sequence[Entry]) -> list[Entry]:
         """Give the entries to be run while lanes apply."""
@@ -82,7 +87,7 @@ class Blueprint:
         return [each for each in self._own([*self.pre_data, *self.post_data]) if _is_late(each)]
 
     def _own(self, entries: Sequence[Entry]) -> list[Entry]:
-        return [each for each in entries if each.statements and (each.catalog, each.oid) not in self.keys.made]
+        return [each for each in self.keys.to_run(entries) if each.statements]
 
 
 def _is_late(entry: Entry) -> bool:
@@ -90,15 +95,23 @@ def _is_late(entry: Entry) -> bool:
 
 
 async def make_newcomer(
-    run: Run, programs: ClientPrograms, source: asyncpg.Connection, target: asyncpg.Connection, newcomer: Newcomer
+    run: Run,
+    programs: ClientPrograms,
+    source: asyncpg.Connection,
+    target: asyncpg.Connection,
+    newcomer: Newcomer,
+    *,
+    is_flat: bool = False,
 ) -> bool:
     """Make a newcomer on the target and record it as `made`; False where it is gone from the source.
+
+    `is_flat`: a hypertable becomes a plain table.
 
     Raises:
         NewcomerRefused: the target cannot have it.
     """
     _require_carried(run, newcomer)
-    blueprint = await _draw(run, programs, source, newcomer)
+    blueprint = await _draw(run, programs, source, newcomer, is_flat=is_flat)
     if blueprint is None:
         return False
     try:
@@ -125,7 +138,28 @@ def _require_carried(run: Run, newcomer: Newcomer) -> None:
         )
 
 
-async def _draw(run: Run, programs: ClientPrograms, source: asyncpg.Connection, newcomer: Newcomer) -> Blueprint | None:
+async def leave_out(run: Run, target: asyncpg.Connection, newcomer: Newcomer) -> None:
+    """Record an aggregate that the target cannot have: its lane passes its changes over, and the cutover does not mind it."""
+    with asking("target", f"leaving {newcomer.name} out"):
+        async with target.transaction():
+            await _insert_row(run, target, newcomer.table, is_left_out=True)
+            await target.execute("update _live_migration.tables set state = 'ready' where oid = $1", newcomer.table.oid)
+            await steps.require_role(target, run.epoch)
+    run.reporter.warning(
+        f"continuous aggregate {newcomer.name}, made on the source, is left out: the target has plain tables alone"
+    )
+
+
+async def _insert_row(run: Run, target: asyncpg.Connection, table: TableInfo, *, is_left_out: bool = False) -> None:
+    plan = planning.table_row(table, run.migration.lane_count, "insert", {}, _NOWHERE, is_left_out=is_left_out)
+    columns = ", ".join(planning.TABLE_COLUMNS)
+    places = ", ".join(f"${n}" for n in range(1, len(planning.TABLE_COLUMNS) + 1))
+    await target.execute(f"insert into _live_migration.tables ({columns}) values ({places})", *plan)
+
+
+async def _draw(
+    run: Run, programs: ClientPrograms, source: asyncpg.Connection, newcomer: Newcomer, *, is_flat: bool
+) -> Blueprint | None:
     """Read all that makes a newcomer in one snapshot; None where that does not show it any more."""
 
     async def look() -> Blueprint | None:
@@ -133,10 +167,11 @@ async def _draw(run: Run, programs: ClientPrograms, source: asyncpg.Connection, 
             snapshot = await source.fetchval("select pg_export_snapshot()")
             if not await source.fetchval("select exists (select from pg_class where oid = $1)", newcomer.table.oid):
                 return None
-            definitions, keys = await read_definitions(source), await read_entries_of_timescale(source)
+            definitions = await read_definitions(source)
+            keys = (await read_flat_entries(source)).entries if is_flat else await read_entries_of_timescale(source)
             foreign_keys = [row for row in await source.fetch(FOREIGN_KEYS) if row["table_oid"] == newcomer.table.oid]
             pre_data, post_data = await _dump(run, programs, snapshot, newcomer)
-        return Blueprint(pre_data, post_data, definitions, keys, foreign_keys)
+        return Blueprint(pre_data, post_data, definitions, keys, foreign_keys, is_flat)
 
     return await run.patiently(f"reading {newcomer.name}", look)
 
@@ -169,10 +204,7 @@ async def _make(run: Run, target: asyncpg.Connection, newcomer: Newcomer, bluepr
         root = QualifiedName(row["schema"], row["name"])
     else:
         await _make_table(target, newcomer, blueprint)
-    plan = planning.table_row(table, run.migration.lane_count, "insert", {}, _NOWHERE)
-    columns = ", ".join(planning.TABLE_COLUMNS)
-    places = ", ".join(f"${n}" for n in range(1, len(planning.TABLE_COLUMNS) + 1))
-    await target.execute(f"insert into _live_migration.tables ({columns}) values ({places})", *plan)
+    await _insert_row(run, target, table)
     names = (root.schema, root.name) if newcomer.kind != "table" else (None, None)
     await target.execute(_MADE, table.oid, REASON, *names)
     await target.executemany(
@@ -191,7 +223,7 @@ async def _make_table(target: asyncpg.Connection, newcomer: Newcomer, blueprint:
     roots: set[QualifiedName] = set()
     hypertable = next((each for each in _hypertables(blueprint) if each.name == newcomer.name), None)
     await _run(target, blueprint.at_once(blueprint.pre_data))
-    if newcomer.kind == "hypertable":
+    if newcomer.kind == "hypertable" and not blueprint.is_flat:
         if hypertable is None:
             raise NewcomerRefused("its definition cannot be read from the source's catalog")
         timescale = await _require_timescale(target)

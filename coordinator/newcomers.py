@@ -28,8 +28,9 @@ from live_migration.coordinator.barrier import emit_call
 from live_migration.coordinator.drift import PARENTS
 from live_migration.coordinator.hypertable_source import read_definitions
 from live_migration.coordinator.identity_watch import move_lost
+from live_migration.coordinator.made_definitions import load_made
 from live_migration.coordinator.newcomer_jobs import bring_jobs
-from live_migration.coordinator.newcomer_making import Newcomer, NewcomerRefused, make_newcomer
+from live_migration.coordinator.newcomer_making import Newcomer, NewcomerRefused, leave_out, make_newcomer
 from live_migration.coordinator.planning import Moment
 from live_migration.coordinator.prepare import publish_compressed
 from live_migration.coordinator.run import Run
@@ -98,9 +99,14 @@ async def _make(
 ) -> dict[str, str]:
     problems = {}
     programs = await client_programs.find(run.settings, run.migration.source_version // 10_000)
+    made = await load_made(run)
+    is_flat = made is not None and made.is_flat
     for newcomer in newcomers:
+        if is_flat and newcomer.kind == "aggregate":
+            await leave_out(run, target, newcomer)
+            continue
         try:
-            if await make_newcomer(run, programs, source, target, newcomer):
+            if await make_newcomer(run, programs, source, target, newcomer, is_flat=is_flat):
                 run.reporter.note(f"{newcomer.kind} {newcomer.name}, made on the source, is on the target now")
         except NewcomerRefused as error:
             problems[str(newcomer.name)] = str(error)

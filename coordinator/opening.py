@@ -143,5 +143,6 @@ async def _resume(settings: Settings, migration: Migration, target: asyncpg.Conn
     pause = settings.pause_source_jobs or bool(migration.settings.get("pause_source_jobs"))
     fixed = {"kafka": kafka, "partitions": migration.lane_count, "pause_source_jobs": pause, "hypertables_file": None}
     fixed["hypertable"] = tuple(migration.settings.get("hypertable") or ())
+    fixed["flatten"] = bool(migration.settings.get("flatten"))
     fixed["skip_hypertable_incompatible_objects"] = bool(migration.settings.get("skip_hypertable_incompatible_objects"))
     return settings.model_copy(update=fixed)

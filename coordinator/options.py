@@ -61,7 +61,7 @@ _HELP = {
     "hypertables_file": "File of such tables, one a line; # begins a comment line.",
     "skip_hypertable_incompatible_objects": "Leave out keys and foreign keys that hypertables cannot have.",
     "pause_source_jobs": "Pause TimescaleDB's jobs on the source that move data, until `clean`.",
-    "flatten": "Let hypertables become plain tables on a target without TimescaleDB (not built yet: refused).",
+    "flatten": "Let hypertables become plain tables on a target without TimescaleDB.",
     "partitions": "Lanes of the change log, applied in parallel.  [default: 8]",
     "replication_factor": "Replicas of the topics; 0: 3, or as many as there are brokers.  [default: 0]",
     "segment_bytes": "Size of a segment of the change log.  [default: 131072]",

@@ -81,6 +81,8 @@ def table_row(
     others: Mapping[int, TableInfo],
     moment: Moment,
     made: Collection[QualifiedName] | None = None,
+    *,
+    is_left_out: bool = False,
 ) -> tuple[object, ...]:
     """Give a table's row for `_live_migration.tables`: the values of `TABLE_COLUMNS`.
 
@@ -91,6 +93,7 @@ def table_row(
         others: all tables of the plan by oid, for what a chunk belongs to.
         moment: of the plan. A hypertable has no rows to copy, its snapshot says which chunks were gone by then.
         made: names of the hypertables that are made anew on the target, for rows to be copied through them; None where none is.
+        is_left_out: the target does not get it, nor its chunks; their changes are passed over.
     """
     is_root = table.part == "hypertable"
     becomes_root = made is not None and table.part == "table" and table.name in made
@@ -119,11 +122,12 @@ def table_row(
         moment.snapshot if is_root else None,
         moment.horizon if is_root else None,
         moment.timeline if is_root else None,
+        is_left_out,
     )
 
 
 TABLE_COLUMNS = (
     "oid", "schema_name", "table_name", "lane", "publication", "columns", "binary_copy", "row_estimate", "size_bytes",
     "changed_row_count", "kind", "hypertable_oid", "compressed_oid", "compressed_name", "range", "root_schema", "root_name",
-    "copies_to_root", "state", "snapshot", "horizon", "timeline",
+    "copies_to_root", "state", "snapshot", "horizon", "timeline", "is_left_out",
 )  # fmt: skip

@@ -318,7 +318,7 @@ class _Preflight:
         return timescale_findings.assess_source(facts) + timescale_findings.assess_target(
             facts,
             await timescale_facts.read_target(target, facts),
-            flatten=self._settings.flatten,
+            flatten=self._settings.flatten if begun is None else bool(begun.settings.get("flatten")),
             pause_source_jobs=pause,
             is_begun=begun is not None,
         )

@@ -25,6 +25,7 @@ from live_migration.common.timescale import read_version
 from live_migration.coordinator import planning, steps
 from live_migration.coordinator.beside import beside
 from live_migration.coordinator.control_topic import producer_config, write_config
+from live_migration.coordinator.giving_back import give_back
 from live_migration.coordinator.identity_watch import watch_identities
 from live_migration.coordinator.planning import Memberships
 from live_migration.coordinator.recopy import adopt_memberships, drop_built_indexes, planned_tables
@@ -42,7 +43,6 @@ from live_migration.producer.publication import (
     publications_present,
     published_tables,
     renew_decoding_catalog,
-    restore_identity,
     set_identity_full,
     tables_without_identity,
 )
@@ -79,7 +79,8 @@ async def prepare(run: Run) -> None:
             await _prepare_source(run, source)
         except SlotTimeout:
             await remove_from_source(source, run.settings)
-            await give_identities_back(run.target, source, run.settings)
+            for line in await give_back(run.target, source, run.settings):
+                run.reporter.note(line)
             raise
 
 
@@ -255,25 +256,6 @@ async def _may_be_watched(run: Run, source: asyncpg.Connection, target: asyncpg.
         )
         return False
     return True
-
-
-async def give_identities_back(target: asyncpg.Connection, source: asyncpg.Connection, settings: Settings) -> list[str]:
-    """Restore the replica identities that we changed; give the tables' names."""
-    with asking("target", "reading what was changed on the source"):
-        rows = await target.fetch(
-            """select id, oid, object, before from _live_migration.source_changes
-               where kind = 'replica_identity' and not restored order by id"""
-        )
-    restored = []
-    for row in rows:
-        name = await restore_identity(
-            source, row["oid"], ReplicaIdentity(row["before"]), lock_timeout=settings.lock_timeout
-        )
-        with asking("target", "recording what was given back"):
-            await target.execute("update _live_migration.source_changes set restored = true where id = $1", row["id"])
-        if name is not None:
-            restored.append(str(name))
-    return restored
 
 
 async def publish_tables(run: Run, source: asyncpg.Connection, *, only: frozenset[int] | None = None) -> Memberships:

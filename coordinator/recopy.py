@@ -16,6 +16,7 @@ from live_migration.common.relation import QualifiedName, quote_identifier
 from live_migration.common.state import Phase
 from live_migration.coordinator import steps
 from live_migration.coordinator.losses import find_loss
+from live_migration.coordinator.made_definitions import load_made
 from live_migration.coordinator.planning import Memberships
 from live_migration.coordinator.run import Run
 
@@ -54,6 +55,11 @@ RELEASE = """
 _INDEX_AGAIN = """
     update _live_migration.tables t set state = 'copied' where kind = 'hypertable' and state = 'ready'
       and exists (select from _live_migration.indexes i where i.table_oid = t.oid and i.state <> 'done')
+"""
+
+_PLAIN = """
+    select schema_name, table_name from _live_migration.tables
+    where kind = 'hypertable' and not is_left_out and newcomer is distinct from 'gone'
 """
 
 _BACKENDS = """
@@ -181,12 +187,21 @@ async def adopt_memberships(target: asyncpg.Connection, members: Memberships) ->
         )
 
 
+async def _empty_plain(target: asyncpg.Connection) -> None:
+    for row in await target.fetch(_PLAIN):
+        await target.execute(f"truncate only {QualifiedName(row['schema_name'], row['table_name']).sql}")
+
+
 async def release_tables(run: Run) -> None:
     """Let consumers copy, where a recopy is under way; inside the transaction that enters phase `copy`.
 
-    The attempt rises once more: nobody can have begun since the tables were voided, and nobody who did may end.
+    The attempt rises once more: nobody can have begun since the tables were voided, and nobody who did may end. Plain tables that were
+    hypertables are emptied here, for their chunks are copied beside one another.
     """
     if await _is_under_way(run.target):
+        made = await load_made(run)
+        if made is not None and made.is_flat:
+            await _empty_plain(run.target)
         await run.target.execute(RELEASE)
         await run.target.execute(_INDEX_AGAIN)
         await steps.finish(run.target, run.epoch, _STEP)

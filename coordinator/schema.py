@@ -110,7 +110,12 @@ class SourceSchema:
     @property
     def followed(self) -> list[TableInfo]:
         """The tables that have a row in the plan."""
-        return [table for table in self.tables if planning.is_followed(table)]
+        absent = {table.oid for table in self.tables if self.is_left_out(table)}
+        return [table for table in self.tables if planning.is_followed(table) and table.hypertable not in absent]
+
+    def is_left_out(self, table: TableInfo) -> bool:
+        """Tell whether it is a hypertable that the target does not get."""
+        return self.made is not None and table.part == "hypertable" and table.name in self.made.absent
 
     @property
     def index_owners(self) -> dict[int, int]:
@@ -262,6 +267,7 @@ async def _save_plan(
             by_oid,
             schema.moment,
             schema.made.roots if schema.made else None,
+            is_left_out=schema.is_left_out(table),
         )
         for table in schema.followed
     ]

@@ -123,7 +123,7 @@ async def find_jobs_to_pause(settings: Settings) -> list[Job]:
             version = await read_version(source) if jobs else None
         with asking("target", "asking for TimescaleDB's version"):
             is_same = version is not None and await read_version_to_be(target, version) == version
-    return jobs if is_same else []
+    return jobs if is_same and not settings.flatten else []
 
 
 async def pause_source_jobs(run: Run, source: asyncpg.Connection) -> list[Job]:
@@ -263,7 +263,7 @@ async def hold_target_jobs(target: asyncpg.Connection, flags: Mapping[int, bool]
         return []
     if flags is None:
         rows = await target.fetch(
-            "select oid::int as id, before from _live_migration.source_changes where kind = 'job'"
+            "select oid::int as id, before from _live_migration.source_changes where kind = 'job' and not restored"
         )
         flags = {row["id"]: row["before"] == "true" for row in rows}
     jobs = await read_jobs(target)

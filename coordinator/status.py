@@ -38,6 +38,7 @@ _TABLES = """
     left join (select oid, attempt, count(*) as parts, count(*) filter (where state = 'done') as done,
                       sum(row_count)::bigint as rows, sum(byte_count)::bigint as bytes
                from _live_migration.parts group by oid, attempt) p on p.oid = t.oid and p.attempt = t.attempt
+    where not t.is_left_out
     order by t.size_bytes desc, 1
 """
 

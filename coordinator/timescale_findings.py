@@ -52,8 +52,16 @@ def assess_target(
     source: SourceFacts, target: TargetFacts, *, flatten: bool, pause_source_jobs: bool, is_begun: bool
 ) -> list[Finding]:
     """Judge the target of such a source. `is_begun`: it holds this migration's state, so what we did there is no finding."""
+    if flatten:
+        jobs = [] if is_begun else assess_jobs(source, is_same=False, is_flat=True, pause=pause_source_jobs)
+        return [*_assess_plain(target), *jobs]
     if target.server.version_to_be(source.version) is None:
-        return _assess_flattening(source, flatten=flatten)
+        return [
+            error(
+                f"the source has TimescaleDB {source.version}, the target's server does not offer it",
+                "Install TimescaleDB on the target's server, or give --flatten: hypertables become plain tables there.",
+            )
+        ]
     found = [
         *_assess_versions(source, target),
         *_assess_license(source, target.server),
@@ -71,13 +79,13 @@ def assess_target(
     return found
 
 
-def _assess_flattening(source: SourceFacts, *, flatten: bool) -> list[Finding]:
-    """Refuse a target without TimescaleDB: making plain tables of hypertables (`flatten`) is not built yet."""
-    asked = ": --flatten cannot make plain tables of its hypertables yet" if flatten else ""
+def _assess_plain(target: TargetFacts) -> list[Finding]:
+    if target.server.version is None:
+        return []
     return [
         error(
-            f"the source has TimescaleDB {source.version}, the target's server does not offer it{asked}",
-            "Install TimescaleDB on the target's server.",
+            f"--flatten makes plain tables, and the target's database has TimescaleDB {target.server.version}",
+            "Leave --flatten out, and hypertables stay hypertables; or `drop extension timescaledb` on the target.",
         )
     ]
 
@@ -387,8 +395,10 @@ def _assess_owners(source: SourceFacts, target: TargetFacts) -> list[Finding]:
     return found
 
 
-def assess_jobs(source: SourceFacts, *, is_same: bool, pause: bool) -> list[Finding]:
-    """Judge the jobs that are scheduled. `is_same`: both sides have one version; `pause`: the user consents to pausing them."""
+def assess_jobs(source: SourceFacts, *, is_same: bool, pause: bool, is_flat: bool = False) -> list[Finding]:
+    """Judge the jobs that are scheduled. `is_same`: both sides have one version; `pause`: the user consents to pausing them; `is_flat`: the
+    target gets plain tables and no jobs.
+    """
     scheduled = [job for job in source.jobs if job.is_scheduled]
     if not scheduled:
         return []
@@ -406,10 +416,11 @@ def assess_jobs(source: SourceFacts, *, is_same: bool, pause: bool) -> list[Find
             )
         )
     elif policies:
+        until = "for good" if is_flat else "until its own policy runs"
         found.append(
             warning(
                 f"{format_number_of(len(policies), 'job')} of the source move data and go on meanwhile: {name_list(policies)}. What retention drops "
-                "on the source stays on the target until its own policy runs",
+                f"on the source stays on the target {until}",
                 "--pause-source-jobs pauses them until `clean`.",
             )
         )

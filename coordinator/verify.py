@@ -11,7 +11,7 @@ from enum import Enum
 
 import asyncpg
 
-from live_migration.common import postgres
+from live_migration.common import postgres, state
 from live_migration.common.catalog import ColumnInfo, TableInfo, list_tables
 from live_migration.common.errors import LiveMigrationError
 from live_migration.common.postgres import Side
@@ -19,6 +19,7 @@ from live_migration.common.relation import QualifiedName, quote_identifier
 from live_migration.common.settings import Settings
 from live_migration.common.tasks import TaskGroup
 from live_migration.common.timescale import read_layout
+from live_migration.coordinator.drift import read_left_out
 from live_migration.coordinator.skip import Skip, read_skips, skips_as_dicts
 
 BYTEA_OID = 17
@@ -190,6 +191,9 @@ async def _plan(pair: _Pair, lock_timeout: float, tell: Callable[[Result], None]
                 sides.append({views.get(table.oid, table.name): table for table in tables})
             encodings.append(await connection.fetchval("show server_encoding"))
     source, target = sides
+    with postgres.asking("target", "reading what is left out"):
+        left_out = await _read_left_out(pair.target)
+    source = {name: table for name, table in source.items() if table.oid not in left_out}
     for name in source.keys() - target.keys():
         tell(Result("table", str(name), Verdict.MISSING_ON_TARGET))
     for name in target.keys() - source.keys():
@@ -197,6 +201,11 @@ async def _plan(pair: _Pair, lock_timeout: float, tell: Callable[[Result], None]
     both = [_TablePair(name, source[name], target[name]) for name in source.keys() & target.keys()]
     both.sort(key=lambda each: (each.source.size_bytes, each.name), reverse=True)
     return both, encodings == ["UTF8", "UTF8"]
+
+
+async def _read_left_out(target: asyncpg.Connection) -> frozenset[int]:
+    """Give the oids of the source's tables that the migration, if the target knows it still, does not bring."""
+    return await read_left_out(target) if await state.exists(target) else frozenset()
 
 
 def _sides(pair: _Pair) -> tuple[tuple[asyncpg.Connection, Side], tuple[asyncpg.Connection, Side]]:

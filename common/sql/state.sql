@@ -43,12 +43,14 @@ create table _live_migration.tables (
     range text,                             -- condition that holds for the rows of a chunk alone
     root_schema text,                       -- hypertable on the target that changes of the chunk (or hypertable) go to
     root_name text,
+    is_left_out boolean not null default false,     -- holds a continuous aggregate's rows, which a target of plain tables does not get
     copies_to_root boolean not null default false,  -- rows of the chunk, or of a table that becomes one, are copied through the hypertable, too
     rebuild text,                           -- why its lane must copy the chunk (or newcomer) anew, null: it need not
     rebuild_lsn pg_lsn,                     -- which it does once it has applied all before this
     unseen_lsn pg_lsn,                      -- what may have been missed was before this: a copy from after it is whole
-    -- of a table that came after the plan: made on the target; in the stream, all of it, from its snapshot on; gone again from the source
-    newcomer text check (newcomer in ('made', 'followed', 'gone')),
+    -- of a table that came after the plan: made on the target; in the stream, all of it, from its snapshot on; gone again from the source.
+    -- Of a chunk that came after it: a lane has met it.
+    newcomer text check (newcomer in ('made', 'followed', 'gone', 'met')),
     columns jsonb not null,                 -- [{"name", "type", "generated"}] as planned, in attnum order
     binary_copy boolean not null,
     row_estimate bigint not null default 0,
@@ -167,7 +169,7 @@ create table _live_migration.workers (
 
 create table _live_migration.source_changes (   -- what `clean` gives back
     id bigint generated always as identity primary key,
-    kind text not null,                     -- replica_identity, job
+    kind text not null,                     -- replica_identity, job, database_setting
     oid oid,                                -- of the table; a job's id
     object text not null,
     before text not null,

@@ -28,12 +28,14 @@ from live_migration.coordinator.conductor import conduct
 from live_migration.coordinator.cutover import request_cutover
 from live_migration.coordinator.drift import find_drift, shape_differences
 from live_migration.coordinator.entries import run_entries
+from live_migration.coordinator.held import list_held
 from live_migration.coordinator.identity_watch import move_lost
 from live_migration.coordinator.observer import Reporter
 from live_migration.coordinator.opening import open_migration
 from live_migration.coordinator.prepare import prepare
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.schema import read_post_data, restore_schema
+from live_migration.coordinator.timescale_source import AUTO_PUBLICATION
 from live_migration.producer.slot import SlotTimeout
 from tests.fixtures.fix_postgres import SETTINGS, DatabaseFactory, PostgresFactory, make_certificate
 from tests.support.rich_schema import RICH_SCHEMA
@@ -288,6 +290,29 @@ async def test_slot_creation_times_out_over_a_prepared_transaction_and_leaves_no
     async with bench(settings) as again:
         await prepare(again.run)
         assert again.run.phase is Phase.SCHEMA
+    await other.close()
+
+
+async def test_slot_creation_that_times_out_gives_everything_back(make_settings: MakeSettings) -> None:
+    """Jobs and the database's setting stand in the state as on a source with TimescaleDB; giving them back needs none."""
+    settings = make_settings(slot_timeout=1.0, replica_identity_full=True)
+    await fetch(settings.source_uri(), "create table t (id int)")
+    database = settings.source_uri().rsplit("/", 1)[1]
+    await fetch(settings.source_uri(), f"alter database {database} set {AUTO_PUBLICATION} = on")
+    other = await asyncpg.connect(settings.source_uri())
+    await other.execute("begin; insert into t values (1)")
+    async with bench(settings) as b:
+        await b.run.target.execute(
+            """insert into _live_migration.source_changes (kind, oid, object, before, after)
+               values ('database_setting', null, $1, '', 'on'), ('job', 1000, 'Retention Policy [1000]', 'true', 'false')""",
+            AUTO_PUBLICATION,
+        )
+        with pytest.raises(SlotTimeout):
+            await prepare(b.run)
+        assert await list_held(settings) == []
+        left = "select 1 from pg_db_role_setting s, pg_database d where d.oid = s.setdatabase and d.datname = current_database()"
+        assert await b.source(left) == []
+        assert any("job Retention Policy [1000]" in note for note in b.observer.notes)
     await other.close()
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from aiokafka import AIOKafkaProducer
 
 from live_migration.common import pgoutput, segment
+from live_migration.common.home import Home, encode_home
 from live_migration.common.segment import COMMIT_ORDINAL, FRAGMENT, SEGMENT, START, Position, SegmentHeader
 
 Cell = str | bytes | int | None
@@ -74,10 +75,12 @@ class LaneWriter:
 
     lane: int
     topic_id: bytes
-    relations: dict[int, bytes] = field(default_factory=dict)
+    relations: dict[int, tuple[bytes, ...]] = field(default_factory=dict)
     records: list[bytes] = field(default_factory=list)
     position: Position = START
     next_lsn: int = 0x1000
+    xid: int = 0
+    """Of every transaction; 0: each has one of its own, far above those of any server."""
     _previous: Position = START
     _body: bytes = b""
     _described: set[int] = field(default_factory=set)
@@ -85,8 +88,9 @@ class LaneWriter:
     _ordinal: int = 0
     _lsn: int = 0
 
-    def describe(self, table: str, message: bytes) -> None:
-        self.relations[oid_of(table)] = message
+    def describe(self, table: str, message: bytes, *, home: Home | None = None) -> None:
+        before = () if home is None else (encode_home(oid_of(table), home),)
+        self.relations[oid_of(table)] = (*before, message)
 
     def transaction(self, changes: Sequence[bytes], *, cut_after: int = 0) -> None:
         """Add a source transaction; with `cut_after`, a segment ends after each so many of its changes."""
@@ -103,7 +107,7 @@ class LaneWriter:
         self.position = Position(self._lsn, COMMIT_ORDINAL)
 
     def _begin(self) -> None:
-        message = b"B" + struct.pack(">QqI", self._lsn, self._lsn, 1_000_000 + self._lsn)
+        message = b"B" + struct.pack(">QqI", self._lsn, self._lsn, self.xid or 1_000_000 + self._lsn)
         self._body += segment.begin_frame(message, self._ordinal)
         self._base = self._ordinal
 
@@ -116,7 +120,7 @@ class LaneWriter:
             oids = pgoutput.decode_truncate(change).relation_oids
         for oid in oids:
             if oid not in self._described:
-                self._body += segment.frame(self.relations[oid])
+                self._body += b"".join(map(segment.frame, self.relations[oid]))
                 self._described.add(oid)
         self._body += segment.frame(change, self._ordinal - self._base)
         self._change_count += 1

@@ -28,6 +28,17 @@ SCHEMA = [
     "select add_retention_policy('metrics', interval '100 years')",
 ]
 
+NEEDS_TIMESCALE = [
+    "create table gate (id int primary key, at timestamptz)",
+    "create view harmless as select * from metrics where v > 1",
+    "create view latest as select device, last(v, time) as v from metrics group by 1",
+    "create view upon_latest as select * from latest",
+    "create materialized view copy as select hour, v as n from hourly",
+    "create index copy_n on copy (n)",
+    "create index by_bucket on gate (time_bucket('1 hour', at, 'UTC'))",
+    "create function bucket_of(t timestamptz) returns timestamptz language sql begin atomic select time_bucket('1 day', t); end",
+]
+
 
 async def found(source: str, target: str, **options: object) -> list[Finding]:
     """Give the findings that speak of TimescaleDB; keys and identities are judged elsewhere."""
@@ -113,8 +124,35 @@ async def test_a_target_without_timescaledb(timescale_source_database: str, targ
     await execute(timescale_source_database, *SCHEMA)
     (refused,) = [e for e in await found(timescale_source_database, target_database) if e.level == "error"]
     assert "the target's server does not offer it" in refused.what
+    assert "give --flatten" in refused.hint
     flattened = await found(timescale_source_database, target_database, flatten=True)
-    assert about(flattened, "--flatten cannot make plain tables").level == "error"
+    assert {each.level for each in flattened} == {"warning"}
+    about(flattened, "hypertables become plain tables")
+    about(flattened, "compressed chunks take about")
+
+
+async def test_what_plain_tables_go_without_is_named_before_the_start(
+    timescale_source_database: str, target_database: str
+) -> None:
+    source = timescale_source_database
+    await execute(source, *SCHEMA, *NEEDS_TIMESCALE)
+    flattened = await found(source, target_database, flatten=True)
+    assert "public.hourly" in about(flattened, "continuous aggregates are left out").what
+    left_out = about(flattened, "what needs TimescaleDB or a continuous aggregate is left out").what.partition(": ")[2]
+    wanted = (
+        "function public.bucket_of(",
+        "index public.by_bucket",
+        "materialized view public.copy",
+        "view public.latest",
+    )
+    assert all(name in left_out for name in wanted), left_out
+    assert not [name for name in ("public.harmless", "chunk", "_timescaledb", "copy_n") if name in left_out], left_out
+    assert "stays on the target for good" in about(flattened, "go on meanwhile").what
+    assert {each.level for each in flattened} == {"warning"}
+
+    await execute(source, "alter table gate alter at set default time_bucket('1 hour', now())")
+    refused = about(await found(source, target_database, flatten=True), "tables of the source need TimescaleDB")
+    assert (refused.level, "public.gate" in refused.what) == ("error", True)
 
 
 async def test_restoring_mode_and_a_publication_of_all_tables(

@@ -47,7 +47,7 @@ def parse(*entries: str) -> list[Entry]:
 
 def test_entries_carry_their_catalog_row_and_only_their_statements() -> None:
     (entry,) = parse(put_entry("CREATE TABLE app.t ();", oid=77))
-    assert entry == Entry(1259, 77, "t", "TABLE", "app", "CREATE TABLE app.t ();")
+    assert entry == Entry(1259, 77, "t", "TABLE", "app", "CREATE TABLE app.t ();", number=12, needs=(3, 4))
     assert entry.label == "table app.t"
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from live_migration.common.relation import QualifiedName
@@ -25,6 +27,18 @@ def test_entries_part_in_three_and_keep_their_order() -> None:
     before, after = part_entries(entries, keys)
     assert [(each.oid, each.type) for each in before] == [(3, "TABLE"), (0, "ENCODING"), (4, "VIEW")]
     assert [(each.oid, each.type) for each in after] == [(2, "VIEW"), (0, "COMMENT")]
+
+
+def test_what_is_left_out_goes_with_the_comments_on_it() -> None:
+    keys = EntriesOfTimescale(frozenset(), frozenset(), frozenset({(PG_CLASS, 1)}))
+    entries = [
+        replace(_entry(1), number=10, needs=(3,)),
+        replace(_entry(0, "COMMENT"), number=11, needs=(10,)),
+        replace(_entry(2), number=12, needs=(10,)),
+        replace(_entry(0, "COMMENT"), number=13, needs=(12,)),
+    ]
+    before, after = part_entries(entries, keys)
+    assert [each.number for each in (*before, *after)] == [12, 13]
 
 
 @pytest.mark.parametrize(

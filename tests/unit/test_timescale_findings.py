@@ -75,8 +75,22 @@ def test_two_plain_sides_of_one_version_are_fine() -> None:
 
 def test_a_target_without_it_is_refused() -> None:
     without = with_server(version=None, default_version=None, versions=(), license=None, background_workers=None)
-    assert "Install TimescaleDB" in only(of_target(target=without), "error")
-    assert "--flatten cannot" in only(of_target(target=without, flatten=True), "error")
+    assert "or give --flatten" in only(of_target(target=without), "error")
+    assert of_target(target=without, flatten=True) == []
+
+
+def test_plain_tables_are_made_where_no_timescaledb_is() -> None:
+    offering = with_server(version=None)
+    assert of_target(target=offering, flatten=True) == []
+    assert "drop extension timescaledb" in only(of_target(flatten=True), "error")
+
+
+def test_what_retention_drops_stays_for_good_in_plain_tables() -> None:
+    source = replace(SOURCE, jobs=(POLICY,))
+    target = with_server(version=None, default_version=None, versions=())
+    assert "stays on the target for good" in only(of_target(source, target, flatten=True), "warning")
+    assert "are paused until" in only(of_target(source, target, flatten=True, pause_source_jobs=True), "warning")
+    assert of_target(source, target, flatten=True, is_begun=True) == []
 
 
 def test_an_older_target_is_refused() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from live_migration.common.visibility import CopySnapshot
+from live_migration.common.visibility import EVERYTHING, CopySnapshot
 
 HORIZON = 0x5000
 SNAPSHOT = CopySnapshot.parse("100:110:103,107", HORIZON)
@@ -50,3 +50,9 @@ def test_the_streams_32_bits_are_compared_near_the_snapshots_64(epoch: int) -> N
     assert not snapshot.includes(1, 1)
     assert not snapshot.includes(1, 5)
     assert not snapshot.includes(1, 1000)
+
+
+@pytest.mark.parametrize("xid", [3, 1 << 31, (1 << 32) - 1])
+def test_everything_holds_what_was_committed_and_what_will_be(xid: int) -> None:
+    assert EVERYTHING.includes(0, xid)
+    assert EVERYTHING.includes((1 << 64) - 1, xid)

@@ -1,0 +1,137 @@
+"""Rules of chunks that are made, published and merged while a migration is under way, against real servers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from live_migration.common.local_postgres import LocalPostgres
+from live_migration.consumer.chunk_rebuild import NOT_KNOWN_YET
+from live_migration.consumer.service import run_consumer
+from live_migration.coordinator import chunk_watch
+from live_migration.producer.publication import PublishedTable
+from tests.e2e.migration import Migration, Service
+from tests.fixtures.fix_postgres import database, execute
+from tests.fixtures.fix_timescale import timescale_database
+from tests.timescale import world
+
+pytestmark = [pytest.mark.e2e, pytest.mark.integration]
+
+_NEW_CHUNK = """
+    begin;
+    insert into metrics select t, 1, 1, 'new' from generate_series('2026-02-01'::timestamptz, '2026-02-01 10:00', '1 hour') t;
+    update metrics set temp = 2 where time > '2026-02-01 03:00';
+    delete from metrics where time > '2026-02-01 07:00';
+    commit
+"""
+
+
+class Died(Exception):
+    """The coordinator is gone at this point."""
+
+
+async def test_a_coordinator_that_dies_when_it_has_published_a_chunk_loses_nothing_of_it(
+    other_timescale: LocalPostgres,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A version without publishing of its own: updates and deletes of the new chunk are not in the stream, and afterwards it looks whole."""
+    add_tables = chunk_watch.add_tables
+
+    async def publish_and_die(
+        source: asyncpg.Connection, publication: str, tables: Sequence[PublishedTable], *, lock_timeout: float
+    ) -> None:
+        await add_tables(source, publication, tables, lock_timeout=lock_timeout)
+        if tables:
+            raise Died
+
+    async with timescale_database(other_timescale) as source, database(other_timescale) as target:
+        await world.make(source)
+        async with Migration(
+            source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True
+        ) as migration:
+            await migration.until_phase("replay", timeout=240)
+            with monkeypatch.context() as death:
+                death.setattr(chunk_watch, "add_tables", publish_and_die)
+                await execute(source, _NEW_CHUNK)
+                assert migration.coordinator is not None
+                with pytest.raises(Died):
+                    await asyncio.wait_for(migration.coordinator, 60)
+            marked = (
+                "select unseen_lsn = '0/0'::pg_lsn + $1::numeric from _live_migration.tables where rebuild is not null"
+            )
+            assert await _value(target, marked, NOT_KNOWN_YET)
+            migration.start_coordinator()
+            await migration.finish()
+            assert await world.differences(source, target) == []
+
+
+async def _value(uri: str, query: str, *arguments: object) -> object:
+    connection = await asyncpg.connect(uri)
+    try:
+        return await connection.fetchval(query, *arguments)
+    finally:
+        await connection.close()
+
+
+_LAST_DAY = """
+    select c::text from show_chunks($1::text::regclass, newer_than => '2026-01-05'::timestamptz, older_than => '2026-01-06'::timestamptz) c
+"""
+_NEXT_DAY = """
+    select c::text from show_chunks($1::text::regclass, newer_than => '2026-01-06'::timestamptz, older_than => '2026-01-07'::timestamptz) c
+"""
+_ROWS = (
+    "insert into metrics select t, d, 7, 'm' from generate_series('2026-01-06'::timestamptz, '2026-01-06 20:00', '1 hour') t, generate_series(1, 3) d",
+    "insert into events select t, 'm', '{}' from generate_series('2026-01-06'::timestamptz, '2026-01-06 20:00', '1 hour') t",
+)
+_ROWS_AFTER = (
+    "update metrics set temp = 8 where time between '2026-01-05' and '2026-01-06 03:00' and device = 1",
+    "delete from metrics where time between '2026-01-05 23:00' and '2026-01-06 05:00' and device = 2",
+    "insert into metrics values ('2026-01-05 12:00', 3, 9, 'after'), ('2026-01-06 22:00', 3, 9, 'after')",
+    "insert into events values ('2026-01-05 12:00', 'after'), ('2026-01-06 22:00', 'after')",
+)
+
+
+async def _merge(source: str) -> None:
+    """Merge the plan's last chunk of either hypertable with the one made after it."""
+    connection = await asyncpg.connect(source)
+    for table in ("metrics", "events"):
+        planned, new = await connection.fetchval(_LAST_DAY, table), await connection.fetchval(_NEXT_DAY, table)
+        await connection.execute(f"call merge_chunks('{planned}', '{new}')")
+    await connection.close()
+
+
+@pytest.mark.parametrize("moment", ["before it is copied", "when both are applied", "at once"])
+async def test_a_chunk_made_after_the_plan_and_merged_into_a_planned_one(
+    moment: str,
+    timescale_source_database: str,
+    target_of_timescale: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+) -> None:
+    """Its rows are in the stream under its own name, and in the copy of the other: once on the target, with a key and without one."""
+    source, target = timescale_source_database, target_of_timescale
+    await world.make(source)
+    is_early = moment == "before it is copied"
+    options = {"pause_source_jobs": True, "consumers": 0 if is_early else 2}
+    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, **options) as migration:
+        await migration.until_phase("copy" if is_early else "replay", timeout=240)
+        await execute(source, *_ROWS)
+        if moment == "when both are applied":
+            await migration.until("rows applied", "select count(*) >= 21 from events where kind = 'm'")
+            await migration.until("rows applied", "select count(*) >= 63 from metrics where note = 'm'")
+        await _merge(source)
+        if is_early:
+            migration.consumers.append(Service(run_consumer, migration.settings))
+            migration.consumers[0].start()
+            await migration.until_phase("replay", timeout=240)
+        await execute(source, *_ROWS_AFTER)
+        await migration.finish()
+        assert await world.differences(source, target) == []
