@@ -169,7 +169,7 @@ async def _make(run: Run, target: asyncpg.Connection, newcomer: Newcomer, bluepr
         root = QualifiedName(row["schema"], row["name"])
     else:
         await _make_table(target, newcomer, blueprint)
-    plan = planning.table_row(table, run.migration.lane_count, "insert", {}, _NOWHERE)
+    plan = planning.table_row(table, run.migration.lane_map, "insert", {}, _NOWHERE)
     columns = ", ".join(planning.TABLE_COLUMNS)
     places = ", ".join(f"${n}" for n in range(1, len(planning.TABLE_COLUMNS) + 1))
     await target.execute(f"insert into _live_migration.tables ({columns}) values ({places})", *plan)
