@@ -13,6 +13,9 @@ from base64 import b85decode, b85encode
 import orjson
 from pydantic import BaseModel, ConfigDict
 
+from live_migration.common.lanes import LaneMap
+from live_migration.common.relation import QualifiedName
+
 CONFIG = b"config"
 POSITION = b"position"
 STATUS = b"status"
@@ -36,12 +39,20 @@ class ProducerConfig(_Record):
     publications: tuple[str, ...]
     binary: bool
     lane_count: int
+    split: tuple[tuple[str, str, int], ...] = ()
+    """Tables with lanes of their own, the last ones of `lane_count`: schema, name, how many."""
     system_identifier: str
     timeline: int
     start_lsn: int
     """The slot's consistent point: the log begins there."""
     publication_change: int = 0
     """Raised after each change of a publication: the producer then reconnects its walsender."""
+
+    @property
+    def lane_map(self) -> LaneMap:
+        """The change log's lanes."""
+        own = tuple((QualifiedName(schema, name), count) for schema, name, count in self.split)
+        return LaneMap(self.lane_count - sum(count for _, count in own), own)
 
 
 class LogPosition(_Record):

@@ -89,7 +89,9 @@ async def create_topics(settings: Settings) -> None:
         in_sync = {"min.insync.replicas": "2" if factor >= 3 else "1"}
         changes = CHANGES_CONFIG | CHANGES_FILES
         topics = [
-            NewTopic(settings.changes_topic, settings.partitions, factor, topic_configs={**changes, **in_sync}),
+            NewTopic(
+                settings.changes_topic, settings.lane_map.lane_count, factor, topic_configs={**changes, **in_sync}
+            ),
             NewTopic(settings.control_topic, 1, factor, topic_configs={**CONTROL_CONFIG, **in_sync}),
         ]
         for topic in topics:
@@ -199,7 +201,7 @@ async def _await_leaders(client: AdminClient, settings: Settings) -> None:
         while True:
             descriptions = await client.describe_topics([settings.changes_topic, settings.control_topic])
             partitions = [p for d in descriptions for p in d["partitions"]]
-            if len(partitions) == settings.partitions + 1 and all(p["leader"] >= 0 for p in partitions):
+            if len(partitions) == settings.lane_map.lane_count + 1 and all(p["leader"] >= 0 for p in partitions):
                 return
             await asyncio.sleep(0.1)
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from live_migration.common.errors import UsageError
+from live_migration.common.lanes import LaneMap, parse_lanes
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -66,6 +67,8 @@ class Settings(BaseSettings):
 
     partitions: int = Field(8, ge=1, le=1000)
     """Lanes of the change log; fixed for a migration's life. With 1 the target shows whole source transactions."""
+    lanes: Annotated[tuple[str, ...], NoDecode] = ()
+    """Tables that have several lanes of their own, rows by key, each `schema.table=number`; fixed for a migration's life."""
     replication_factor: int = Field(0, ge=0)
     """Of the topics; 0: 3, or as many as there are brokers."""
     segment_bytes: int = Field(128 * KIB, ge=4 * KIB, le=900 * KIB)
@@ -107,10 +110,10 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_json: bool = False
 
-    @field_validator("hypertable", mode="before")
+    @field_validator("hypertable", "lanes", mode="before")
     @classmethod
     def _one_a_line(cls, value: object) -> object:
-        """Split what the environment gives: one hypertable a line."""
+        """Split what the environment gives: one table a line."""
         return tuple(line.strip() for line in value.splitlines() if line.strip()) if isinstance(value, str) else value
 
     @field_validator("name")
@@ -119,6 +122,20 @@ class Settings(BaseSettings):
         if not (1 <= len(name) <= 40 and name.isascii() and name.replace("_", "a").isalnum() and name == name.lower()):
             raise ValueError("must be 1 to 40 of a-z, 0-9 and _ (it names a replication slot)")
         return name
+
+    @model_validator(mode="after")
+    def _lanes_make_sense(self) -> Settings:
+        if parse_lanes(self.lanes) and self.partitions == 1:
+            raise UsageError(
+                "--lanes goes with two --partitions at least",
+                hint="With one the target shows whole source transactions, which several lanes cannot.",
+            )
+        return self
+
+    @property
+    def lane_map(self) -> LaneMap:
+        """The change log's lanes."""
+        return LaneMap(self.partitions, parse_lanes(self.lanes))
 
     @property
     def slot(self) -> str:

@@ -20,6 +20,7 @@ import asyncpg
 import psutil
 
 from live_migration.common.errors import Fenced, TargetError
+from live_migration.common.lanes import LaneMap, parse_lanes
 from live_migration.common.postgres import terminate_backend
 
 SCHEMA = "_live_migration"
@@ -62,6 +63,12 @@ class Migration:
     phase_at: datetime
     owner: str | None
     epoch: int
+
+    @property
+    def lane_map(self) -> LaneMap:
+        """The change log's lanes."""
+        split = parse_lanes(self.settings.get("lanes") or ())
+        return LaneMap(self.lane_count - sum(count for _, count in split), split)
 
 
 def worker_id(kind: str) -> str:

@@ -11,8 +11,10 @@ import orjson
 from live_migration.common import control, pgoutput
 from live_migration.common.errors import FormatError
 from live_migration.common.home import HOME, SUSPECT, Home, decode_home, decode_suspect
+from live_migration.common.meeting import GATHER, SCATTER, decode_meeting
 from live_migration.common.relation import QualifiedName, Relation
 from live_migration.common.segment import FRAME, Position
+from live_migration.consumer.lane_meeting import LanesMeet
 from live_migration.consumer.layouts import FIXED_SIZES, SHORTEST_SPAN, Layouts, Span
 from live_migration.consumer.row_encoding import BIG_BYTES, Message
 from live_migration.consumer.target_tables import ChunkChangedUnseen, RelationRefused, Resolution, TargetTable
@@ -191,8 +193,9 @@ class _Known:
 class LaneDecoder:
     """Decodes one lane's segments in order; a new one after each acquisition of the lane."""
 
-    def __init__(self, tables: RelationResolver, migration_id: str) -> None:
+    def __init__(self, tables: RelationResolver, migration_id: str, met_lsn: int = 0) -> None:
         self._tables = tables
+        self._met_lsn = met_lsn  # the last transaction in which the lane has met those of its table
         self._migration_id = migration_id
         self._known: dict[int, _Known] = {}
         self._homes: dict[int, Home] = {}
@@ -200,6 +203,10 @@ class LaneDecoder:
         self._commit_lsn = self._xid = self._base = 0
         self._inside = False
         self._batch: Batch | None = None
+
+    def note_met(self, commit_lsn: int) -> None:
+        """Take note that the lane has met those of its table in the transaction with this commit LSN."""
+        self._met_lsn = commit_lsn
 
     @property
     def commit_lsn(self) -> int:
@@ -211,6 +218,7 @@ class LaneDecoder:
 
         Raises:
             LaneStopped: the target cannot take a relation's rows.
+            LanesMeet: the segment begins where other lanes are to be waited for; nothing of it is in the batch.
             FormatError: the segment is malformed.
         """
         if batch is not self._batch:
@@ -319,6 +327,9 @@ class LaneDecoder:
             case _ if kind == SUSPECT:
                 oid = decode_suspect(message)
                 batch.suspects[oid] = self._homes[oid]
+            case _ if kind in (GATHER, SCATTER):
+                if self._commit_lsn > self._met_lsn:
+                    raise LanesMeet(decode_meeting(message, self._commit_lsn))
             case pgoutput.TYPE | pgoutput.ORIGIN:
                 pass
             case _:

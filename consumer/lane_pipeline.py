@@ -21,6 +21,7 @@ from live_migration.consumer.applier import Applier
 from live_migration.consumer.checkpoint import Advance, Checkpoint, advance
 from live_migration.consumer.chunk_rebuild import due_chunks, note_suspects
 from live_migration.consumer.decoder import Batch, LaneDecoder
+from live_migration.consumer.lane_meeting import LanesMeet, meet
 from live_migration.consumer.log_reader import LogReader, Segment
 from live_migration.consumer.memory_budget import MemoryBudget
 from live_migration.consumer.refusal import Place
@@ -33,6 +34,9 @@ READ_AHEAD_BYTES = 2 * 1024 * 1024
 """How much is read and not yet decoded: a lane whose target is slow must not use up the budget of all."""
 MOST_RUNS = 400
 """Runs in one target transaction: tables and their staging tables take some ten locks a run from the server's few thousand."""
+
+_MEETING_SECONDS = 1.0
+"""How long other lanes are waited for while memory is held that they might need."""
 
 
 class ChunksDue(LiveMigrationError):
@@ -188,6 +192,13 @@ class LanePipeline:
             await asyncio.sleep(0)  # nothing else here need wait: let the other lanes have their turn
             try:
                 await self._decode_segment(segment, flush)
+            except LanesMeet as error:
+                self._put_back(segment)
+                if flush.segment_count:
+                    break  # all before it is applied first
+                await self._meet(error)
+                flush.batch = Batch()
+                continue
             except ChunkChangedUnseen as error:
                 if not flush.segment_count:
                     raise
@@ -199,8 +210,29 @@ class LanePipeline:
         flush.may_commit = self._may_commit(flush.batch)
         return True
 
+    def _put_back(self, segment: Segment) -> None:
+        self._inbox.appendleft(segment)
+        self._inbox_bytes += segment.held_bytes
+
+    async def _meet(self, error: LanesMeet) -> None:
+        """Wait a moment for other lanes, in the session that applies, with what is read kept.
+
+        Raises:
+            LanesMeet: it takes longer; then nothing may be kept that they might need.
+        """
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._ready is None and not self._is_applying)
+        if self._open_bytes:  # a transaction on the target is open, which the others may wait for
+            raise error
+        with asking("target", error.message):
+            has_met = await meet(self._connection, self._checkpoint, error.meeting, longest_seconds=_MEETING_SECONDS)
+        if not has_met:
+            raise error
+        self._decoder.note_met(error.meeting.commit_lsn)
+
     async def _decode_segment(self, segment: Segment, flush: Flush) -> None:
-        body = self._skips.take_out(segment, flush.skipped) if self._skips else segment.body
+        skipped: list[SkippedChange] = []
+        body = self._skips.take_out(segment, skipped) if self._skips else segment.body
         try:
             with asking("target", "looking at the tables"):
                 await self._decoder.decode(body, flush.batch)
@@ -211,6 +243,7 @@ class LanePipeline:
                 raise
             placed = place_relation(refusal, body, self._place(segment.next_offset))
             raise placed or LaneStopped(refusal.message, hint=refusal.hint) from refusal
+        flush.skipped += skipped
 
     def _place(self, next_offset: int) -> Place:
         settings = self._settings

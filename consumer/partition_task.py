@@ -11,6 +11,7 @@ import asyncpg
 
 from live_migration.common.errors import ConnectionLost, Fenced, LaneStopped, LiveMigrationError, Retry, TargetError
 from live_migration.common.home import Home
+from live_migration.common.meeting import Meeting
 from live_migration.common.postgres import asking, connect, end_with, session
 from live_migration.common.segment import START, Position
 from live_migration.common.settings import Settings
@@ -21,6 +22,7 @@ from live_migration.consumer.applier import Applier
 from live_migration.consumer.checkpoint import Checkpoint
 from live_migration.consumer.chunk_rebuild import ChunkToRebuild, due_chunks, find_chunk, mark_chunk, rebuild_chunk
 from live_migration.consumer.decoder import LaneDecoder
+from live_migration.consumer.lane_meeting import LanesMeet, has_met, meet
 from live_migration.consumer.lane_pipeline import ChunksDue, LanePipeline
 from live_migration.consumer.log_reader import LogReader
 from live_migration.consumer.memory_budget import MemoryBudget
@@ -65,6 +67,7 @@ class PartitionTask:
         self._refused_at: Position | None = None  # where chunks that wait were copied early
         self._unseen_at: tuple[int, int] | None = None  # relation and transaction that made a chunk be copied
         self._decoded_lsn = 0
+        self._meeting: Meeting | None = None  # the newest, of which the decoder hears once it is over
         self._has_marks = False
         self._must_take = True  # the group gave us the partition: whoever still holds the lane has to go
         self._skips = LaneSkips(settings, migration, lane)
@@ -81,6 +84,8 @@ class PartitionTask:
                 await asyncio.sleep(STANDBY_SECONDS)
             except ChunksDue as error:
                 self._log.info("lane begins again", reason=error.message)
+            except LanesMeet as error:
+                await self._meet(error)
             except ChunkChangedUnseen as error:
                 await self._mark(error)
             except RebuildFirst as error:
@@ -136,7 +141,11 @@ class PartitionTask:
                 async with session(uri, "source", application=f"live-migration lane {self._lane}") as source:
                     await meet_chunk(source, beside, oid, home, lock_timeout)
 
-            decoder = LaneDecoder(TargetTables(beside, self._lane, meet), str(self._migration.id))
+            # Asked over the session that applies: a target that crashes and forgets it ends this session, too.
+            with asking("target", f"looking for the lanes that lane {self._lane} waits for"):
+                is_met = self._meeting is not None and await has_met(connection, self._meeting)
+            met_lsn = self._meeting.commit_lsn if self._meeting is not None and is_met else 0
+            decoder = LaneDecoder(TargetTables(beside, self._lane, meet), str(self._migration.id), met_lsn)
             await self._run_pipeline(held, connection, reader, decoder)
 
     async def _rebuild_chunks(self, connection: asyncpg.Connection, held: Checkpoint) -> None:
@@ -216,6 +225,24 @@ class PartitionTask:
                     )
         except LiveMigrationError as failure:
             await self._pause(failure)
+
+    async def _meet(self, error: LanesMeet) -> None:
+        """Wait for the other lanes of a table, with nothing in hand that they might need."""
+        assert self._checkpoint is not None
+        self._log.info("lane waits", reason=error.message)
+        try:
+            async with session(
+                self._settings.target_uri(), "target", application=f"live-migration lane {self._lane}"
+            ) as target:
+                with asking("target", error.message):
+                    await meet(target, self._checkpoint, error.meeting)
+        except Fenced as fenced:
+            self._log.info("lane left", reason=fenced.message)
+            await asyncio.sleep(STANDBY_SECONDS)
+        except LiveMigrationError as failure:
+            await self._pause(failure)
+        else:
+            self._meeting = error.meeting
 
     async def _await_rebuild(self, error: RebuildFirst) -> None:
         """Begin again, which copies what is due, at once or when the coordinator has had the last transaction that it waits for end."""

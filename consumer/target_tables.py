@@ -11,11 +11,12 @@ import asyncpg
 from live_migration.common.catalog import ColumnInfo, read_columns
 from live_migration.common.errors import LaneStopped
 from live_migration.common.home import Home
+from live_migration.common.lanes import BYTEWISE_TYPES
 from live_migration.common.relation import Column, QualifiedName, Relation, ReplicaIdentity, quote_identifier
 from live_migration.common.visibility import EVERYTHING, CopySnapshot
 from live_migration.consumer.hypertables import HypertableInfo, read_hypertable
 
-FOLDABLE_TYPES = frozenset({16, 17, 19, 20, 21, 23, 25, 26, 1043, 1082, 1083, 1114, 1184, 2950})
+FOLDABLE_TYPES = BYTEWISE_TYPES
 """Built-in types whose values are equal exactly when their bytes are (text ones under a deterministic collation); enums too."""
 
 
@@ -83,7 +84,7 @@ class TargetTable:
 
 _TABLE = """
     select coalesce(t.root_schema, t.schema_name) as schema_name, coalesce(t.root_name, t.table_name) as table_name,
-           t.lane, t.is_left_out, t.snapshot, t.horizon - '0/0'::pg_lsn as horizon, c.oid, c.relkind::text as kind,
+           t.lane, t.lanes, t.is_left_out, t.snapshot, t.horizon - '0/0'::pg_lsn as horizon, c.oid, c.relkind::text as kind,
            to_regclass('_timescaledb_catalog.dimension') is not null as has_timescale,
            t.rebuild is not null and t.kind <> 'chunk'
                or exists (select from _live_migration.tables h where h.oid = t.hypertable_oid and h.rebuild is not null) as is_due
@@ -258,7 +259,7 @@ class TargetTables:
 
     async def _describe(self, relation: Relation, row: asyncpg.Record) -> TargetTable:
         name = QualifiedName(row["schema_name"], row["table_name"])
-        if row["lane"] != self._lane:
+        if not row["lane"] <= self._lane < row["lane"] + row["lanes"]:
             raise LaneStopped(
                 f"table {name} was renamed to {relation.name} on the source: from then on its changes stand in lane {self._lane}, "
                 f"those before in lane {row['lane']}, and their order is lost",
@@ -273,7 +274,7 @@ class TargetTables:
         indexes = await self._connection.fetch(_UNIQUE_INDEXES, row["oid"])
         key_names = _key_names(relation, indexes)
         kept = tuple(i for i, column in enumerate(columns) if not column.generated)
-        return TargetTable(
+        table = TargetTable(
             relation.oid,
             name,
             relation,
@@ -290,6 +291,9 @@ class TargetTables:
                 for index in indexes
             ),
         )
+        if row["lanes"] > 1 and key_names and not table.is_full:  # else one lane takes all of its rows
+            _require_order_per_key(table, row["lanes"])
+        return table
 
     async def _match_columns(
         self, relation: Relation, name: QualifiedName, on_target: Sequence[ColumnInfo]
@@ -355,6 +359,16 @@ class TargetTables:
                 hint="Give the target's table a unique index over the replica identity's columns.",
             )
         return operators
+
+
+def _require_order_per_key(table: TargetTable, lane_count: int) -> None:
+    """Raise LaneStopped where rows of a table that has several lanes are tied together by more than their key."""
+    if table.has_other_unique or table.is_deferrable or table.hypertable is not None:
+        raise LaneStopped(
+            f"table {table.name} has {lane_count} lanes, in which only the order of each key's changes holds, but on the target more "
+            "than its key ties rows together: another unique index, an exclusion constraint, a deferrable key, or it is a hypertable",
+            hint="Drop that index or constraint on the target (make it again after the cutover); the lanes then go on by themselves.",
+        )
 
 
 def _key_names(relation: Relation, indexes: Sequence[asyncpg.Record]) -> tuple[str, ...]:

@@ -136,6 +136,8 @@ def commands() -> None:
     *HYPERTABLES,
     "pause_source_jobs",
     "flatten",
+    "partitions",
+    "lanes",
     "replication_factor",
     *LOG,
 )

@@ -26,6 +26,7 @@ def producer_config(settings: Settings, migration: Migration) -> ProducerConfig:
         publications=(settings.publication, settings.insert_publication),
         binary=migration.binary_stream,
         lane_count=migration.lane_count,
+        split=tuple((name.schema, name.name, count) for name, count in migration.lane_map.split),
         system_identifier=migration.source_system,
         timeline=migration.source_timeline,
         start_lsn=migration.start_lsn,

@@ -235,7 +235,7 @@ async def adopt_from_state(settings: Settings) -> Settings:
 def adopt(settings: Settings, migration: Migration) -> Settings:
     """Fill settings that were not given from those that the migration runs with; the target's state names it."""
     known = {name: value for name, value in migration.settings.items() if name in type(settings).model_fields}
-    known |= {"name": migration.name, "kafka": migration.kafka, "partitions": migration.lane_count}
+    known |= {"name": migration.name, "kafka": migration.kafka, "partitions": migration.lane_map.shared}
     unset = {name: value for name, value in known.items() if name not in settings.model_fields_set}
     return load_settings({**settings.model_dump(exclude_unset=True), **unset})
 

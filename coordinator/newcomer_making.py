@@ -151,7 +151,7 @@ async def leave_out(run: Run, target: asyncpg.Connection, newcomer: Newcomer) ->
 
 
 async def _insert_row(run: Run, target: asyncpg.Connection, table: TableInfo, *, is_left_out: bool = False) -> None:
-    plan = planning.table_row(table, run.migration.lane_count, "insert", {}, _NOWHERE, is_left_out=is_left_out)
+    plan = planning.table_row(table, run.migration.lane_map, "insert", {}, _NOWHERE, is_left_out=is_left_out)
     columns = ", ".join(planning.TABLE_COLUMNS)
     places = ", ".join(f"${n}" for n in range(1, len(planning.TABLE_COLUMNS) + 1))
     await target.execute(f"insert into _live_migration.tables ({columns}) values ({places})", *plan)

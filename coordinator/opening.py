@@ -8,7 +8,7 @@ from uuid import uuid4
 import asyncpg
 
 from live_migration.common import state
-from live_migration.common.errors import SourceError, TargetError
+from live_migration.common.errors import SourceError, TargetError, UsageError
 from live_migration.common.postgres import asking, describe, session
 from live_migration.common.settings import Settings
 from live_migration.common.state import Migration, Phase
@@ -109,7 +109,7 @@ async def _insert(settings: Settings, target: asyncpg.Connection, identity: Syst
         identity.database,
         version,
         uuid4(),
-        settings.partitions,
+        settings.lane_map.lane_count,
     )
 
 
@@ -137,11 +137,19 @@ async def _resume(settings: Settings, migration: Migration, target: asyncpg.Conn
     if kafka != migration.kafka:
         with asking("target", "recording the broker's address"):
             await target.execute("update _live_migration.migration set kafka = $1", kafka)
-    if settings.partitions != migration.lane_count:
-        reporter.note(f"the migration keeps its {migration.lane_count} lanes; --partitions cannot change them any more")
+    lanes = migration.lane_map
+    if settings.lanes and settings.lane_map.split != lanes.split:
+        begun = " ".join(f"--lanes {name}={count}" for name, count in lanes.split) or "no --lanes"
+        raise UsageError(
+            f"--lanes cannot be changed any more: the migration has begun with {begun}",
+            hint="Leave --lanes out, or `live-migration clean` and start again.",
+        )
+    if settings.partitions != lanes.shared:
+        reporter.note(f"the migration keeps its {lanes.shared} lanes; --partitions cannot change them any more")
     reporter.note(f"going on in phase {migration.phase.value}")
     pause = settings.pause_source_jobs or bool(migration.settings.get("pause_source_jobs"))
-    fixed = {"kafka": kafka, "partitions": migration.lane_count, "pause_source_jobs": pause, "hypertables_file": None}
+    fixed = {"kafka": kafka, "partitions": lanes.shared, "pause_source_jobs": pause, "hypertables_file": None}
+    fixed["lanes"] = tuple(migration.settings.get("lanes") or ())
     fixed["hypertable"] = tuple(migration.settings.get("hypertable") or ())
     fixed["flatten"] = bool(migration.settings.get("flatten"))
     fixed["skip_hypertable_incompatible_objects"] = bool(migration.settings.get("skip_hypertable_incompatible_objects"))

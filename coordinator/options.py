@@ -63,6 +63,7 @@ _HELP = {
     "pause_source_jobs": "Pause TimescaleDB's jobs on the source that move data, until `clean`.",
     "flatten": "Let hypertables become plain tables on a target without TimescaleDB.",
     "partitions": "Lanes of the change log, applied in parallel.  [default: 8]",
+    "lanes": "A hot table that gets several lanes of its own, rows by key: 'schema.table=number'; repeatable.",
     "replication_factor": "Replicas of the topics; 0: 3, or as many as there are brokers.  [default: 0]",
     "segment_bytes": "Size of a segment of the change log.  [default: 131072]",
     "keep_changes": "Keep applied changes in Kafka until `clean`.  [default: --no-keep-changes]",
@@ -119,6 +120,7 @@ CONDUCTOR = (
     "pause_source_jobs",
     "flatten",
     "partitions",
+    "lanes",
     "replication_factor",
     "keep_changes",
     "part_size",
@@ -156,7 +158,7 @@ def _option(field: str) -> Callable[[Command], Command]:
         "log_json",
     ):
         return click.option(flag, is_flag=True, default=None, help=text)
-    if field == "hypertable":
+    if field in ("hypertable", "lanes"):
         return click.option(flag, multiple=True, callback=_none_if_empty, help=text)
     return click.option(flag, type=_TYPES.get(field, str), default=None, help=text)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from live_migration.common.catalog import ColumnInfo, TableInfo
-from live_migration.common.lanes import lane_of
+from live_migration.common.lanes import LaneMap
 from live_migration.common.relation import QualifiedName, ReplicaIdentity
 
 Membership = Literal["all", "insert"]
@@ -76,7 +76,7 @@ class Moment:
 
 def table_row(
     table: TableInfo,
-    lane_count: int,
+    lanes: LaneMap,
     membership: Membership,
     others: Mapping[int, TableInfo],
     moment: Moment,
@@ -88,7 +88,7 @@ def table_row(
 
     Args:
         table: to be followed.
-        lane_count: of the change log.
+        lanes: of the change log.
         membership: its publication.
         others: all tables of the plan by oid, for what a chunk belongs to.
         moment: of the plan. A hypertable has no rows to copy, its snapshot says which chunks were gone by then.
@@ -99,11 +99,13 @@ def table_row(
     becomes_root = made is not None and table.part == "table" and table.name in made
     root = others.get(table.hypertable or 0, table if is_root or becomes_root else None)
     compressed = others.get(table.compressed or 0)
+    own = lanes.lanes_of(root.name if root else table.name)
     return (
         table.oid,
         table.name.schema,
         table.name.name,
-        lane_of(root.name if root else table.name, lane_count),
+        own[0],
+        len(own),
         membership,
         columns_json(table.columns),
         table.is_binary_safe,
@@ -127,7 +129,7 @@ def table_row(
 
 
 TABLE_COLUMNS = (
-    "oid", "schema_name", "table_name", "lane", "publication", "columns", "binary_copy", "row_estimate", "size_bytes",
+    "oid", "schema_name", "table_name", "lane", "lanes", "publication", "columns", "binary_copy", "row_estimate", "size_bytes",
     "changed_row_count", "kind", "hypertable_oid", "compressed_oid", "compressed_name", "range", "root_schema", "root_name",
     "copies_to_root", "state", "snapshot", "horizon", "timeline", "is_left_out",
 )  # fmt: skip

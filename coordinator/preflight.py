@@ -20,6 +20,7 @@ from live_migration.common.settings import Settings
 from live_migration.coordinator import client_programs, findings, source_findings, timescale_facts, timescale_findings
 from live_migration.coordinator.findings import Finding
 from live_migration.coordinator.hypertable_findings import find_hypertables
+from live_migration.coordinator.lane_findings import find_lanes
 from live_migration.producer.replication import ReplicationConnection
 
 _SERVER = """
@@ -140,7 +141,14 @@ class _Preflight:
         if source:
             await self._check("source", self._check_server, source, "source")
         if source and "source" in self._servers:  # else it has gone away meanwhile, which is a finding by now
-            for check in (self._check_source, self._check_role, self._check_tables, self._check_leftovers):
+            checks = (
+                self._check_source,
+                self._check_role,
+                self._check_tables,
+                self._check_lanes,
+                self._check_leftovers,
+            )
+            for check in checks:
                 await self._check("source", check, source)
             await self._check("source", self._check_walsender)
             await self._check("source", self._check_programs)
@@ -226,6 +234,11 @@ class _Preflight:
         found += source_findings.assess_large_objects(objects["count"], objects["size_bytes"])
         prepared = [source_findings.PreparedTransaction(**dict(row)) for row in await source.fetch(_PREPARED)]
         return found + source_findings.assess_prepared(prepared)
+
+    async def _check_lanes(self, source: asyncpg.Connection) -> list[Finding]:
+        if self._migration:
+            return []  # fixed since its beginning
+        return await find_lanes(self._settings, source)
 
     async def _check_leftovers(self, source: asyncpg.Connection) -> list[Finding]:
         if self._migration:

@@ -186,7 +186,7 @@ async def _make_topics_anew(settings: Settings) -> None:
         await fence_producers(
             settings
         )  # whoever began before can commit nothing from here on; whoever begins now waits for us
-        tails = await read_tails(settings, settings.partitions)
+        tails = await read_tails(settings, settings.lane_map.lane_count)
         if all(tail.end_offset == 0 for tail in tails) and POSITION not in await kafka.read_control(settings):
             return
     raise KafkaError(

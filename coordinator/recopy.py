@@ -37,7 +37,7 @@ VOID = f"""
     delete from _live_migration.parts;
     update _live_migration.indexes set state = 'pending', error = null, retry_at = null, {FREE} where state = 'building';
     update _live_migration.checkpoints
-    set next_offset = 0, commit_lsn = '0/0', ordinal = 0, barrier = null, epoch = epoch + 1, owner = null, backend_pid = null,
+    set next_offset = 0, commit_lsn = '0/0', ordinal = 0, barrier = null, arrived_lsn = null, epoch = epoch + 1, owner = null, backend_pid = null,
         backend_start = null, change_count = 0, byte_count = 0, commit_time = null, updated_at = null, error = null, hint = null,
         refused = null;
     delete from _live_migration.skips;

@@ -262,7 +262,7 @@ async def _save_plan(
     rows = [
         planning.table_row(
             table,
-            run.migration.lane_count,
+            run.migration.lane_map,
             "all" if table.oid in all_operations else "insert",
             by_oid,
             schema.moment,

@@ -17,12 +17,10 @@ from live_migration.common.segment import (
     encode_header,
     frame,
 )
+from live_migration.producer.splitting import Message, SplitRelation
 
 BEGIN_FRAME_BYTES = FRAME.size + 21 + BASE.size
 """Size of a framed Begin message."""
-
-Message = bytes | memoryview
-"""A pgoutput message; a view of libpq's own buffer where it is too big to be copied."""
 
 
 class Record(NamedTuple):
@@ -44,6 +42,8 @@ class Route(NamedTuple):
     """Whether its changes begin a segment: all before them can be applied, whatever they mean."""
     is_watched: bool = True
     """Whether what is changed in a table of compressed rows is told: it has REPLICA IDENTITY FULL."""
+    split: SplitRelation | None = None
+    """Which lane a row belongs to, where the table has several; `lane` is the leader then."""
 
 
 class LaneBuffer:
@@ -89,12 +89,19 @@ class LaneBuffer:
         """Position of the last change appended, cut or not."""
         return Position(self.commit_lsn, self.ordinal)
 
-    def prepare(self, begin: bytes, commit_lsn: int, base: int, routes: Sequence[tuple[bytes, Route]]) -> None:
-        """Put before a message what it needs: the transaction's Begin and the Relation messages, where not there yet."""
+    def prepare(
+        self, begin: bytes, commit_lsn: int, base: int, routes: Sequence[tuple[bytes, Route]], before: bytes = b""
+    ) -> None:
+        """Put before a message what it needs: the transaction's Begin and the Relation messages, where not there yet.
+
+        `before`: a frame that stands between both, in a buffer that is empty.
+        """
         if not self.has_begin:
             self._append(begin_frame(begin, base))
             self.has_begin = True
             self.base = base
+        if before:
+            self._append(before)
         for oid, route in routes:
             if oid not in self.relations:
                 self._append(route.relation_frame)

@@ -15,14 +15,18 @@ from live_migration.common import pgoutput
 from live_migration.common.control import MESSAGE_PREFIX, WalMessage
 from live_migration.common.errors import FormatError
 from live_migration.common.home import encode_home, encode_suspect
-from live_migration.common.lanes import lane_of
+from live_migration.common.lanes import LaneMap
 from live_migration.common.lsn import Lsn
-from live_migration.common.relation import QualifiedName, ReplicaIdentity
-from live_migration.common.segment import COMMIT_ORDINAL, FRAME, Position, frame
+from live_migration.common.relation import QualifiedName, Relation, ReplicaIdentity
+from live_migration.common.segment import COMMIT_ORDINAL, FRAME, START, Position, frame
+from live_migration.common.telemetry import get_logger
 from live_migration.producer.ack_tracker import AckTracker
-from live_migration.producer.batcher import BEGIN_FRAME_BYTES, LaneBuffer, Message, Record, Route
+from live_migration.producer.batcher import BEGIN_FRAME_BYTES, LaneBuffer, Record, Route
 from live_migration.producer.homes import Homes
 from live_migration.producer.spans import BEFORE_MESSAGE_BYTES, SHORTEST_SPAN, SpanFinder, log_frames
+from live_migration.producer.splitting import Message, SplitRelation, SplitTable
+
+log = get_logger(__name__)
 
 XLOG_DATA_BYTES = 25
 """Size of what stands before a message in the stream: 'w', start, end, clock."""
@@ -49,7 +53,8 @@ _MOVE_PREFIXES = {
 class Router:
     """Takes the messages of one replication session, and gives them back as records, lane by lane.
 
-    Changes at or below a lane's last position, which a restart brings again, are counted and dropped.
+    Changes at or below a lane's last position, which a restart brings again, are counted and dropped; of a table with several lanes
+    those at or below the highest of all: a restart may send what is new elsewhere than it was sent before, never what is old.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class Router:
         positions: Sequence[Position],
         acks: AckTracker,
         homes: Homes | None = None,
+        lane_map: LaneMap | None = None,
     ) -> None:
         self._migration_id = migration_id
         self._homes = homes or Homes(None, {})
@@ -70,7 +76,16 @@ class Router:
         self._segment_bytes = segment_bytes
         self._acks = acks
         self._lanes = [LaneBuffer(lane, topic_id, last) for lane, last in enumerate(positions)]
+        self._lane_map = lane_map or LaneMap(len(positions))
+        self._resumed_at = max(positions)
+        self._splits = {
+            name: SplitTable(lanes, is_settled=all(positions[lane] == START for lane in lanes))
+            for name, _ in self._lane_map.split
+            for lanes in (self._lane_map.lanes_of(name),)
+        }
         self._routes: dict[bytes, Route] = {}
+        # Relations by type byte and oid of row messages that go by their key and need no further look: the fast path of split tables.
+        self._ready_splits: dict[bytes, SplitRelation] = {}
         # Lanes by type byte and oid of row messages that need nothing put before them any more: the fast path.
         self._ready_lanes: dict[bytes, LaneBuffer] = {}
         # The same, where the transaction's Begin may not stand there yet.
@@ -80,7 +95,9 @@ class Router:
         self._begin = b""
         self._commit_lsn = 0
         self._ordinal = 0
-        self._touched: dict[LaneBuffer, None] = {}
+        self._touched: dict[
+            LaneBuffer, bytes
+        ] = {}  # in the present transaction, with what stands before its Commit there
         self.pending_bytes = 0
         """Bytes received since the last `take`, 0 while nothing of them is for a lane."""
         self.has_changes = False
@@ -116,7 +133,7 @@ class Router:
             self.pending_bytes = self.pending_bytes + len(data) if self.has_changes else 0
             return len(data)
         limit = self._segment_bytes
-        ready_lanes = self._ready_lanes
+        ready_lanes, ready_splits = self._ready_lanes, self._ready_splits
         unpack, pack = _COPY_HEAD.unpack_from, FRAME.pack
         at, end = 0, len(data) - 5
         ordinal = self._ordinal
@@ -153,6 +170,12 @@ class Router:
                     else:
                         last_length, last_lane, alike = length, lane, 0
                     continue
+            elif ready_splits and stream_kind == _XLOG_DATA:
+                split = ready_splits.get(data[start : start + 5])
+                if split is not None and self._take_split(split, data[start:following], ordinal + 1):
+                    ordinal += 1
+                    at = following
+                    continue
             self._ordinal = ordinal
             if stream_kind == _XLOG_DATA and following > start:
                 self._dispatch(data[start:following])
@@ -179,10 +202,26 @@ class Router:
             if self._commit_lsn <= lane.commit_lsn or size > self._segment_bytes:
                 return None
             lane.prepare(self._begin, self._commit_lsn, ordinal, ())
-            self._touched[lane] = None
+            self._touched.setdefault(lane, b"")
             self.has_changes = True
         self._ready_lanes[key] = lane
         return lane
+
+    def _take_split(self, split: SplitRelation, message: bytes, ordinal: int) -> bool:
+        """Put a row of a split table into the lane of its key; False where something must be done first."""
+        place = split.place(message)
+        if place is None:
+            return False
+        lane = self._lanes[split.table.lanes[place]]
+        size = lane.size + len(message) + FRAME.size
+        if size > self._segment_bytes or not lane.has_begin or split.oid not in lane.relations:
+            return False
+        lane.parts.append(FRAME.pack(len(message), ordinal - lane.base))
+        lane.parts.append(message)
+        lane.size = size
+        lane.change_count += 1
+        lane.ordinal = ordinal
+        return True
 
     def _take_span(self, data: bytes, at: int, lane: LaneBuffer, ordinal: int) -> tuple[int, int]:
         """Take messages of one size and relation that are all for this lane; give how many, 0 when they are few, and their size."""
@@ -240,12 +279,13 @@ class Router:
         if len(message) != _COMMIT_BYTES:
             raise FormatError(f"commit message of {len(message)} bytes after {self._where()}")
         framed = frame(message)
-        for lane in self._touched:
+        for lane, before in self._touched.items():
             if (self._commit_lsn, COMMIT_ORDINAL) > lane.position:
-                if lane.size + lane.missing_bytes(()) + len(framed) > self._segment_bytes:
+                is_full = lane.size + lane.missing_bytes(()) + len(framed) > self._segment_bytes
+                if is_full or (before and lane.size):
                     self._cut(lane)
-                if not lane.has_begin:
-                    lane.prepare(self._begin, self._commit_lsn, self._ordinal, ())
+                if before or not lane.has_begin:
+                    lane.prepare(self._begin, self._commit_lsn, self._ordinal, (), before)
                 # with one lane the target commits where a segment ends with a Commit: there must be such an end
                 spans_segments = len(self._lanes) == 1 and lane.last.commit_lsn == self._commit_lsn
                 lane.append_commit(framed)
@@ -254,6 +294,9 @@ class Router:
                 self.has_changes = True
         self._touched.clear()
         self._ready_lanes.clear()
+        self._ready_splits.clear()
+        for table in self._splits.values():
+            table.is_gathered = False
         self._acks.commit(int.from_bytes(message[10:18], "big"))
 
     def _relation(self, message: bytes) -> None:
@@ -279,14 +322,31 @@ class Router:
         home = self._homes.find(relation.name)
         if home is not None:
             framed_home = frame(encode_home(relation.oid, home))
-            lane = self._lanes[lane_of(home.hypertable, len(self._lanes))]
+            lane = self._lanes[self._lane_map.lanes_of(home.hypertable)[0]]
             is_watched = not home.is_compressed or relation.identity is ReplicaIdentity.FULL
             self._routes[oid] = Route(
                 lane, framed_home + framed, str(home.hypertable), home.is_compressed, is_watched=is_watched
             )
             return
-        lane = self._lanes[lane_of(relation.name, len(self._lanes))]
-        self._routes[oid] = Route(lane, framed, str(relation.name))
+        lane = self._lanes[self._lane_map.lanes_of(relation.name)[0]]
+        self._routes[oid] = Route(lane, framed, str(relation.name), split=self._split(relation))
+
+    def _split(self, relation: Relation) -> SplitRelation | None:
+        """Give how a relation's rows go into several lanes; None where it lies in one."""
+        table = self._splits.get(relation.name)
+        if table is None:
+            return None
+        split = SplitRelation(table, relation)
+        if table.is_described:
+            table.is_settled = False
+        table.is_described = True
+        for kind in _ROW_KINDS:
+            self._ready_splits.pop(kind + split.oid, None)
+        if not split.has_key:
+            log.warning(
+                "the identity does not tell rows apart by their bytes, one lane takes all", table=str(relation.name)
+            )
+        return split
 
     def _truncate(self, message: bytes) -> None:
         if self._moves:
@@ -324,6 +384,7 @@ class Router:
         if step is not None:
             self._moves = max(0, self._moves + step)
             self._ready_lanes.clear()
+            self._ready_splits.clear()
 
     def _change(self, message: Message, oids: tuple[bytes, ...]) -> None:
         """Put a change of relations of one lane into it."""
@@ -335,9 +396,50 @@ class Router:
             return
         routes = [(oid, self._route(oid)) for oid in oids]
         lane = routes[0][1].lane
+        if (split := routes[0][1].split) is not None:
+            self._change_split(split, message, routes)
+            return
         if routes[0][1].stands_alone and lane.change_count and (self._commit_lsn, self._ordinal) > lane.position:
             self._cut(lane)
         self._change_in(lane, message, routes)
+
+    def _change_split(self, split: SplitRelation, message: Message, routes: Sequence[tuple[bytes, Route]]) -> None:
+        """Put a change of a table with several lanes into the one of its key, or into the leader where it concerns them all."""
+        table = split.table
+        lanes = self._lanes[table.lanes.start : table.lanes.stop]
+        if (self._commit_lsn, self._ordinal) <= self._resumed_at:
+            # Who sent it may have gathered the table, and not come to the end of the transaction.
+            self._meet(table, lanes)
+            return
+        if not table.is_gathered and table.is_settled and split.has_key and message[0] != pgoutput.TRUNCATE:
+            place = split.place(message)
+            parts = split.parts(message) if place is None else ((place, message),)
+            if parts is not None:
+                for number, part in parts:
+                    self._change_in(lanes[number], part, routes)
+                for kind in _ROW_KINDS:
+                    self._ready_splits[kind + split.oid] = split
+                return
+        gather = b""
+        if not table.is_gathered:
+            gather = self._gather(split, lanes)
+        table.is_settled = True
+        self._change_in(lanes[0], message, routes, gather)
+
+    def _gather(self, split: SplitRelation, lanes: Sequence[LaneBuffer]) -> bytes:
+        """Have all changes of a table go into its first lane to the end of the transaction; give the frame that stands before them."""
+        self._meet(split.table, lanes)
+        split.table.is_gathered = True
+        for kind in _ROW_KINDS:
+            self._ready_splits.pop(kind + split.oid, None)
+        if lanes[0].size:
+            self._cut(lanes[0])
+        return split.table.gather_frame
+
+    def _meet(self, table: SplitTable, lanes: Sequence[LaneBuffer]) -> None:
+        """Have all lanes but the first wait at the end of the transaction until that one has passed it."""
+        self._touched.setdefault(lanes[0], b"")
+        self._touched.update(dict.fromkeys(lanes[1:], table.scatter_frame))
 
     def _suspect(self, message: Message, oid: bytes) -> None:
         """Say once of a table that a chunk is compressed into that its changes are not told yet."""
@@ -346,8 +448,10 @@ class Router:
             self._suspects.add(oid)
             self._change_in(route.lane, encode_suspect(int.from_bytes(oid, "big")), [(oid, route)])
 
-    def _change_in(self, lane: LaneBuffer, message: Message, routes: Sequence[tuple[bytes, Route]]) -> None:
-        self._touched[lane] = None
+    def _change_in(
+        self, lane: LaneBuffer, message: Message, routes: Sequence[tuple[bytes, Route]], before: bytes = b""
+    ) -> None:
+        self._touched.setdefault(lane, b"")
         ordinal = self._ordinal
         if (self._commit_lsn, ordinal) <= lane.position:
             return
@@ -355,7 +459,7 @@ class Router:
         framed_bytes = FRAME.size + len(message)
         if lane.size and lane.size + lane.missing_bytes(routes) + framed_bytes > self._segment_bytes:
             self._cut(lane)
-        lane.prepare(self._begin, self._commit_lsn, ordinal - 1, routes)
+        lane.prepare(self._begin, self._commit_lsn, ordinal - 1, routes, before)
         if lane.size + framed_bytes > self._segment_bytes:
             self._forget(lane)
             self.change_count += 1
@@ -363,10 +467,12 @@ class Router:
             return
         lane.append_change(bytes(message), ordinal)
         for oid, route in routes:
-            if route.stands_alone:
+            if route.stands_alone or (route.split is not None and not route.split.table.is_gathered):
                 continue
             for kind in _ROW_KINDS:
-                self._ready_lanes[kind + oid] = self._described[kind + oid] = lane
+                self._ready_lanes[kind + oid] = lane
+                if route.split is None:
+                    self._described[kind + oid] = lane
 
     def _cut(self, lane: LaneBuffer) -> None:
         self._forget(lane)

@@ -70,6 +70,7 @@ class Session:
             positions=lane_positions(position, config.lane_count),
             acks=self._acks,
             homes=homes,
+            lane_map=config.lane_map,
         )
         self._homes = homes
         self._probe = SourceProbe(

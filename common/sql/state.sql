@@ -33,7 +33,8 @@ create table _live_migration.tables (
     oid oid primary key,                    -- on the source: a relation is its oid, never its name
     schema_name text not null,
     table_name text not null,
-    lane integer not null,
+    lane integer not null,                  -- the first one
+    lanes integer not null default 1,       -- how many that follow one another: several for a table that is split by key
     publication text not null check (publication in ('all', 'insert')),
     persistence "char" not null default 'p',
     kind text not null default 'table' check (kind in ('table', 'hypertable', 'chunk')),
@@ -123,6 +124,7 @@ create table _live_migration.checkpoints (
     commit_lsn pg_lsn not null default '0/0',
     ordinal bigint not null default 0,
     barrier text,                           -- id of the last barrier passed
+    arrived_lsn pg_lsn,                     -- transaction where the lane waits, or waited last, for others of its table: all it has before is applied
     epoch bigint not null default 0,        -- raised by each new owner
     owner text,
     backend_pid integer,

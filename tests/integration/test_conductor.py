@@ -16,7 +16,7 @@ import pytest
 
 from live_migration.common import state
 from live_migration.common.control import CONFIG, ProducerConfig
-from live_migration.common.errors import LiveMigrationError, SourceError, TargetError
+from live_migration.common.errors import LiveMigrationError, SourceError, TargetError, UsageError
 from live_migration.common.kafka import admin, read_control
 from live_migration.common.local_postgres import LocalPostgres, postgres_binaries, wheel_binaries
 from live_migration.common.postgres import session
@@ -25,6 +25,7 @@ from live_migration.common.state import Phase
 from live_migration.coordinator import handover, steps, workers
 from live_migration.coordinator.clean import clean
 from live_migration.coordinator.conductor import conduct
+from live_migration.coordinator.control_topic import producer_config
 from live_migration.coordinator.cutover import request_cutover
 from live_migration.coordinator.drift import find_drift, shape_differences
 from live_migration.coordinator.entries import run_entries
@@ -620,3 +621,29 @@ async def test_workers_are_asked_to_end_and_get_their_settings_by_environment_al
     assert not [
         child for child in children if child.is_running() and "LIVE_MIGRATION_SOURCE" in " ".join(child.cmdline())
     ]
+
+
+async def test_lanes_of_a_table_are_fixed_when_a_migration_begins(make_settings: MakeSettings) -> None:
+    settings = make_settings(lanes=("public.hot=4",))
+    await fetch(settings.source_uri(), "create table public.hot (id int primary key)")
+    async with bench(settings) as b:
+        assert b.run.migration.lane_count == 7
+        assert b.run.migration.lane_map == settings.lane_map
+        await prepare(b.run)
+        config = producer_config(b.run.settings, b.run.migration)
+        assert (config.lane_count, config.lane_map) == (7, settings.lane_map)
+    for again in (make_settings(), make_settings(lanes=("hot=4",), partitions=5)):
+        async with bench(again) as b:
+            assert b.settings.lane_map == settings.lane_map
+    for other in (("hot=2",), ("hot=4", "cold=2")):
+        with pytest.raises(UsageError, match=r"begun with --lanes public\.hot=4"):
+            await open_migration(make_settings(lanes=other), Reporter(RecordingObserver()))
+
+
+async def test_a_table_that_cannot_be_split_is_refused_before_anything_is_touched(make_settings: MakeSettings) -> None:
+    settings = make_settings(lanes=("hot=2",))
+    await fetch(settings.source_uri(), "create table public.hot (id numeric primary key)")
+    with pytest.raises(LiveMigrationError, match=r"public.hot cannot have several lanes: .*id \(numeric\)"):
+        await open_migration(settings, Reporter(RecordingObserver()))
+    assert await fetch(settings.target_uri(), "select to_regnamespace('_live_migration')") == [(None,)]
+    assert await traces_on_source(settings) == []
