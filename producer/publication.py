@@ -111,16 +111,16 @@ async def create_publication(connection: asyncpg.Connection, name: str, operatio
 
 
 async def renew_decoding_catalog(connection: asyncpg.Connection, name: str) -> None:
-    """Commit a change of the source's catalog, a comment on a publication of ours, so that decoding looks at the catalog anew.
+    """Commit a change of the source's catalog that leaves nothing behind, so that decoding looks at the catalog anew.
 
     While a slot is made, PostgreSQL may take up a catalog that lacks what a transaction changed which had begun before and committed in
     between; it goes on with that one until the next change of the catalog. Seen with 18.6.
     """
-    comment = "'live-migration: the slot is made'"
+    comment = f"comment on publication {quote_identifier(name)} is"
     with asking("source", f"commenting on publication {name}"):
         async with connection.transaction():
             await connection.execute("set local synchronous_commit = local")  # no standby need have it
-            await connection.execute(f"comment on publication {quote_identifier(name)} is {comment}")
+            await connection.execute(f"{comment} 'the slot is made'; {comment} null")  # pg_dump finds none
 
 
 async def drop_publication(connection: asyncpg.Connection, name: str, *, lock_timeout: float) -> bool:

@@ -149,6 +149,9 @@ async def test_what_ran_while_the_slot_was_made_is_copied_and_not_streamed(
             before = await watcher.fetchval("select pg_current_wal_insert_lsn() - '0/0'::pg_lsn")
             await watcher.execute("insert into t values (8)")
             streamed = await stream_until(server.uri(), config, int(before))
+        assert not await watcher.fetchval(
+            "select count(*) from pg_description where classoid = 'pg_publication'::regclass"
+        )
         inserts = [message for message in streamed if message[:1] == b"I"]
         (relation,) = [decode_relation(message) for message in streamed if message[:1] == b"R"]
         assert len(inserts) == 1
