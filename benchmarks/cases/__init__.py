@@ -10,6 +10,7 @@ from benchmarks.cases import (
     deletes,
     full_without_key,
     kafka_to_target,
+    lanes_by_key,
     latency,
     many_tables,
     slot_to_kafka,
@@ -45,5 +46,6 @@ CASES: dict[str, Case] = {
         cost_per_row,
         many_tables,
         two_consumers,
+        lanes_by_key,
     )
 }

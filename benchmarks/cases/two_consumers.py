@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-
 import asyncpg
 
-from benchmarks.backlog import Backlog, Receiver, measure_backlog
+from benchmarks.backlog import Backlog, measure_backlog
 from benchmarks.cases.case import Case
-from benchmarks.contestants.ours import Ours
-from benchmarks.forwarder import delaying
+from benchmarks.contestants.slowed import Slowed
 from benchmarks.results import CaseResult, Plan
-from benchmarks.servers import DATABASE, Servers
 from live_migration.common.lanes import lane_of
 from live_migration.common.relation import QualifiedName
 
@@ -20,28 +15,6 @@ ABOUT = "updates of 8 tables in 8 lanes, each answer of the target 20 ms late: t
 LANES = 8
 DELAY_SECONDS = 0.02
 TRANSACTIONS, ROWS_PER_TRANSACTION = 200, 500
-
-
-class Slowed:
-    """A contestant of ours that reaches the target by a forwarder."""
-
-    needs_kafka = True
-
-    def __init__(self, consumers: int) -> None:
-        self._consumers = consumers
-        self.name = f"ours, {consumers} consumer{'s' if consumers > 1 else ''}"
-
-    def version(self, server: str) -> str:
-        return Ours().version(server)
-
-    @asynccontextmanager
-    async def replicate(self, servers: Servers, backlog: Backlog) -> AsyncIterator[Receiver]:
-        async with delaying(servers.target.port, DELAY_SECONDS) as port:
-            # Small batches, so that there are statements to be answered late.
-            target = f"postgresql://postgres@127.0.0.1:{port}/{DATABASE}"
-            options = {"target": target, "partitions": str(LANES), "batch_rows": "2000"}
-            async with Ours(consumers=self._consumers, options=options).replicate(servers, backlog) as receiver:
-                yield receiver
 
 
 async def run(plan: Plan) -> CaseResult:
@@ -74,7 +47,11 @@ async def run(plan: Plan) -> CaseResult:
         load=load,
         applied=applied,
     )
-    return await measure_backlog("two_consumers", ABOUT, plan, backlog, [Slowed(2), Slowed(1)])
+    # Small batches, so that there are statements to be answered late.
+    options = {"partitions": str(LANES), "batch_rows": "2000"}
+    return await measure_backlog(
+        "two_consumers", ABOUT, plan, backlog, [Slowed(consumers, DELAY_SECONDS, options) for consumers in (2, 1)]
+    )
 
 
 def _one_a_lane() -> tuple[str, ...]:

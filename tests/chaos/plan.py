@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from tests.chaos.faults import FAULTS, Fault
 from tests.chaos.fleet_faults import FLEET_FAULTS, ClockJump
 from tests.chaos.server_faults import SERVER_FAULTS
+from tests.support.workload import lanes_by_key
 
 ALL_FAULTS = (*FAULTS, *SERVER_FAULTS, *FLEET_FAULTS)
 PHASES = ("start", "prepare", "schema", "copy", "replay", "cutover")
@@ -36,6 +37,8 @@ class Plan:
     own_workers: bool
     consumers: int
     partitions: int
+    lanes: tuple[str, ...]
+    """Tables with several lanes, as `--lanes` has them."""
     lease: float
     latency: float
     """Seconds by which each piece of data to and from source and target is late before replay, so that the early phases last."""
@@ -74,7 +77,8 @@ def make_plan(seed: int, faults: Sequence[type[Fault]] = ALL_FAULTS, *, brief: b
         pause=rng.choice((0.02, 0.05)),
         own_workers=rng.random() < 0.5,
         consumers=rng.choice((1, 2, 2, 3)),
-        partitions=rng.choice((1, 2, 4, 8)),
+        partitions=(partitions := rng.choice((1, 2, 4, 8))),
+        lanes=lanes_by_key(seed) if partitions > 1 else (),
         lease=3.0 if brief else rng.choice((3.0, 5.0)),
         latency=rng.choice((0.0, 0.003, 0.01)),
         options={

@@ -159,6 +159,7 @@ class Round:
             "LIVE_MIGRATION_DIR": str(self.folder / "data"),
             "LIVE_MIGRATION_CONSUMERS": str(self.plan.consumers),
             "LIVE_MIGRATION_PARTITIONS": str(self.plan.partitions),
+            "LIVE_MIGRATION_LANES": "\n".join(self.plan.lanes),
             "LIVE_MIGRATION_LEASE": str(self.plan.lease),
             **self.plan.options,
         }
@@ -307,6 +308,7 @@ def _summary(plan: Plan) -> dict[str, Any]:
         "rows": plan.rows,
         "workers": f"{'own' if plan.own_workers else 'separate'}, {plan.consumers} consumers",
         "partitions": plan.partitions,
+        "lanes": " ".join(plan.lanes),
         "lease": plan.lease,
         "latency": plan.latency,
         "options": plan.options,

@@ -11,7 +11,7 @@ import asyncpg
 import pytest
 
 from tests.e2e.migration import Migration
-from tests.support.workload import Workload, differences, read_rows
+from tests.support.workload import Workload, differences, lanes_by_key, read_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.integration]
 
@@ -69,7 +69,8 @@ async def test_every_row_is_equal_after_cutover_under_load(
         kafka_bootstrap,
         unique_name,
         tmp_path,
-        partitions=rng.choice((1, 3, 8)),
+        partitions=(partitions := rng.choice((1, 3, 8))),
+        lanes=lanes_by_key(seed) if partitions > 1 else (),
         part_size=rng.choice((65536, 512 * 1024 * 1024)),
         segment_bytes=rng.choice((4096, 131072)),
         batch_rows=rng.choice((50, 100_000)),

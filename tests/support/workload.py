@@ -29,6 +29,9 @@ TABLES = (
     "app.scratch",
 )
 
+SPLITTABLE = ("app.by_key", "app.by_unique", "app.scratch", "app.by_part_1")
+"""Tables that may have several lanes: nothing but their key ties rows together."""
+
 SCHEMA = """
 create schema app;
 create table app.by_key (id bigint primary key, n int, note text, amount numeric, at timestamptz default now());
@@ -52,6 +55,15 @@ create table app.scratch (id int primary key, n int);
 create view app.summary as select count(*) from app.by_key;
 create sequence app.loose;
 """
+
+
+def lanes_by_key(seed: int) -> tuple[str, ...]:
+    """Give `--lanes` for a run: none, or some of the tables that may have several."""
+    rng = random.Random(f"lanes {seed}")
+    if rng.random() < 0.4:
+        return ()
+    return tuple(f"{table}={rng.choice((2, 3, 5))}" for table in rng.sample(SPLITTABLE, rng.randint(1, 3)))
+
 
 _RETRIED = (
     asyncpg.UniqueViolationError,
