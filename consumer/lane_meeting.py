@@ -1,14 +1,12 @@
 """Lanes of one table that wait for one another where order between keys counts: see `common.meeting`.
 
-Whoever waits for more than a moment holds nothing: no transaction on the target, and no bytes of the memory that the lanes of a
-consumer share.
+Whoever waits holds no transaction on the target, nor for more than a moment bytes of the memory that another lane of the consumer wants.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-from math import inf
+from collections.abc import Callable
 
 import asyncpg
 
@@ -44,17 +42,19 @@ class LanesMeet(LiveMigrationError):
         self.meeting = meeting
 
 
-async def meet(target: asyncpg.Connection, held: Checkpoint, meeting: Meeting, *, longest_seconds: float = inf) -> bool:
-    """Wait until a lane may go on, or so long; tell whether it may. `held`: its checkpoint, behind which the meeting comes next.
+async def meet(
+    target: asyncpg.Connection, held: Checkpoint, meeting: Meeting, gives_up: Callable[[], bool] = lambda: False
+) -> bool:
+    """Wait until a lane may go on, True, or it gives up, False. `held`: its checkpoint, behind which the meeting comes next.
 
     Raises:
         Fenced: a successor holds the lane.
     """
     if not meeting.is_leader:
         await _arrive(target, held, meeting)
-    seconds, end = _SHORTEST_SECONDS, time.monotonic() + longest_seconds
+    seconds = _SHORTEST_SECONDS
     while not await has_met(target, meeting):
-        if time.monotonic() >= end:
+        if gives_up():
             return False
         await asyncio.sleep(seconds)
         seconds = min(seconds * 1.5, _LONGEST_SECONDS)

@@ -6,6 +6,7 @@ An error travels down the pipeline behind what was read before it, so that the l
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,8 +36,8 @@ READ_AHEAD_BYTES = 2 * 1024 * 1024
 MOST_RUNS = 400
 """Runs in one target transaction: tables and their staging tables take some ten locks a run from the server's few thousand."""
 
-_MEETING_SECONDS = 1.0
-"""How long other lanes are waited for while memory is held that they might need."""
+_MEETING_SECONDS = 2.0
+"""How long other lanes of a table are waited for with memory held that is wanted: beginning again takes about as long on a busy machine."""
 
 
 class ChunksDue(LiveMigrationError):
@@ -215,17 +216,23 @@ class LanePipeline:
         self._inbox_bytes += segment.held_bytes
 
     async def _meet(self, error: LanesMeet) -> None:
-        """Wait a moment for other lanes, in the session that applies, with what is read kept.
+        """Wait for other lanes, in the session that applies, with what is read kept.
 
         Raises:
-            LanesMeet: it takes longer; then nothing may be kept that they might need.
+            LanesMeet: what is kept is wanted, by one of them perhaps.
         """
         async with self._changed:
             await self._changed.wait_for(lambda: self._ready is None and not self._is_applying)
         if self._open_bytes:  # a transaction on the target is open, which the others may wait for
             raise error
+        end = time.monotonic() + _MEETING_SECONDS
         with asking("target", error.message):
-            has_met = await meet(self._connection, self._checkpoint, error.meeting, longest_seconds=_MEETING_SECONDS)
+            has_met = await meet(
+                self._connection,
+                self._checkpoint,
+                error.meeting,
+                lambda: self._budget.is_wanted and time.monotonic() >= end,
+            )
         if not has_met:
             raise error
         self._decoder.note_met(error.meeting.commit_lsn)

@@ -22,6 +22,11 @@ class MemoryBudget:
     def held_bytes(self) -> int:
         return self._held
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody waits for bytes that others hold."""
+        return bool(self._waiting)
+
     async def acquire(self, byte_count: int) -> None:
         """Wait until `byte_count` fits, and take it."""
         if not byte_count or (not self._waiting and self._fits(byte_count)):
