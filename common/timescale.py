@@ -288,6 +288,33 @@ async def compressed_tables(connection: asyncpg.Connection, hypertable: int) -> 
     )
 
 
+async def read_chunk_status(connection: asyncpg.Connection, name: QualifiedName) -> int | None:
+    """Give TimescaleDB's flags of a chunk, which say where a query looks for its rows: compressed, beside those, or both."""
+    where, arguments = await _where_chunk(connection, name)
+    status: int | None = await connection.fetchval(
+        f"select status from _timescaledb_catalog.chunk where {where}", *arguments
+    )
+    return status
+
+
+async def write_chunk_status(connection: asyncpg.Connection, name: QualifiedName, status: int) -> None:
+    """Set a chunk's flags, to be those of the chunk whose rows it got."""
+    where, arguments = await _where_chunk(connection, name)
+    number = len(arguments) + 1
+    await connection.execute(
+        f"update _timescaledb_catalog.chunk set status = ${number} where {where} and status <> ${number}",
+        *arguments,
+        status,
+    )
+
+
+async def _where_chunk(connection: asyncpg.Connection, name: QualifiedName) -> tuple[str, tuple[str, ...]]:
+    columns = {row[0] for row in await connection.fetch(_COLUMNS)}
+    if "chunk.relid" in columns:
+        return "relid = to_regclass($1)", (name.sql,)
+    return "schema_name = $1 and table_name = $2", (name.schema, name.name)
+
+
 async def chunk_range(connection: asyncpg.Connection, chunk: int) -> str | None:
     """Give the condition that holds for the rows of a chunk alone; None where it is gone."""
     condition: str | None = await connection.fetchval(f"select ({_RANGE}) from pg_class c where c.oid = $1", chunk)

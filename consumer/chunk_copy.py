@@ -15,7 +15,7 @@ import asyncpg
 
 from live_migration.common.catalog import CURRENT_TIMELINE
 from live_migration.common.relation import QualifiedName
-from live_migration.common.timescale import chunk_range, compressed_table
+from live_migration.common.timescale import chunk_range, compressed_table, read_chunk_status, write_chunk_status
 from live_migration.consumer.claim_endings import CopyOrigin
 from live_migration.consumer.claims import TableClaim
 from live_migration.consumer.copy_errors import CopyDeferred, TableStopped, server_errors
@@ -77,7 +77,7 @@ async def look_without(source: asyncpg.Connection, claim: TableClaim) -> CopyOri
 async def copy_compressed(
     source: asyncpg.Connection, target: asyncpg.Connection, claim: TableClaim, on_bytes: Callable[[int], None]
 ) -> CopyCount:
-    """Copy a chunk's compressed rows, inside the transactions that copy the chunk."""
+    """Copy a chunk's compressed rows, and what says that it has some, inside the transactions that copy the chunk."""
     assert claim.compressed is not None
     name, oid = claim.compressed
     with server_errors("source", f"looking at {name}"):
@@ -94,6 +94,11 @@ async def copy_compressed(
             f"target: {name}, which holds the compressed rows of {claim.name}, has another shape than on the source",
             hint="Both ends must have the same version of TimescaleDB.",
         )
+    with server_errors("source", f"looking at {claim.name}"):
+        status = await read_chunk_status(source, claim.name)
+    if status is not None:  # rows may have come beside the compressed ones since the catalog was read with the plan
+        with server_errors("target", f"describing {claim.name}"):
+            await write_chunk_status(target, claim.name, status)
     is_binary = all(column.info.is_binary_safe or column.info.type == _COMPRESSED for column in columns)
     plan = CopyPlan(QualifiedName(schema, table), tuple(column.name for column in columns), is_binary)
     return await stream_copy(source, target, plan, blocks=None, freeze=True, on_bytes=on_bytes)

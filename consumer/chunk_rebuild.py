@@ -9,14 +9,13 @@ its row does not show (`target_tables.RebuildFirst`), and the copy's own snapsho
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 import asyncpg
 
 from live_migration.common.catalog import Part
 from live_migration.common.errors import Fenced
-from live_migration.common.home import Home
 from live_migration.common.relation import QualifiedName
 from live_migration.common.telemetry import get_logger
 from live_migration.common.timescale import chunk_range, compressed_table, compressed_tables
@@ -25,7 +24,7 @@ from live_migration.consumer.claim_endings import CopyOrigin
 from live_migration.consumer.claims import TableClaim
 from live_migration.consumer.copy_errors import CopyDeferred, server_errors
 from live_migration.consumer.copy_stream import CopyCount, CopyPlan, stream_copy
-from live_migration.consumer.merged_chunks import absorb, look_for_merged, mark_grown, siblings
+from live_migration.consumer.merged_chunks import Leftover, absorb, look_for_merged, mark_leftover, siblings
 from live_migration.consumer.plain_chunks import hypertable_to_copy, is_plain
 from live_migration.consumer.source_watch import await_committing
 from live_migration.consumer.table_snapshot import (
@@ -35,9 +34,6 @@ from live_migration.consumer.table_snapshot import (
     lock_table,
     require_known_timeline,
 )
-
-NOT_KNOWN_YET = 2**63 - 1
-"""An LSN behind all others."""
 
 log = get_logger(__name__)
 
@@ -49,17 +45,6 @@ _REBUILD = """
 """
 _DUE = _REBUILD.format("rebuild is not null and lane = $1 and ($3 or coalesce(rebuild_lsn <= $2, true))")
 _ALL = _REBUILD.format("(rebuild is not null or copy_again and kind = 'chunk')")
-_MARK = """
-    insert into _live_migration.tables
-        (oid, schema_name, table_name, lane, publication, columns, binary_copy, state, kind, hypertable_oid, root_schema,
-         root_name, copies_to_root, snapshot, horizon, timeline, rebuild, rebuild_lsn, unseen_lsn)
-    select $1, $2, $3, h.lane, h.publication, h.columns, h.binary_copy, 'ready', 'chunk', h.oid, h.root_schema, h.root_name,
-           true, h.snapshot, h.horizon, h.timeline, $4, $5, $6
-    from _live_migration.tables h where h.kind = 'hypertable' and not h.is_left_out and h.schema_name = $7 and h.table_name = $8
-    on conflict (schema_name, table_name) do update
-    set rebuild = coalesce(tables.rebuild, excluded.rebuild), unseen_lsn = coalesce(excluded.unseen_lsn, tables.unseen_lsn),
-        rebuild_lsn = case when tables.rebuild is null then excluded.rebuild_lsn else tables.rebuild_lsn end
-"""
 _DONE = """
     update _live_migration.tables
     set rebuild = case when coalesce(rebuild_lsn <= $9, true) and coalesce(unseen_lsn <= $3, true) then null else rebuild end,
@@ -76,7 +61,6 @@ _CHUNKS_DONE = """
         snapshot = $2, horizon = $3, timeline = $4, copy_again = false
     where hypertable_oid = $1 and kind = 'chunk'
 """
-_IS_MARKED = "select rebuild is not null or copy_again from _live_migration.tables where oid = $1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,54 +102,6 @@ def _chunk(row: asyncpg.Record) -> ChunkToRebuild:
     )
 
 
-async def mark_chunk(
-    target: asyncpg.Connection, oid: int, home: Home, *, reason: str, lsn: int | None = None, is_new: bool = False
-) -> None:
-    """Say that a chunk is to be copied anew by its lane: what was missed of it was before `lsn`.
-
-    `is_new`: it was made after the plan, so all before `lsn` must have been applied first.
-    """
-    await target.execute(
-        _MARK,
-        oid,
-        home.chunk.schema,
-        home.chunk.name,
-        reason,
-        lsn if is_new else None,
-        lsn,
-        home.hypertable.schema,
-        home.hypertable.name,
-    )
-
-
-async def is_marking(target: asyncpg.Connection) -> bool:
-    """Tell whether chunks are marked from a position on that is not known: whoever marked them did not get to the end."""
-    return bool(
-        await target.fetchval("select exists (select from _live_migration.tables where unseen_lsn = $1)", NOT_KNOWN_YET)
-    )
-
-
-async def set_marks(target: asyncpg.Connection, lsn: int) -> None:
-    """Say that what was missed of the chunks marked so far was before `lsn`."""
-    await target.execute(
-        """update _live_migration.tables
-           set unseen_lsn = $2, rebuild_lsn = case when rebuild_lsn = $1 then $2 else rebuild_lsn end where unseen_lsn = $1""",
-        NOT_KNOWN_YET,
-        lsn,
-    )
-
-
-async def note_suspects(target: asyncpg.Connection, suspects: Mapping[int, Home]) -> None:
-    """Take note of chunks that were compressed, in the transaction that applies it: the coordinator has them copied anew."""
-    await target.executemany(
-        "insert into _live_migration.suspects values ($1, $2, $3, $4, $5) on conflict do nothing",
-        [
-            (oid, home.chunk.schema, home.chunk.name, home.hypertable.schema, home.hypertable.name)
-            for oid, home in suspects.items()
-        ],
-    )
-
-
 async def find_chunk(source: asyncpg.Connection, name: QualifiedName) -> int | None:
     """Give a chunk's oid on the source; None when it is gone."""
     oid: int | None = await source.fetchval("select to_regclass($1)::oid", name.sql)
@@ -180,22 +116,23 @@ async def rebuild_chunk(
     applied_lsn: int,
     lock_timeout: float,
     flush: Callable[[], Awaitable[None]],
+    whole: set[QualifiedName],
 ) -> CopyCount:
     """Empty a chunk's range of the target's hypertable and copy the chunk into it, a newcomer wholly; inside a transaction on the
     target, in the replica role.
 
-    `applied_lsn`: all before it is applied. One that waits no more, for its hypertable was copied whole meanwhile, is left as it is.
+    `applied_lsn`: all before it is applied. `whole`: hypertables that the caller had copied whole, of which one chunk is as good as all.
 
     Raises:
         CopyDeferred | TableStopped | ConnectionLost: it cannot be copied just now; nothing may be committed.
     """
-    with server_errors("target", f"looking at {chunk.name}"):
-        if not await target.fetchval(_IS_MARKED, chunk.oid):
-            return CopyCount(0, 0)
-    if chunk.kind == "chunk" and (whole := await hypertable_to_copy(source, target, chunk.oid, chunk.root)):
-        chunk = replace(chunk, oid=whole[0], name=whole[1], range=None, kind="hypertable")
+    if chunk.root in whole:
+        return CopyCount(0, 0)
+    if chunk.kind == "chunk" and (hypertable := await hypertable_to_copy(source, target, chunk.oid, chunk.root)):
+        chunk = replace(chunk, oid=hypertable[0], name=hypertable[1], range=None, kind="hypertable")
+        whole.add(chunk.root)
     is_chunk = chunk.kind == "chunk"
-    grown: list[int] = []
+    leftover = Leftover()
     with server_errors("source", f"looking at {chunk.name}"):
         await await_committing(source)
         compressed = await compressed_table(source, chunk.oid) if is_chunk else None
@@ -205,12 +142,12 @@ async def rebuild_chunk(
     except ChunkGone:
         await source.execute("rollback")
         origin, plan, condition = await look_without(source, claim), None, chunk.range
-        grown = (await look_for_merged(source, target, chunk.oid, lock_timeout)).grown
+        leftover = await look_for_merged(source, target, chunk.oid, lock_timeout)
     await flush()
     count = CopyCount(0, 0)
-    await mark_grown(target, grown)
+    await mark_leftover(target, leftover)
     if plan is not None:
-        if is_chunk and condition and chunk.range and condition != chunk.range:
+        if is_chunk and condition and condition != chunk.range:
             await absorb(target, chunk.oid, condition, await siblings(source, chunk.oid), origin)
         await _empty(target, chunk, condition)
         count = await stream_copy(source, target, plan, blocks=None, freeze=False, on_bytes=lambda _: None)

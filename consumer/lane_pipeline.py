@@ -20,7 +20,8 @@ from live_migration.common.settings import Settings
 from live_migration.common.tasks import TaskGroup
 from live_migration.consumer.applier import Applier
 from live_migration.consumer.checkpoint import Advance, Checkpoint, advance
-from live_migration.consumer.chunk_rebuild import due_chunks, note_suspects
+from live_migration.consumer.chunk_marks import note_suspects
+from live_migration.consumer.chunk_rebuild import due_chunks
 from live_migration.consumer.decoder import Batch, LaneDecoder
 from live_migration.consumer.lane_meeting import LanesMeet, meet
 from live_migration.consumer.log_reader import LogReader, Segment
@@ -191,6 +192,7 @@ class LanePipeline:
                 self._inbox_bytes -= segment.held_bytes
                 self._changed.notify_all()
             await asyncio.sleep(0)  # nothing else here need wait: let the other lanes have their turn
+            change_count = flush.batch.change_count
             try:
                 await self._decode_segment(segment, flush)
             except LanesMeet as error:
@@ -201,8 +203,8 @@ class LanePipeline:
                 flush.batch = Batch()
                 continue
             except ChunkChangedUnseen as error:
-                if not flush.segment_count:
-                    raise
+                if not flush.segment_count or flush.batch.change_count > change_count:
+                    raise  # half a segment must not be applied: its position is that of its end
                 self._stopped_by = error  # it begins its segment: all before it is applied first, a TRUNCATE above all
                 break
             flush.segment_count += 1

@@ -18,7 +18,7 @@ from live_migration.consumer.copy_context import CopyContext
 from live_migration.consumer.copy_errors import CopyDeferred, server_errors
 from live_migration.consumer.copy_stream import CopyCount, stream_copy
 from live_migration.consumer.lease_keeper import Lease
-from live_migration.consumer.merged_chunks import Leftover, absorb, look_for_merged, mark_grown, siblings
+from live_migration.consumer.merged_chunks import Leftover, absorb, look_for_merged, mark_leftover, siblings
 from live_migration.consumer.sessions import CopySession, SessionPair
 from live_migration.consumer.snapshot_holder import hold_snapshot
 from live_migration.consumer.table_snapshot import (
@@ -169,7 +169,7 @@ class CopyWorker:
 
     async def _is_chunk_whole(self, claim: TableClaim, source: CopySession, target: CopySession) -> bool:
         """Tell whether a chunk is as it was planned; end its copy without rows where it is not."""
-        leftover = Leftover([], False)
+        leftover = Leftover()
         if await self._is_gone(claim, source):
             origin = await look_without(source.connection, claim)
             lock_timeout = self._context.settings.lock_timeout
@@ -184,7 +184,7 @@ class CopyWorker:
         keeps = claim.root is not None and (leftover.has_rows or claim.attempt == 1)
         await _begin_on_target(target, str(claim), *([] if keeps else _empty(claim)))
         with server_errors("target", f"finishing {claim}"):
-            await mark_grown(target.connection, leftover.grown)
+            await mark_leftover(target.connection, leftover)
             await finish_table(target.connection, claim, self._context.owner, origin, CopyCount(0, 0))
             await target.connection.execute("commit")
         self._context.bell.ring()

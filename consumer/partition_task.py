@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 
 import asyncpg
@@ -13,6 +13,7 @@ from live_migration.common.errors import ConnectionLost, Fenced, LaneStopped, Li
 from live_migration.common.home import Home
 from live_migration.common.meeting import Meeting
 from live_migration.common.postgres import asking, connect, end_with, session
+from live_migration.common.relation import QualifiedName
 from live_migration.common.segment import START, Position
 from live_migration.common.settings import Settings
 from live_migration.common.state import Migration
@@ -20,7 +21,8 @@ from live_migration.common.telemetry import get_logger
 from live_migration.consumer import checkpoint as checkpoints
 from live_migration.consumer.applier import Applier
 from live_migration.consumer.checkpoint import Checkpoint
-from live_migration.consumer.chunk_rebuild import ChunkToRebuild, due_chunks, find_chunk, mark_chunk, rebuild_chunk
+from live_migration.consumer.chunk_marks import mark_chunk
+from live_migration.consumer.chunk_rebuild import ChunkToRebuild, due_chunks, find_chunk, rebuild_chunk
 from live_migration.consumer.decoder import LaneDecoder
 from live_migration.consumer.lane_meeting import LanesMeet, has_met, meet
 from live_migration.consumer.lane_pipeline import ChunksDue, LanePipeline
@@ -135,18 +137,27 @@ class PartitionTask:
             stack.push_async_callback(reader.close)
             await reader.open()
             self._log.info("lane taken", next_offset=held.next_offset, position=str(held.position), epoch=held.epoch)
-
-            async def meet(oid: int, home: Home) -> None:
-                uri, lock_timeout = self._settings.source_uri(), self._settings.lock_timeout
-                async with session(uri, "source", application=f"live-migration lane {self._lane}") as source:
-                    await meet_chunk(source, beside, oid, home, lock_timeout)
-
             # Asked over the session that applies: a target that crashes and forgets it ends this session, too.
             with asking("target", f"looking for the lanes that lane {self._lane} waits for"):
                 is_met = self._meeting is not None and await has_met(connection, self._meeting)
             met_lsn = self._meeting.commit_lsn if self._meeting is not None and is_met else 0
-            decoder = LaneDecoder(TargetTables(beside, self._lane, meet), str(self._migration.id), met_lsn)
+            tables = TargetTables(beside, self._lane, self._meeting_of_chunks(stack, beside))
+            decoder = LaneDecoder(tables, str(self._migration.id), met_lsn)
             await self._run_pipeline(held, connection, reader, decoder)
+
+    def _meeting_of_chunks(
+        self, stack: AsyncExitStack, target: asyncpg.Connection
+    ) -> Callable[[int, Home], Awaitable[None]]:
+        """Give what looks for a chunk that was made after the plan, on a session that is opened for the first of them and ends with the stack."""
+        opened: list[asyncpg.Connection] = []
+
+        async def meet(oid: int, home: Home) -> None:
+            if not opened:
+                uri, application = self._settings.source_uri(), f"live-migration lane {self._lane}"
+                opened.append(await stack.enter_async_context(session(uri, "source", application=application)))
+            await meet_chunk(opened[0], target, oid, home, self._settings.lock_timeout)
+
+        return meet
 
     async def _rebuild_chunks(self, connection: asyncpg.Connection, held: Checkpoint) -> None:
         """Copy what the lane has to copy before it goes on, each chunk in a transaction of its own."""
@@ -166,6 +177,7 @@ class PartitionTask:
         self, connection: asyncpg.Connection, held: Checkpoint, chunks: Sequence[ChunkToRebuild]
     ) -> None:
         settings, migration_id = self._settings, self._migration.id
+        whole: set[QualifiedName] = set()
         async with session(settings.source_uri(), "source", application=f"live-migration lane {self._lane}") as source:
             async with session(settings.source_uri(), "source", application="live-migration barrier") as other:
                 for chunk in chunks:
@@ -179,6 +191,7 @@ class PartitionTask:
                             applied_lsn=held.position.commit_lsn,
                             lock_timeout=settings.lock_timeout,
                             flush=lambda: write_flush_barrier(other, migration_id),
+                            whole=whole,
                         )
                         await checkpoints.confirm(connection, held)
                         await connection.execute("commit")

@@ -15,7 +15,7 @@ from live_migration.common.telemetry import get_logger
 from live_migration.consumer.chunk_copy import look_without
 from live_migration.consumer.claims import TableClaim
 from live_migration.consumer.copy_errors import CopyDeferred
-from live_migration.consumer.merged_chunks import look_for_merged, mark_grown
+from live_migration.consumer.merged_chunks import look_for_merged, mark_leftover
 from live_migration.consumer.target_tables import NotPlanned
 
 log = get_logger(__name__)
@@ -60,7 +60,7 @@ async def meet_chunk(
             if await target.fetchval("select source_timeline from _live_migration.migration") != origin.timeline:
                 raise ConnectionLost(f"source: it failed over while chunk {home.chunk} was looked for")
             await target.execute(_MEET, oid, *names, origin.snapshot, origin.horizon, origin.timeline)
-            await mark_grown(target, (await look_for_merged(source, target, oid, lock_timeout)).grown)
+            await mark_leftover(target, await look_for_merged(source, target, oid, lock_timeout))
     log.info("a chunk that is gone from the source is passed over", chunk=str(home.chunk))
 
 

@@ -21,7 +21,7 @@ from live_migration.common.progress import name_list
 from live_migration.common.relation import QualifiedName
 from live_migration.common.state import Phase
 from live_migration.common.timescale import read_version
-from live_migration.consumer.chunk_rebuild import NOT_KNOWN_YET, is_marking, mark_chunk, set_marks
+from live_migration.consumer.chunk_marks import NOT_KNOWN_YET, is_marking, mark_chunk, set_marks
 from live_migration.coordinator import planning
 from live_migration.coordinator.barrier import emit_call
 from live_migration.coordinator.prepare import publish_compressed

@@ -49,6 +49,7 @@ _DEPENDENTS = """
         left join pg_statistic_ext s on f.catalog = 'pg_statistic_ext'::regclass and s.oid = f.oid
         where f.catalog <> 'pg_type'::regclass and coalesce(c.relkind, ' ') <> 't' and coalesce(k.conparentid, 0) = 0
           and not coalesce(g.tgisinternal, false)
+          and not exists (select from pg_class t where t.oid = i.indrelid and t.relkind = 't')
         union
         select p.classid, p.objid, c.relkind, true, p.objid
         from found f join pg_depend p on p.refclassid = f.catalog and p.refobjid = f.oid and p.deptype in ('n', 'a')

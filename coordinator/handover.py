@@ -329,7 +329,7 @@ async def refresh_materialized_views(run: Run, source: asyncpg.Connection) -> No
                                  where d.classid = 'pg_class'::regclass and d.objid = c.oid and d.deptype = 'e')
                order by c.oid"""
         )
-    made = await load_made(run)
+    made = await load_made(run.target)
     absent = made.entries.left_out if made else frozenset()
     views = [QualifiedName(row["schema"], row["name"]) for row in rows if (PG_CLASS, row["oid"]) not in absent]
     while views:

@@ -24,7 +24,6 @@ from live_migration.coordinator.hypertable_entries import EntriesOfTimescale, re
 from live_migration.coordinator.hypertable_source import read_definitions
 from live_migration.coordinator.hypertable_spec import HypertableSpec, definition_of, read_specs
 from live_migration.coordinator.hypertable_tables import Table, read_tables
-from live_migration.coordinator.run import Run
 from live_migration.coordinator.timescale_findings import parse_version
 
 ARCHIVE = "hypertables"
@@ -147,8 +146,8 @@ def _types(spec: HypertableSpec, tables: dict[QualifiedName, Table]) -> dict[str
     return types
 
 
-async def load_made(run: Run) -> Made | None:
+async def load_made(target: asyncpg.Connection) -> Made | None:
     """Give what the state keeps of it; None where everything comes over as it is."""
     with asking("target", "reading the plan"):
-        content = await run.target.fetchval("select content from _live_migration.archives where name = $1", ARCHIVE)
+        content = await target.fetchval("select content from _live_migration.archives where name = $1", ARCHIVE)
     return Made.decode(content) if content else None

@@ -24,7 +24,7 @@ async def make_jobs(run: Run, source: asyncpg.Connection) -> None:
 
     One that the target refuses is named in a warning and left out: users wait.
     """
-    made = await load_made(run)
+    made = await load_made(run.target)
     if made is None or made.is_from_plain or made.is_flat or await steps.is_done(run.target, _STEP):
         return
     with asking("source", "reading the jobs"):

@@ -99,7 +99,7 @@ async def _make(
 ) -> dict[str, str]:
     problems = {}
     programs = await client_programs.find(run.settings, run.migration.source_version // 10_000)
-    made = await load_made(run)
+    made = await load_made(target)
     is_flat = made is not None and made.is_flat
     for newcomer in newcomers:
         if is_flat and newcomer.kind == "aggregate":

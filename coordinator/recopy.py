@@ -19,6 +19,7 @@ from live_migration.coordinator.losses import find_loss
 from live_migration.coordinator.made_definitions import load_made
 from live_migration.coordinator.planning import Memberships
 from live_migration.coordinator.run import Run
+from live_migration.coordinator.timescale_catalog import POST_RESTORE
 
 _STEP = "recopy"
 FREE = "owner = null, backend_pid = null, backend_start = null, lease_until = null"
@@ -88,7 +89,7 @@ async def begin_recopy(run: Run) -> None:
     """Void what was copied and go back to phase `prepare`, or go on with a recopy that broke off.
 
     Raises:
-        LiveMigrationError: nothing is lost, or the target holds everything already.
+        LiveMigrationError: nothing is lost, or the target holds everything already, or its hypertables cannot be copied again.
     """
     is_past = run.phase is Phase.DONE or await steps.has_passed_barrier(run.target)
     with asking("target", "reading the migration's state"):
@@ -107,8 +108,18 @@ async def begin_recopy(run: Run) -> None:
             hint="Run `live-migration migrate` to go on.",
         )
     if loss is not None:
+        await _require_copyable(run)
         run.reporter.warning(f"every table is copied again: {loss.message}")
         await _void(run)
+
+
+async def _require_copyable(run: Run) -> None:
+    """Refuse where chunks came over as they are: once rows are routed, the target has chunks of its own and lets nobody at theirs."""
+    if await steps.is_done(run.target, POST_RESTORE):
+        raise LiveMigrationError(
+            "slot or change log are lost, and hypertables that came over as they are cannot be copied again once replay has begun",
+            hint="`live-migration clean`, empty the target's database, then `live-migration migrate`.",
+        )
 
 
 async def _is_under_way(target: asyncpg.Connection) -> bool:
@@ -199,7 +210,7 @@ async def release_tables(run: Run) -> None:
     hypertables are emptied here, for their chunks are copied beside one another.
     """
     if await _is_under_way(run.target):
-        made = await load_made(run)
+        made = await load_made(run.target)
         if made is not None and made.is_flat:
             await _empty_plain(run.target)
         await run.target.execute(RELEASE)

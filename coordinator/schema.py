@@ -134,7 +134,7 @@ async def restore_schema(run: Run) -> None:
         await _plan(run, programs)
     entries = await read_entries(run, programs, PRE_DATA)
     run.reporter.note(f"restoring the schema: {len(entries)} objects")
-    if (made := await load_made(run)) is not None:
+    if (made := await load_made(run.target)) is not None:
         await make_schema(run, made, entries, step=PRE_DATA)
     else:
         await begin_restoring(run)
@@ -353,7 +353,7 @@ async def read_post_data(run: Run) -> PostData:
         )
     keys = EntryKeys.decode(content)
     entries = await read_entries(run, programs, "post-data")
-    if (made := await load_made(run)) is not None:
+    if (made := await load_made(run.target)) is not None:
         before, after = part_entries(entries, made.entries)
         entries = [without_only(entry, made.roots) for entry in (*before, *after)]
     return sort_post_data(entries, built=keys.built, roots=keys.roots, ours=keys.ours)

@@ -1,8 +1,8 @@
 """A source that failed over: the new timeline is compared with what was published and copied before anybody goes on.
 
 A promoted standby that lagged lacks the last transactions of its former primary, and gives their xids and WAL positions to others. What
-was published of them is a loss (`losses`). A table whose snapshot may have seen some of them is copied again. Until the
-new timeline stands in the state, no consumer copies from it, and the producer streams only what the coordinator names.
+was published of them is a loss (`losses`). A table whose snapshot may have seen some of them is copied again; a chunk by its lane, once
+its hypertable on the target takes rows. Until the new timeline stands in the state, no consumer copies from it, and the producer streams only what the coordinator names.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from live_migration.common.postgres import asking
 from live_migration.common.progress import name_list
 from live_migration.common.state import Phase
 from live_migration.coordinator import steps
+from live_migration.coordinator.made_definitions import load_made
 from live_migration.coordinator.prepare import publish_tables
 from live_migration.coordinator.recopy import FORGET_COPY, FREE, end_work
 from live_migration.coordinator.run import Run
@@ -28,12 +29,26 @@ INTERVAL_SECONDS = 5.0
 _TIMELINE = f"select case when pg_is_in_recovery() then null else {CURRENT_TIMELINE} end"
 
 # $1: timelines that led to this one, $2: where they were left, $3: tables whose changes were not all published
+_LEFT = "coalesce((select l from unnest($1::int[], $2::text[]::pg_lsn[]) as u (t, l) where u.t = timeline), '0/0')"
 _COPY_AGAIN = f"""
     update _live_migration.tables t
     set state = 'planned', {FORGET_COPY}
-    where kind <> 'hypertable' and newcomer is distinct from 'gone' and (state = 'copying' or oid = any($3::oid[])
-       or horizon > coalesce((select l from unnest($1::int[], $2::text[]::pg_lsn[]) as u (t, l) where u.t = timeline), '0/0'))
+    where kind <> 'hypertable' and newcomer is distinct from 'gone' and (state = 'copying' or oid = any($3::oid[]) or horizon > {_LEFT})
+      and not (kind = 'chunk' and $4 and state in ('copied', 'ready'))
     returning schema_name || '.' || table_name as name
+"""
+
+_REBUILD_AGAIN = f"""
+    update _live_migration.tables t
+    set rebuild = coalesce(rebuild, 'the source failed over')
+    where (kind = 'chunk' and $4 and state in ('copied', 'ready') or kind = 'hypertable' and newcomer = 'followed')
+      and newcomer is distinct from 'gone' and (oid = any($3::oid[]) or horizon > {_LEFT})
+    returning schema_name || '.' || table_name as name
+"""
+
+# The snapshot of a hypertable says which chunks were gone by then, and below where the timeline was left both have one history.
+_CUT_HYPERTABLES = f"""
+    update _live_migration.tables set horizon = least(horizon, {_LEFT}) where kind = 'hypertable' and newcomer is null
 """
 
 _FREE_INDEXES = f"""
@@ -82,23 +97,27 @@ async def follow_timeline(run: Run) -> None:
 
 
 async def _take_over(run: Run, source: SourceTimeline, unpublished: list[int]) -> list[str]:
+    left = list(source.left), [str(Lsn(lsn)) for lsn in source.left.values()]
+    made = await load_made(run.target)
+    is_by_lane = run.phase in (Phase.REPLAY, Phase.CUTOVER) or (made is not None and made.is_flat)
     async with run.target_transaction("following the source to its new timeline") as target:
         await target.execute("update _live_migration.migration set source_timeline = $1", source.timeline)
-        rows = await target.fetch(
-            _COPY_AGAIN, list(source.left), [str(Lsn(lsn)) for lsn in source.left.values()], unpublished
-        )
+        rebuilt = await target.fetch(_REBUILD_AGAIN, *left, unpublished, is_by_lane)
+        rows = await target.fetch(_COPY_AGAIN, *left, unpublished, is_by_lane)
+        await target.execute(_CUT_HYPERTABLES, *left)
+        if rows or rebuilt:
+            # A lane that goes on must ask the new snapshot, and one that sleeps must not wake up with the old one.
+            await target.execute(_FENCE_LANES)
         if rows:
             await target.execute(
                 "delete from _live_migration.parts where oid in "
                 "(select oid from _live_migration.tables where state = 'planned')"
             )
             await target.execute(_FREE_INDEXES)
-            # A lane that goes on must ask the new snapshot, and one that sleeps must not wake up with the old one.
-            await target.execute(_FENCE_LANES)
             if run.phase in (Phase.REPLAY, Phase.CUTOVER):
                 await run.enter(Phase.COPY)
     await run.reload()
-    return sorted(row["name"] for row in rows)
+    return sorted(row["name"] for row in (*rows, *rebuilt))
 
 
 async def _publish_again(run: Run) -> list[int]:

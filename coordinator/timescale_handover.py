@@ -14,7 +14,8 @@ from live_migration.common.postgres import asking, session
 from live_migration.common.progress import name_list
 from live_migration.common.relation import QualifiedName
 from live_migration.common.timescale import Chunk, Layout, read_layout, read_slices
-from live_migration.consumer.chunk_rebuild import all_due_chunks, find_chunk, mark_chunk, rebuild_chunk
+from live_migration.consumer.chunk_marks import mark_chunk
+from live_migration.consumer.chunk_rebuild import all_due_chunks, find_chunk, rebuild_chunk
 from live_migration.consumer.hypertables import session_settings
 from live_migration.consumer.source_watch import write_flush_barrier
 from live_migration.coordinator.aggregate_refresh import keep_watermarks
@@ -40,6 +41,7 @@ async def copy_unfollowed_chunks(run: Run, source: asyncpg.Connection, tables: I
         return
     run.reporter.note(f"copying {len(chunks)} chunks that were changed unseen: {name_list(c.name for c in chunks)}")
     settings, migration_id = run.settings, run.migration.id
+    whole: set[QualifiedName] = set()
     async with session(settings.source_uri(), "source", application=f"{APPLICATION} barrier") as other:
         for chunk in chunks:
             async with run.target_transaction(f"copying chunk {chunk.name}") as target:
@@ -53,6 +55,7 @@ async def copy_unfollowed_chunks(run: Run, source: asyncpg.Connection, tables: I
                     applied_lsn=_EVERYTHING,
                     lock_timeout=settings.lock_timeout,
                     flush=lambda: write_flush_barrier(other, migration_id),
+                    whole=whole,
                 )
 
 

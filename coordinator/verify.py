@@ -11,7 +11,7 @@ from enum import Enum
 
 import asyncpg
 
-from live_migration.common import postgres, state
+from live_migration.common import postgres
 from live_migration.common.catalog import ColumnInfo, TableInfo, list_tables
 from live_migration.common.errors import LiveMigrationError
 from live_migration.common.postgres import Side
@@ -19,7 +19,6 @@ from live_migration.common.relation import QualifiedName, quote_identifier
 from live_migration.common.settings import Settings
 from live_migration.common.tasks import TaskGroup
 from live_migration.common.timescale import read_layout
-from live_migration.coordinator.drift import read_left_out
 from live_migration.coordinator.skip import Skip, read_skips, skips_as_dicts
 
 BYTEA_OID = 17
@@ -179,21 +178,21 @@ async def _open_pair(settings: Settings, stack: AsyncExitStack) -> _Pair:
 async def _plan(pair: _Pair, lock_timeout: float, tell: Callable[[Result], None]) -> tuple[list[_TablePair], bool]:
     """Match the tables of both sides by name, biggest first, and tell those that stand on one side only."""
     sides: list[dict[QualifiedName, TableInfo]] = []
-    encodings = []
+    encodings, has_timescale = [], []
     for connection, side in _sides(pair):
         with postgres.asking(side, "listing the tables"):
             async with connection.transaction(readonly=True):
                 await connection.execute(_set_lock_timeout(lock_timeout))  # reading a table's size takes a lock
                 layout = await read_layout(connection)
+                has_timescale.append(layout is not None)
                 # What an aggregate materializes into may have another name on the other side.
                 views = {each.oid: each.view for each in layout.hypertables.values() if each.view} if layout else {}
                 tables = [table for table in await list_tables(connection) if table.is_users]
                 sides.append({views.get(table.oid, table.name): table for table in tables})
             encodings.append(await connection.fetchval("show server_encoding"))
     source, target = sides
-    with postgres.asking("target", "reading what is left out"):
-        left_out = await _read_left_out(pair.target)
-    source = {name: table for name, table in source.items() if table.oid not in left_out}
+    if not has_timescale[1]:  # plain tables alone: it cannot have aggregates
+        source = {name: table for name, table in source.items() if name == table.name}
     for name in source.keys() - target.keys():
         tell(Result("table", str(name), Verdict.MISSING_ON_TARGET))
     for name in target.keys() - source.keys():
@@ -201,11 +200,6 @@ async def _plan(pair: _Pair, lock_timeout: float, tell: Callable[[Result], None]
     both = [_TablePair(name, source[name], target[name]) for name in source.keys() & target.keys()]
     both.sort(key=lambda each: (each.source.size_bytes, each.name), reverse=True)
     return both, encodings == ["UTF8", "UTF8"]
-
-
-async def _read_left_out(target: asyncpg.Connection) -> frozenset[int]:
-    """Give the oids of the source's tables that the migration, if the target knows it still, does not bring."""
-    return await read_left_out(target) if await state.exists(target) else frozenset()
 
 
 def _sides(pair: _Pair) -> tuple[tuple[asyncpg.Connection, Side], tuple[asyncpg.Connection, Side]]:

@@ -358,7 +358,9 @@ class Router:
             if oid in self._hidden:
                 continue
             by_lane.setdefault(self._route(oid).lane, []).append(oid)
-        for oids in by_lane.values():
+        for lane, oids in by_lane.items():
+            if self._homes.is_used:
+                self._begin_segment(lane)  # one of a chunk alone stops its lane: all before it must be applied
             own = message[:1] + len(oids).to_bytes(4, "big") + message[5:6] + b"".join(oids)
             self._change(own, tuple(oids))
 
@@ -399,8 +401,8 @@ class Router:
         if (split := routes[0][1].split) is not None:
             self._change_split(split, message, routes)
             return
-        if routes[0][1].stands_alone and lane.change_count and (self._commit_lsn, self._ordinal) > lane.position:
-            self._cut(lane)
+        if routes[0][1].stands_alone:
+            self._begin_segment(lane)
         self._change_in(lane, message, routes)
 
     def _change_split(self, split: SplitRelation, message: Message, routes: Sequence[tuple[bytes, Route]]) -> None:
@@ -440,6 +442,11 @@ class Router:
         """Have all lanes but the first wait at the end of the transaction until that one has passed it."""
         self._touched.setdefault(lanes[0], b"")
         self._touched.update(dict.fromkeys(lanes[1:], table.scatter_frame))
+
+    def _begin_segment(self, lane: LaneBuffer) -> None:
+        """Let the next change, if it is for the lane, begin a segment."""
+        if lane.change_count and (self._commit_lsn, self._ordinal) > lane.position:
+            self._cut(lane)
 
     def _suspect(self, message: Message, oid: bytes) -> None:
         """Say once of a table that a chunk is compressed into that its changes are not told yet."""

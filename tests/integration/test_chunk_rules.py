@@ -18,7 +18,8 @@ from live_migration.common.home import Home
 from live_migration.common.lsn import Lsn
 from live_migration.common.postgres import session
 from live_migration.common.relation import QualifiedName
-from live_migration.consumer.chunk_rebuild import NOT_KNOWN_YET, due_chunks
+from live_migration.consumer.chunk_marks import NOT_KNOWN_YET
+from live_migration.consumer.chunk_rebuild import due_chunks
 from live_migration.coordinator import chunk_watch
 from live_migration.coordinator.chunk_watch import follow_chunks
 from live_migration.coordinator.run import Run
@@ -30,7 +31,7 @@ from live_migration.producer.publication import (
 )
 from tests.support.begun import begun
 from tests.support.lanes import COLUMNS, Replay, replay
-from tests.support.segments import INT4, TEXT, insert, logical_message, oid_of, relation, truncate
+from tests.support.segments import INT4, REAL_OIDS, TEXT, insert, logical_message, oid_of, relation, truncate
 
 pytestmark = pytest.mark.integration
 
@@ -51,7 +52,7 @@ async def chunk_in_lane(source: str, target: str, kafka: str, name: str) -> Asyn
     """Lane 0 holds a hypertable with one chunk, whose compressed rows lie in a table of their own, and nothing is applied yet."""
     async with session(source, "source") as connection:
         await connection.execute(SOURCE)
-        oid = await connection.fetchval("select 'store.chunk_1'::regclass::oid")
+        REAL_OIDS["chunk_1"] = oid = await connection.fetchval("select 'store.chunk_1'::regclass::oid")
     async with replay(target, kafka, name, lane_count=2, source=source) as it:
         await it.target.execute("update _live_migration.tables set kind = 'hypertable' where table_name = 't0'")
         await it.target.execute(
@@ -66,6 +67,7 @@ async def chunk_in_lane(source: str, target: str, kafka: str, name: str) -> Asyn
         packed = relation("packed", [("id", INT4, False)], identity="f")
         lane.describe("packed", packed, home=Home(ROOT, CHUNK, is_compressed=True))
         yield it
+    del REAL_OIDS["chunk_1"]
 
 
 async def test_a_truncate_before_rows_that_came_unseen_is_applied_before_the_chunk_is_copied(
@@ -111,6 +113,31 @@ async def test_an_event_on_a_chunk_that_is_marked_for_later_has_it_copied_early_
             lane.cut()
             await it.send()
             await it.until(lambda: _is_unmarked(it))
+        assert await it.rows(0) == {7: "unseen"}
+
+
+async def test_half_a_segment_before_a_truncate_of_a_chunk_alone_is_not_applied_twice(
+    source_database: str, target_database: str, kafka_bootstrap: str, unique_name: str
+) -> None:
+    """A lane that stops in a segment's midst begins again at its beginning, with nothing of it applied."""
+    async with chunk_in_lane(source_database, target_database, kafka_bootstrap, unique_name) as it:
+        lane = it.lanes[0]
+        lane.describe("plain", relation("plain", [("id", INT4, True), ("v", TEXT, False)]))
+        await it.target.execute("create table public.plain (id integer, v text)")
+        await it.target.execute(
+            """insert into _live_migration.tables (oid, schema_name, table_name, lane, publication, columns, binary_copy, state)
+               values ($1, 'public', 'plain', 0, 'all', $2, true, 'ready')""",
+            oid_of("plain"), COLUMNS,
+        )  # fmt: skip
+        lane.transaction([insert("plain", "1", "before")])
+        lane.cut()
+        lane.transaction([insert("plain", "2", "in the same segment"), truncate("chunk_1")])
+        lane.cut()
+        await it.send()
+        async with it.consumer():
+            await it.until_applied()
+        rows = await it.target.fetch("select id, v from public.plain order by id")
+        assert [tuple(row) for row in rows] == [(1, "before"), (2, "in the same segment")]
         assert await it.rows(0) == {7: "unseen"}
 
 
@@ -162,8 +189,9 @@ async def test_a_coordinator_that_dies_once_a_chunk_is_published_has_marked_it(
         await create_publication(source, run.settings.insert_publication, INSERT_ONLY)
         root, chunk = await _stand_for_a_hypertable(source, monkeypatch)
         await run.target.execute(
-            """insert into _live_migration.tables (oid, schema_name, table_name, lane, publication, columns, binary_copy, state, kind)
-               values ($1, 'public', 't0', 3, 'all', $2, true, 'ready', 'hypertable')""",
+            """insert into _live_migration.tables (oid, schema_name, table_name, lane, publication, columns, binary_copy, state, kind,
+                   root_schema, root_name)
+               values ($1, 'public', 't0', 3, 'all', $2, true, 'ready', 'hypertable', 'public', 't0')""",
             root.oid, COLUMNS,
         )  # fmt: skip
 

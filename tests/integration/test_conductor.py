@@ -297,11 +297,11 @@ async def test_slot_creation_times_out_over_a_prepared_transaction_and_leaves_no
 async def test_slot_creation_that_times_out_gives_everything_back(make_settings: MakeSettings) -> None:
     """Jobs and the database's setting stand in the state as on a source with TimescaleDB; giving them back needs none."""
     settings = make_settings(slot_timeout=1.0, replica_identity_full=True)
-    await fetch(settings.source_uri(), "create table t (id int)")
+    await fetch(settings.source_uri(), "create table t (id int); create table open (id int primary key)")
     database = settings.source_uri().rsplit("/", 1)[1]
     await fetch(settings.source_uri(), f"alter database {database} set {AUTO_PUBLICATION} = on")
     other = await asyncpg.connect(settings.source_uri())
-    await other.execute("begin; insert into t values (1)")
+    await other.execute("begin; insert into open values (1)")
     async with bench(settings) as b:
         await b.run.target.execute(
             """insert into _live_migration.source_changes (kind, oid, object, before, after)

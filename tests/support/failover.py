@@ -24,9 +24,12 @@ SLOT = "standby"
 class Failover:
     """Primary, standby, the standby's link, and the address that a migration is given: `uri`."""
 
-    def __init__(self, **settings: str) -> None:
+    def __init__(
+        self, *, server_bin: Path | None = None, base_settings: dict[str, str] = SETTINGS, **settings: str
+    ) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="live-migration-standby-"))  # pytest's are for their owner alone
-        self.primary = LocalPostgres(settings=SETTINGS | settings)
+        self._server_bin, self._settings = server_bin, base_settings
+        self.primary = LocalPostgres(server_bin=server_bin, settings=base_settings | settings)
         self.front, self.link = Proxy(lambda: self._leader().port), Proxy(lambda: self.primary.port)
         self.standby: LocalPostgres | None = None
         self._is_promoted = False
@@ -87,7 +90,8 @@ class Failover:
         conninfo = f"host=127.0.0.1 port={self.link.port} user=postgres dbname=postgres"
         self.standby = LocalPostgres(
             self._folder,
-            settings=SETTINGS
+            server_bin=self._server_bin,
+            settings=self._settings
             | {"primary_conninfo": conninfo, "primary_slot_name": SLOT, "hot_standby_feedback": "on"}
             | {"wal_retrieve_retry_interval": "100ms", "sync_replication_slots": "on"},
         )

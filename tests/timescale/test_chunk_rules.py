@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 
 from live_migration.common.local_postgres import LocalPostgres
-from live_migration.consumer.chunk_rebuild import NOT_KNOWN_YET
+from live_migration.consumer.chunk_marks import NOT_KNOWN_YET
 from live_migration.consumer.service import run_consumer
 from live_migration.coordinator import chunk_watch
 from live_migration.producer.publication import PublishedTable
@@ -80,34 +80,37 @@ async def _value(uri: str, query: str, *arguments: object) -> object:
         await connection.close()
 
 
-_LAST_DAY = """
-    select c::text from show_chunks($1::text::regclass, newer_than => '2026-01-05'::timestamptz, older_than => '2026-01-06'::timestamptz) c
+_CHUNK_AT = """
+    select format('%I.%I', chunk_schema, chunk_name) from timescaledb_information.chunks
+    where hypertable_name = $1 and range_start <= $2::text::timestamptz and range_end > $2::text::timestamptz
 """
-_NEXT_DAY = """
-    select c::text from show_chunks($1::text::regclass, newer_than => '2026-01-06'::timestamptz, older_than => '2026-01-07'::timestamptz) c
-"""
+_DAYS = {"metrics": ("2026-01-05 12:00", "2026-01-06 12:00"), "events": ("2026-01-04 12:00", "2026-01-05 12:00")}
+"""In the last chunk of the plan, and in the next one."""
 _ROWS = (
     "insert into metrics select t, d, 7, 'm' from generate_series('2026-01-06'::timestamptz, '2026-01-06 20:00', '1 hour') t, generate_series(1, 3) d",
-    "insert into events select t, 'm', '{}' from generate_series('2026-01-06'::timestamptz, '2026-01-06 20:00', '1 hour') t",
+    "insert into events select t, 'm', '{}' from generate_series('2026-01-05'::timestamptz, '2026-01-05 20:00', '1 hour') t",
 )
 _ROWS_AFTER = (
     "update metrics set temp = 8 where time between '2026-01-05' and '2026-01-06 03:00' and device = 1",
     "delete from metrics where time between '2026-01-05 23:00' and '2026-01-06 05:00' and device = 2",
     "insert into metrics values ('2026-01-05 12:00', 3, 9, 'after'), ('2026-01-06 22:00', 3, 9, 'after')",
-    "insert into events values ('2026-01-05 12:00', 'after'), ('2026-01-06 22:00', 'after')",
+    "insert into events values ('2026-01-04 12:00', 'after'), ('2026-01-05 22:00', 'after')",
 )
 
 
-async def _merge(source: str) -> None:
-    """Merge the plan's last chunk of either hypertable with the one made after it."""
+async def _merge(source: str, *, is_turned: bool = False) -> None:
+    """Merge the plan's last chunk of either hypertable with the one made after it, or the other way round."""
     connection = await asyncpg.connect(source)
-    for table in ("metrics", "events"):
-        planned, new = await connection.fetchval(_LAST_DAY, table), await connection.fetchval(_NEXT_DAY, table)
-        await connection.execute(f"call merge_chunks('{planned}', '{new}')")
+    for table, days in _DAYS.items():
+        planned, new = [await connection.fetchval(_CHUNK_AT, table, at) for at in days]
+        first, second = (new, planned) if is_turned else (planned, new)
+        await connection.execute(f"call merge_chunks('{first}', '{second}')")
     await connection.close()
 
 
-@pytest.mark.parametrize("moment", ["before it is copied", "when both are applied", "at once"])
+@pytest.mark.parametrize(
+    "moment", ["before it is copied", "turned, before it is copied", "when both are applied", "at once"]
+)
 async def test_a_chunk_made_after_the_plan_and_merged_into_a_planned_one(
     moment: str,
     timescale_source_database: str,
@@ -119,7 +122,7 @@ async def test_a_chunk_made_after_the_plan_and_merged_into_a_planned_one(
     """Its rows are in the stream under its own name, and in the copy of the other: once on the target, with a key and without one."""
     source, target = timescale_source_database, target_of_timescale
     await world.make(source)
-    is_early = moment == "before it is copied"
+    is_early = "before" in moment
     options = {"pause_source_jobs": True, "consumers": 0 if is_early else 2}
     async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, **options) as migration:
         await migration.until_phase("copy" if is_early else "replay", timeout=240)
@@ -127,11 +130,28 @@ async def test_a_chunk_made_after_the_plan_and_merged_into_a_planned_one(
         if moment == "when both are applied":
             await migration.until("rows applied", "select count(*) >= 21 from events where kind = 'm'")
             await migration.until("rows applied", "select count(*) >= 63 from metrics where note = 'm'")
-        await _merge(source)
+        await _merge(source, is_turned="turned" in moment)
         if is_early:
             migration.consumers.append(Service(run_consumer, migration.settings))
             migration.consumers[0].start()
             await migration.until_phase("replay", timeout=240)
         await execute(source, *_ROWS_AFTER)
+        await migration.finish()
+        assert await world.differences(source, target) == []
+
+
+async def test_rows_that_come_to_a_compressed_chunk_between_plan_and_copy(
+    timescale_source_database: str, target_of_timescale: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    """They lie beside the compressed ones, which the catalog, that was read with the plan, does not say."""
+    source, target = timescale_source_database, target_of_timescale
+    await world.make(source)
+    options = {"pause_source_jobs": True, "consumers": 0}
+    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, **options) as migration:
+        await migration.until_phase("copy", timeout=240)
+        await execute(source, "insert into metrics values ('2026-01-01 12:00:01', 3, 9, 'between')")
+        migration.consumers.append(Service(run_consumer, migration.settings))
+        migration.consumers[0].start()
+        await migration.until_phase("replay", timeout=240)
         await migration.finish()
         assert await world.differences(source, target) == []

@@ -79,9 +79,7 @@ async def _require_plain(source: str, target: str, tables: tuple[str, ...] = TAB
     ours, theirs = [await _fetch(uri, _OBJECTS, list(tables)) for uri in (source, target)]
     assert ours == theirs
     assert await _fetch(target, _NO_CHUNKS) == [(0,)]
-    assert (
-        await _fetch(target, "select nspname::text from pg_namespace where nspname ~ 'timescale|live_migration_'") == []
-    )
+    assert await _fetch(target, "select nspname::text from pg_namespace where nspname ~ 'timescale'") == []
 
 
 async def test_a_quiet_database_becomes_plain(
@@ -177,15 +175,23 @@ _COMPRESS = """
 
 
 async def _change_unseen(source: str) -> None:
-    """Empty a chunk of a hash partition by itself, and take a whole compressed batch out of another."""
-    chunks = (
-        "select c::text from show_chunks('app.readings', newer_than => '2026-01-03'::timestamptz) c order by 1 limit 1"
-    )
-    ((chunk,),) = await _fetch(source, chunks)
-    await execute(
-        source,
-        f"truncate only {chunk}",
-        "insert into app.readings select '2026-01-01 00:00:01'::timestamptz, d, d from generate_series(1, 5) d on conflict do nothing",
-        _COMPRESS,
-        "delete from app.readings where sensor = 2 and time < '2026-01-02'",
-    )
+    """Empty a chunk of a hash partition by itself, and take a whole compressed batch out of another; the writer may be in the way."""
+    for _ in range(20):
+        try:
+            await execute(source, "insert into app.readings values ('2026-01-03 12:00', 1, 1) on conflict do nothing")
+            ((chunk, *_),) = await _fetch(source, _ONE_CHUNK)
+            await execute(source, f"truncate only {chunk}", *_TAKE_BATCH_OUT)
+            return
+        except asyncpg.PostgresError as error:
+            print(f"the writer is in the way: {error!r}")
+    raise AssertionError("the writer was in the way each time")
+
+
+_ONE_CHUNK = (
+    "select c::text from show_chunks('app.readings', newer_than => '2026-01-03'::timestamptz) c order by 1 limit 1"
+)
+_TAKE_BATCH_OUT = (
+    "insert into app.readings select '2026-01-01 00:00:01'::timestamptz, d, d from generate_series(1, 5) d on conflict do nothing",
+    _COMPRESS,
+    "delete from app.readings where sensor = 2 and time < '2026-01-02'",
+)

@@ -16,8 +16,10 @@ from live_migration.common.errors import FormatError
 from live_migration.common.lanes import lane_of
 from live_migration.common.relation import QualifiedName
 from live_migration.common.segment import COMMIT_ORDINAL, START, Position, decode_header
+from live_migration.common.timescale import Layout
 from live_migration.producer.ack_tracker import AckTracker
 from live_migration.producer.batcher import Record
+from live_migration.producer.homes import Homes
 from live_migration.producer.router import Router
 from tests.fixtures.change_log import LoggedChange, decode_lane, route_reference
 
@@ -66,13 +68,16 @@ def copy_data(messages: Iterable[bytes]) -> bytes:
     return b"".join(b"d" + struct.pack(">I", len(each) + 4) + each for each in copied)
 
 
-def make_router(positions: list[Position] | None = None, acks: AckTracker | None = None) -> Router:
+def make_router(
+    positions: list[Position] | None = None, acks: AckTracker | None = None, homes: Homes | None = None
+) -> Router:
     return Router(
         migration_id=MIGRATION,
         topic_id=TOPIC,
         segment_bytes=SEGMENT_BYTES,
         positions=positions or [START] * LANES,
         acks=acks or AckTracker(0),
+        homes=homes,
     )
 
 
@@ -196,6 +201,18 @@ def test_a_truncate_is_split_by_lane_at_one_ordinal() -> None:
                 assert truncate.restart_identity
                 named += truncate.relation_oids
     assert sorted(named) == list(OIDS)
+
+
+def test_a_truncate_begins_a_segment_where_there_are_chunks() -> None:
+    """It may be of a chunk alone, which stops the lane: a segment is applied whole or not at all."""
+    oid = OIDS[0]
+    for homes, segments in ((Homes(Layout("2.29.2"), {}), 2), (Homes(None, {}), 1)):
+        router = make_router(homes=homes)
+        feed(router, [put_begin(50), put_relation(oid), put_insert(oid, b"1"), put_truncate([oid]), put_commit(50)])
+        values = values_by_lane(router.take())
+        assert len(values[lane(oid)]) == segments
+        messages = [change.message for change in decoded(values)[lane(oid)]]
+        assert messages == [put_insert(oid, b"1"), put_truncate([oid]), put_commit(50)]
 
 
 def test_a_relation_that_changes_is_described_anew_in_a_segment_of_its_own() -> None:
