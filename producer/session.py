@@ -30,8 +30,6 @@ log = get_logger(__name__)
 _DRAIN_BYTES = 256 * KIB
 """Of the stream in one turn of the loop: about a millisecond of work."""
 _QUIET_BYTES = 8 * KIB
-_GATHER_SECONDS = 0.006
-"""Pause once all that was there is taken: a walsender that is read message by message takes twice the processor time."""
 _BACKLOG_BYTES = 512 * KIB
 """A flush of so much tells that there is a backlog, or as good as one."""
 _BACKLOG_INTERVALS = 4
@@ -146,7 +144,7 @@ class Session:
                 if taken >= _QUIET_BYTES:
                     await asyncio.sleep(0)
             if not may_be_more:
-                await stream.gather(_GATHER_SECONDS)
+                await stream.gather()
 
     async def _publish(self) -> None:
         """Publish what was received when it is enough or old enough, position and status also when there is nothing."""

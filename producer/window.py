@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import struct
 
 from live_migration.common.telemetry import get_logger
 
@@ -18,30 +17,22 @@ log = get_logger(__name__)
 
 RECEIVE_BYTES = 16 * 1024
 """The smallest that took nothing from the speed; the kernel doubles it for its own book-keeping."""
-NEAR_MICROSECONDS = 500
-"""A round trip up to which so small a window still lets through more than a walsender can decode (16 KiB each 0.5 ms: 32 MB/s)."""
-
-_TCP_INFO_BYTES = 152
-_MIN_RTT = struct.Struct("=148xI")
-"""`tcpi_min_rtt` in Linux's struct tcp_info, in µs. Source: include/uapi/linux/tcp.h."""
 
 
-def narrow_window(transport: asyncio.BaseTransport) -> None:
-    """Give the connection a small receive buffer if the server is near enough for it."""
+def narrow_window(transport: asyncio.BaseTransport) -> bool:
+    """Give a connection within this machine a small receive buffer; tell whether it is one.
+
+    There the next packets are here as soon as the last ones are read. Over a network so small a window would cost a round trip for every
+    16 KiB.
+    """
     connection: socket.socket | None = transport.get_extra_info("socket")
-    round_trip = min_round_trip(connection) if connection is not None else None
-    if connection is not None and round_trip is not None and round_trip <= NEAR_MICROSECONDS:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
-        log.debug("the source is near: small receive buffer", round_trip_us=round_trip, bytes=RECEIVE_BYTES)
-
-
-def min_round_trip(connection: socket.socket) -> int | None:
-    """Give the shortest round trip seen on a TCP connection in µs; None where the system does not tell."""
-    option = getattr(socket, "TCP_INFO", None)
-    if option is None or connection.family not in (socket.AF_INET, socket.AF_INET6):
-        return None
+    if connection is None or connection.family not in (socket.AF_INET, socket.AF_INET6):
+        return False
     try:
-        info = connection.getsockopt(socket.IPPROTO_TCP, option, _TCP_INFO_BYTES)
-    except OSError:
-        return None
-    return int(_MIN_RTT.unpack(info)[0]) if len(info) == _TCP_INFO_BYTES else None
+        is_here = bool(connection.getpeername()[0] == connection.getsockname()[0])
+    except OSError:  # gone already, which whoever uses it finds out
+        return False
+    if is_here:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
+        log.debug("the source is on this machine: small receive buffer", bytes=RECEIVE_BYTES)
+    return is_here
