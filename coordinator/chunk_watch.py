@@ -63,15 +63,19 @@ class Missed:
 def find_missed(
     known: Known, tables: Sequence[TableInfo], in_all: frozenset[int], in_insert: frozenset[int]
 ) -> list[Missed]:
-    """Give the chunks made since the plan that are not published as their hypertable is. Pure."""
+    """Give the chunks that are not published as their hypertable is, or are known and not published at all. Pure.
+
+    One that was marked may be unpublished all the same: whoever marked it, or met it in the stream, may have come no further.
+    """
     missed = []
     for table in tables:
         root = known.roots.get(table.hypertable or 0)
-        if table.part != "chunk" or root is None or table.oid in known.chunks:
+        if table.part != "chunk" or root is None:
             continue
         name, has_all = root
-        if table.oid not in (in_all if has_all else in_all | in_insert):
-            missed.append(Missed(table, name, "it was made by a session that publishes no new chunks", is_new=True))
+        is_new = table.oid not in known.chunks
+        if table.oid not in (in_all if has_all and is_new else in_all | in_insert):
+            missed.append(Missed(table, name, "it was made by a session that publishes no new chunks", is_new=is_new))
     return missed
 
 

@@ -17,9 +17,18 @@ def table(oid: int, part: Part, root: int | None, compressed: int | None = None)
 
 def test_a_new_chunk_must_be_where_its_hypertable_is() -> None:
     tables = [table(oid, "chunk", root) for oid, root in ((11, 1), (12, 1), (13, 1), (14, 2), (15, 2), (16, 9))]
-    missed = find_missed(KNOWN, tables, frozenset({12}), frozenset({13, 14}))
+    missed = find_missed(KNOWN, tables, frozenset({11, 12}), frozenset({13, 14}))
     # 13 is published for inserts alone, though its hypertable has an identity; 16 belongs to nobody of ours
     assert [(m.chunk.oid, m.root, m.is_new) for m in missed] == [(13, KEYED, True), (15, KEYLESS, True)]
+
+
+def test_a_chunk_that_is_known_but_not_published_is_missed_all_the_same() -> None:
+    """Whoever marked it may have ended, or have been refused, before it was published."""
+    tables = [table(11, "chunk", 1)]
+    assert [(m.chunk.oid, m.is_new) for m in find_missed(KNOWN, tables, frozenset(), frozenset())] == [(11, False)]
+    assert not find_missed(
+        KNOWN, tables, frozenset(), frozenset({11})
+    )  # a chunk of the plan is where its own identity allows
 
 
 def test_what_was_compressed_unwatched_is_copied_anew() -> None:
