@@ -20,16 +20,11 @@ from live_migration.common.errors import ConnectionLost, LiveMigrationError, Sou
 from live_migration.common.lsn import Lsn
 from live_migration.common.postgres import connect, describe
 from live_migration.common.relation import quote_identifier
-from live_migration.producer.window import narrow_window
 from live_migration.producer.wire import COPY_DATA, ReceiveBuffer, ServerMessage, data_row, error_fields, frame
 
 _STATUS = struct.Struct(">BQQQqB")
 _POSTGRES_EPOCH_SECONDS = 946_684_800
 _COMMAND_SECONDS = 60.0
-_GATHER_SECONDS = 0.001
-"""Pause when there is nothing: waking up for each message of a walsender costs twice the processor time."""
-_NEAR_GATHER_SECONDS = 0.006
-"""The same with a small window, in which what gathers does so at the walsender's, and can be much."""
 _GONE = ("08", "57P", "53300")
 """SQLSTATEs of a server that goes away, restarts or is full: it will be back."""
 
@@ -52,7 +47,6 @@ class ReplicationConnection:
         self._connection = connection
         self._address = address
         transport: asyncio.Transport = connection._transport  # asyncpg offers no other way to it
-        self._is_near = narrow_window(transport)
         self._input = ReceiveBuffer(transport)
         transport.set_protocol(self._input)
         self._doing = ""
@@ -116,13 +110,9 @@ class ReplicationConnection:
         """Wait until the stream has brought something, or has ended."""
         await self._input.received()
 
-    async def read_on(self, most_bytes: int) -> bool:
-        """Read on while more is there at once; tell whether there may be more still."""
-        return await self._input.read_on(most_bytes)
-
-    async def gather(self) -> None:
-        """Let the stream gather for a moment, once all that was there is taken."""
-        await self._input.gather(_NEAR_GATHER_SECONDS if self._is_near else _GATHER_SECONDS)
+    async def gather(self, seconds: float) -> None:
+        """Let the stream gather for so long."""
+        await self._input.gather(seconds)
 
     def take(self, consume: Callable[[bytes | memoryview], int], limit: int) -> int:
         """Let `consume` see about `limit` bytes of CopyData messages, the first one whole; give how many it took, 0 for nothing there.

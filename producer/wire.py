@@ -18,8 +18,6 @@ from live_migration.common.errors import FormatError
 _HEAD = struct.Struct(">BI")
 _CAPACITY = 1 << 20
 _LEAST_ROOM = 1 << 16
-_LITTLE_BYTES = 1 << 12
-"""A read that brings less has found what there was."""
 BIG_BYTES = 1 << 20
 """A message from this size on is given as a view of a buffer of its own."""
 _MOST_BYTES = 1 << 30
@@ -45,7 +43,6 @@ class ReceiveBuffer(asyncio.BufferedProtocol):
         self._transport = transport
         self._buffer = bytearray(_CAPACITY)
         self._start = self._end = 0
-        self._received_bytes = 0
         self._is_paused = False
         self._news = asyncio.Event()
         self.is_lost = False
@@ -61,7 +58,6 @@ class ReceiveBuffer(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self._end += nbytes
-        self._received_bytes += nbytes
         self._news.set()
         if len(self._buffer) - (self._end - self._start) < _LEAST_ROOM and self._has_message():
             self._pause()
@@ -110,17 +106,8 @@ class ReceiveBuffer(asyncio.BufferedProtocol):
         self._transport.write(data)
         return True
 
-    async def read_on(self, most_bytes: int) -> bool:
-        """Read on while more is there at once, until about `most_bytes` wait to be taken; tell whether there may be more still."""
-        while self._end - self._start < most_bytes:
-            before = self._received_bytes
-            await asyncio.sleep(0)
-            if self._received_bytes - before < _LITTLE_BYTES:
-                return False
-        return True
-
     async def gather(self, seconds: float) -> None:
-        """Let the walsender gather what comes for so long: reading each of its messages by itself costs it all its time."""
+        """Let the kernel gather what comes for so long: reading each message of a walsender by itself costs it all its time."""
         self._pause()
         try:
             await asyncio.sleep(seconds)

@@ -100,7 +100,9 @@ async def test_rows_copied_that_the_new_primary_never_had_are_copied_again(
                 await migration.until_phase("replay")
             else:
                 await migration.until(
-                    "parts copied", "select count(*) > 2 from _live_migration.parts where state = 'done'"
+                    "parts copied",
+                    """select (select count(*) > 2 from _live_migration.parts where state = 'done')
+                          and exists (select from _live_migration.tables where table_name = 'keyless' and state = 'ready')""",
                 )
             await source.promote()
             await run(source.standby_uri, INSTEAD)

@@ -215,20 +215,3 @@ def test_a_connection_that_breaks_while_it_gathers_is_a_lost_connection(
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
         runner.run(work())
-
-
-async def test_it_reads_on_while_much_is_there_at_once() -> None:
-    buffer = ReceiveBuffer(FakeTransport())  # type: ignore[arg-type]
-    bursts = [message(b"d", bytes(20_000))] * 3 + [message(b"d", bytes(10))]
-
-    async def arrive() -> None:
-        for burst in bursts:
-            receive(buffer, burst, len(burst))
-            await asyncio.sleep(0)
-
-    arriving = asyncio.create_task(arrive())
-    await asyncio.sleep(0)
-    assert not await buffer.read_on(1 << 20)  # the last brought little
-    assert buffer._received_bytes == sum(map(len, bursts))
-    await arriving
-    assert await buffer.read_on(1000)  # enough waits already: it is to be taken first
