@@ -110,6 +110,15 @@ async def execute(uri: str, *statements: str) -> None:
         await connection.close()
 
 
+async def active_walsender(uri: str, slot: str) -> int:
+    """Give the pid of the walsender that reads a slot."""
+    connection = await asyncpg.connect(uri)
+    try:
+        return int(await connection.fetchval("select active_pid from pg_replication_slots where slot_name = $1", slot))
+    finally:
+        await connection.close()
+
+
 async def server_version(uri: str) -> str:
     connection = await asyncpg.connect(uri)
     try:

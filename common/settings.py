@@ -76,7 +76,7 @@ class Settings(BaseSettings):
     keep_changes: bool = False
     """Keep applied segments in the change topic until `clean`: for a target that may be restored, or fail over."""
     flush_interval: float = Field(0.05, gt=0)
-    """Longest time that a received change waits in the producer before it is sent to Kafka."""
+    """Longest time that a received change waits in the producer before it is sent to Kafka; after a flush of 512 KiB, four times that."""
     flush_bytes: int = Field(8 * MIB, ge=64 * KIB)
     """Bytes of segments in one Kafka transaction."""
     status_interval: float = Field(5.0, gt=0)

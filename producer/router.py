@@ -95,9 +95,8 @@ class Router:
         self._begin = b""
         self._commit_lsn = 0
         self._ordinal = 0
-        self._touched: dict[
-            LaneBuffer, bytes
-        ] = {}  # in the present transaction, with what stands before its Commit there
+        # Lanes that the present transaction is in, with the frame that stands before its Commit there.
+        self._touched: dict[LaneBuffer, bytes] = {}
         self.pending_bytes = 0
         """Bytes received since the last `take`, 0 while nothing of them is for a lane."""
         self.has_changes = False
@@ -171,7 +170,7 @@ class Router:
                         last_length, last_lane, alike = length, lane, 0
                     continue
             elif ready_splits and stream_kind == _XLOG_DATA:
-                split = ready_splits.get(data[start : start + 5])
+                split = ready_splits.get(key)
                 if split is not None and self._take_split(split, data[start:following], ordinal + 1):
                     ordinal += 1
                     at = following

@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import asyncpg
 import psutil
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError
@@ -17,7 +16,7 @@ from aiokafka.errors import KafkaError
 from benchmarks.backlog import Backlog, Receiver, until_true
 from benchmarks.contestants.connect import CONNECT_VERSION, DEBEZIUM_VERSION, Connect
 from benchmarks.contestants.debezium_settings import NAME, sink_config, sink_of, source_config, topic_of
-from benchmarks.servers import Servers, execute
+from benchmarks.servers import Servers, active_walsender, execute
 from live_migration.common.supervisor import ChildGuard
 
 _JOIN_SECONDS = 120.0
@@ -75,7 +74,7 @@ class _Pipeline:
     async def hold(self) -> None:
         """Stop the walsender too: it would go on decoding until the socket is full."""
         await until_true(self._servers.source_uri, _HAS_CAUGHT_UP, self._connect.check)
-        self._walsender = await self._active_walsender()
+        self._walsender = await active_walsender(self._servers.source_uri, NAME)
         os.kill(self._walsender, signal.SIGSTOP)
         self._connect.signal(signal.SIGSTOP)
 
@@ -97,14 +96,6 @@ class _Pipeline:
     def kind_of(self, process: psutil.Process) -> str | None:
         assert self._servers.kafka is not None
         return {self._servers.kafka.pid: "broker", self._connect.pid: "Kafka Connect"}.get(process.pid)
-
-    async def _active_walsender(self) -> int:
-        connection = await asyncpg.connect(self._servers.source_uri)
-        try:
-            query = "select active_pid from pg_replication_slots where slot_name = $1"
-            return int(await connection.fetchval(query, NAME))
-        finally:
-            await connection.close()
 
 
 async def _until_joined(client: AIOKafkaAdminClient, connect: Connect, groups: list[str]) -> None:

@@ -15,7 +15,7 @@ import psutil
 from benchmarks.backlog import Backlog, Receiver, until_true
 from benchmarks.contestants.log_end import LogEnd
 from benchmarks.contestants.processes import NAME, Program, program
-from benchmarks.servers import Servers
+from benchmarks.servers import Servers, active_walsender
 
 _POSITION = "select pg_current_wal_insert_lsn() - '0/0'::pg_lsn"
 _LANES_TAKEN = "select coalesce(sum(epoch), 0)::bigint from _live_migration.checkpoints"
@@ -60,7 +60,7 @@ class _Whole:
     async def hold(self) -> None:
         """Stop the walsender too: it would go on decoding until the socket is full."""
         await self._settle_idle()
-        self._walsender = await self._active_walsender()
+        self._walsender = await active_walsender(self._servers.source_uri, NAME)
         os.kill(self._walsender, signal.SIGSTOP)
         self._program.signal("producer", signal.SIGSTOP)
 
@@ -92,14 +92,6 @@ class _Whole:
             "select count(*) > 0 from pg_replication_slots where active and pg_current_wal_lsn() - confirmed_flush_lsn < 65536",
             self._program.check,
         )
-
-    async def _active_walsender(self) -> int:
-        connection = await asyncpg.connect(self._servers.source_uri)
-        try:
-            query = "select active_pid from pg_replication_slots where slot_name = $1"
-            return int(await connection.fetchval(query, NAME))
-        finally:
-            await connection.close()
 
 
 class _ProducerAlone(_Whole):

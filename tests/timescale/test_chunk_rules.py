@@ -66,18 +66,10 @@ async def test_a_coordinator_that_dies_when_it_has_published_a_chunk_loses_nothi
             marked = (
                 "select unseen_lsn = '0/0'::pg_lsn + $1::numeric from _live_migration.tables where rebuild is not null"
             )
-            assert await _value(target, marked, NOT_KNOWN_YET)
+            assert await world.value(target, marked, NOT_KNOWN_YET)
             migration.start_coordinator()
             await migration.finish()
             assert await world.differences(source, target) == []
-
-
-async def _value(uri: str, query: str, *arguments: object) -> object:
-    connection = await asyncpg.connect(uri)
-    try:
-        return await connection.fetchval(query, *arguments)
-    finally:
-        await connection.close()
 
 
 _CHUNK_AT = """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import asyncpg
 import pytest
 
 from live_migration.common.local_postgres import LocalPostgres
@@ -65,7 +64,7 @@ async def test_chunks_copied_that_the_new_primary_never_had_are_copied_again(
                 consumer.start()
             await migration.until_phase("replay", timeout=240)
             lost = "select count(*) from {} where {} = 'lost'"
-            assert await _value(target, lost.format("metrics", "note")), "nothing was copied that is lost"
+            assert await world.value(target, lost.format("metrics", "note")), "nothing was copied that is lost"
             await source.promote()
             await execute(source.standby_uri, *_INSTEAD)
             migration.producer.start()
@@ -79,21 +78,5 @@ async def test_chunks_copied_that_the_new_primary_never_had_are_copied_again(
         if not flatten:
             assert await world.differences(source.standby_uri, target) == []
         for table in world.TABLES:
-            assert await _rows(source.standby_uri, table) == await _rows(target, table) != []
+            assert await world.all_rows(source.standby_uri, table) == await world.all_rows(target, table) != []
         assert any("failed over" in each and "_hyper_" in each for each in migration.observer.warnings)
-
-
-async def _value(uri: str, query: str) -> object:
-    connection = await asyncpg.connect(uri)
-    try:
-        return await connection.fetchval(query)
-    finally:
-        await connection.close()
-
-
-async def _rows(uri: str, table: str) -> list[str]:
-    connection = await asyncpg.connect(uri)
-    try:
-        return await world.rows_of(connection, table)
-    finally:
-        await connection.close()

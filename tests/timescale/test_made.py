@@ -53,7 +53,7 @@ async def test_a_quiet_database_comes_over(
         assert await world.differences(source, target) == []
         assert await world.jobs(target) == jobs
         assert await world.compression(source) == await world.compression(target)
-        assert await _rows(source, _MATERIALIZED) == await _rows(target, _MATERIALIZED) != []
+        assert await world.all_rows(source, _MATERIALIZED) == await world.all_rows(target, _MATERIALIZED) != []
         report = await verify(migration.settings)
         assert report.is_equal, report.results
         ours, theirs = await _state(source), await _state(target)
@@ -176,7 +176,7 @@ async def test_aggregates_are_refreshed_where_the_catalog_may_not_be_written(
         await migration.finish()
         assert await world.differences(source, target, aggregates=("daily",)) == []
         query = "(select hour, device, round(avg::numeric, 6), n from hourly)"
-        assert await _rows(source, query) == await _rows(target, query)
+        assert await world.all_rows(source, query) == await world.all_rows(target, query)
         ours, theirs = await _state(source), await _state(target)
         print("\n".join(migration.observer.notes + migration.observer.warnings))
         watermarks = "_timescaledb_catalog.continuous_aggs_watermark"
@@ -232,7 +232,7 @@ async def test_a_database_under_load_comes_over_exactly(
         print("\n".join(migration.observer.notes + migration.observer.warnings))
         assert await world.differences(source, target) == []
         for relation in ("late", "by_hour"):
-            assert await _rows(source, relation) == await _rows(target, relation) != []
+            assert await world.all_rows(source, relation) == await world.all_rows(target, relation) != []
         assert await world.jobs(target) == jobs
         ours, theirs = await world.compression(source), await world.compression(target)
         assert {c for c in ours if c[3]} <= set(theirs)
@@ -265,16 +265,8 @@ async def _check_refreshes(source: str, target: str) -> None:
         assert await _is_in(uri, "hourly", "2026-01-02 10:00")
     # A sum of floats depends on the order in which rows are read.
     for query in ("(select hour, device, round(avg::numeric, 6), n from hourly)", "daily"):
-        ours, theirs = [await _rows(uri, query) for uri in (source, target)]
+        ours, theirs = [await world.all_rows(uri, query) for uri in (source, target)]
         assert ours == theirs
-
-
-async def _rows(uri: str, relation: str) -> list[str]:
-    connection = await asyncpg.connect(uri)
-    try:
-        return await world.rows_of(connection, relation)
-    finally:
-        await connection.close()
 
 
 async def _is_in(uri: str, aggregate: str, hour: str) -> bool:
@@ -329,7 +321,7 @@ async def test_chunks_that_are_merged_meanwhile_are_neither_lost_nor_doubled(
             await merging.execute("insert into many values ('2026-01-06 12:00', 4), ('2026-01-02 12:00', 4)")
             assert len(await merging.fetch("select show_chunks('many')")) == 5
             await migration.finish()
-            assert await _rows(source, "many") == await _rows(target, "many")
+            assert await world.all_rows(source, "many") == await world.all_rows(target, "many")
     finally:
         await merging.close()
 
@@ -359,7 +351,7 @@ async def test_everything_can_be_copied_again(
             "delete from events where ts < '2026-01-02'",
             f"select pg_drop_replication_slot('{unique_name}')",
         )
-        topic = await _value(target, "select topic_id from _live_migration.migration")
+        topic = await world.value(target, "select topic_id from _live_migration.migration")
         migration.start_coordinator(recopy=True)
         await migration.until("tables voided", "select topic_id <> $1 from _live_migration.migration", topic)
         await migration.until("prepared again", "select phase <> 'prepare' from _live_migration.migration")
@@ -368,12 +360,4 @@ async def test_everything_can_be_copied_again(
         await migration.finish()
         print("\n".join(migration.observer.notes + migration.observer.warnings))
         assert await world.differences(source, target) == []
-        assert await _value(target, "select count(*) from pg_indexes where tablename = 'metrics'") == 3
-
-
-async def _value(uri: str, query: str) -> object:
-    connection = await asyncpg.connect(uri)
-    try:
-        return await connection.fetchval(query)
-    finally:
-        await connection.close()
+        assert await world.value(target, "select count(*) from pg_indexes where tablename = 'metrics'") == 3

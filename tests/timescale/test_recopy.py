@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import asyncpg
 import pytest
 
 from live_migration.common.errors import LiveMigrationError
@@ -27,22 +26,6 @@ _LOST = (
     "delete from events where ts < '2026-01-02'",
     "select drop_chunks('app.readings', older_than => '2026-01-02'::timestamptz)",
 )
-
-
-async def _value(uri: str, query: str) -> object:
-    connection = await asyncpg.connect(uri)
-    try:
-        return await connection.fetchval(query)
-    finally:
-        await connection.close()
-
-
-async def _rows(uri: str, table: str) -> list[str]:
-    connection = await asyncpg.connect(uri)
-    try:
-        return await world.rows_of(connection, table)
-    finally:
-        await connection.close()
 
 
 @asynccontextmanager
@@ -68,7 +51,7 @@ async def test_plain_tables_are_copied_again(
     options = {"pause_source_jobs": True, "flatten": True}
     migration = Migration(source, target, kafka_bootstrap, unique_name, tmp_path, **options)
     async with _lost(migration, source):
-        topic = await _value(target, "select topic_id from _live_migration.migration")
+        topic = await world.value(target, "select topic_id from _live_migration.migration")
         migration.start_coordinator(recopy=True)
         await migration.until("tables voided", "select topic_id <> $1 from _live_migration.migration", topic)
         await migration.until("prepared again", "select phase <> 'prepare' from _live_migration.migration")
@@ -76,8 +59,8 @@ async def test_plain_tables_are_copied_again(
         await migration.until_phase("replay", timeout=240)
         await migration.finish()
         for table in world.TABLES:
-            assert await _rows(source, table) == await _rows(target, table) != []
-        assert await _value(target, "select count(*) from pg_indexes where tablename = 'metrics'") == 3
+            assert await world.all_rows(source, table) == await world.all_rows(target, table) != []
+        assert await world.value(target, "select count(*) from pg_indexes where tablename = 'metrics'") == 3
 
 
 async def test_chunks_that_came_over_as_they_are_are_not_copied_again_once_rows_are_routed(
@@ -87,11 +70,11 @@ async def test_chunks_that_came_over_as_they_are_are_not_copied_again_once_rows_
     await world.make(source)
     migration = Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True)
     async with _lost(migration, source):
-        before = await _rows(target, "metrics")
+        before = await world.all_rows(target, "metrics")
         migration.start_coordinator(recopy=True)
         assert migration.coordinator is not None
         with pytest.raises(LiveMigrationError, match="cannot be copied again once replay has begun") as refused:
             await asyncio.wait_for(migration.coordinator, 60)
         migration.coordinator = None
         assert "live-migration clean" in refused.value.hint
-        assert await _rows(target, "metrics") == before
+        assert await world.all_rows(target, "metrics") == before

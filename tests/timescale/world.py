@@ -77,6 +77,24 @@ async def rows_of(connection: asyncpg.Connection, relation: str) -> list[str]:
     return sorted(row[0] for row in await connection.fetch(f"select x::text from {relation} x"))
 
 
+async def value(uri: str, query: str, *arguments: object) -> object:
+    """Give what a query gives, on a session of its own."""
+    connection = await asyncpg.connect(uri)
+    try:
+        return await connection.fetchval(query, *arguments)
+    finally:
+        await connection.close()
+
+
+async def all_rows(uri: str, relation: str) -> list[str]:
+    """Give `rows_of` on a session of its own."""
+    connection = await asyncpg.connect(uri)
+    try:
+        return await rows_of(connection, relation)
+    finally:
+        await connection.close()
+
+
 async def differences(
     source_uri: str, target_uri: str, *, tables: tuple[str, ...] = TABLES, aggregates: tuple[str, ...] = AGGREGATE_NAMES
 ) -> list[str]:
