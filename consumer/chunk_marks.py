@@ -14,22 +14,31 @@ NOT_KNOWN_YET = 2**63 - 1
 _MARK = """
     insert into _live_migration.tables
         (oid, schema_name, table_name, lane, publication, columns, binary_copy, state, kind, hypertable_oid, root_schema,
-         root_name, copies_to_root, snapshot, horizon, timeline, rebuild, rebuild_lsn, unseen_lsn)
+         root_name, copies_to_root, snapshot, horizon, timeline, rebuild, rebuild_lsn, unseen_lsn, range)
     select $1, $2, $3, h.lane, h.publication, h.columns, h.binary_copy, 'ready', 'chunk', h.oid, h.root_schema, h.root_name,
-           true, h.snapshot, h.horizon, h.timeline, $4, $5, $6
+           true, h.snapshot, h.horizon, h.timeline, $4, $5, $6, $9
     from _live_migration.tables h where h.kind = 'hypertable' and not h.is_left_out and h.schema_name = $7 and h.table_name = $8
     on conflict (schema_name, table_name) do update
     set rebuild = coalesce(tables.rebuild, excluded.rebuild), unseen_lsn = coalesce(excluded.unseen_lsn, tables.unseen_lsn),
-        rebuild_lsn = case when tables.rebuild is null then excluded.rebuild_lsn else tables.rebuild_lsn end
+        rebuild_lsn = case when tables.rebuild is null then excluded.rebuild_lsn else tables.rebuild_lsn end,
+        range = coalesce(tables.range, excluded.range)
 """
 
 
 async def mark_chunk(
-    target: asyncpg.Connection, oid: int, home: Home, *, reason: str, lsn: int | None = None, is_new: bool = False
+    target: asyncpg.Connection,
+    oid: int,
+    home: Home,
+    *,
+    reason: str,
+    lsn: int | None = None,
+    is_new: bool = False,
+    condition: str | None = None,
 ) -> None:
     """Say that a chunk is to be copied anew by its lane: what was missed of it was before `lsn`.
 
-    `is_new`: it was made after the plan, so all before `lsn` must have been applied first.
+    `is_new`: it was made after the plan, so all before `lsn` must have been applied first. `condition`: its range, as read before `lsn`:
+    should it have another when it is copied, it was merged or split since.
     """
     await target.execute(
         _MARK,
@@ -41,6 +50,7 @@ async def mark_chunk(
         lsn,
         home.hypertable.schema,
         home.hypertable.name,
+        condition if is_new else None,
     )
 
 
@@ -48,6 +58,17 @@ async def is_marking(target: asyncpg.Connection) -> bool:
     """Tell whether chunks are marked from a position on that is not known: whoever marked them did not get to the end."""
     return bool(
         await target.fetchval("select exists (select from _live_migration.tables where unseen_lsn = $1)", NOT_KNOWN_YET)
+    )
+
+
+async def is_waiting(target: asyncpg.Connection) -> bool:
+    """Tell whether a marked chunk's lane has not come to where it copies it."""
+    return bool(
+        await target.fetchval(
+            """select exists (select from _live_migration.tables t join _live_migration.checkpoints c using (lane)
+                              where t.rebuild is not null and t.rebuild_lsn > c.commit_lsn and t.rebuild_lsn < $1)""",
+            NOT_KNOWN_YET,
+        )
     )
 
 

@@ -11,6 +11,7 @@ import asyncpg
 from live_migration.common import kafka, state
 from live_migration.common.errors import ConnectionLost, SlotError, SourceError, TargetError
 from live_migration.common.postgres import asking, session
+from live_migration.common.progress import name_list
 from live_migration.common.settings import Settings
 from live_migration.common.state import Migration, Phase
 from live_migration.coordinator.cutover import is_coordinator_alive
@@ -18,6 +19,7 @@ from live_migration.coordinator.dead_letters import count_letters
 from live_migration.coordinator.giving_back import give_back
 from live_migration.coordinator.prepare import remove_from_source
 from live_migration.coordinator.run import APPLICATION
+from live_migration.coordinator.source_jobs import held_target_jobs
 from live_migration.producer.slot import identify_system, read_slot
 
 Note = Callable[[str], None]
@@ -29,7 +31,7 @@ async def clean(settings: Settings, *, prune: bool, note: Note) -> None:
     The state goes last, so that an attempt that failed half way can be repeated. `prune` removes `settings.dir`, too.
 
     Raises:
-        TargetError: a coordinator is alive, or the target holds another migration.
+        TargetError: a coordinator is alive, or the target holds another migration, or its jobs are held.
         SourceError: SOURCE is not the migration's source.
     """
     async with session(settings.target_uri(), "target", application=f"{APPLICATION} clean") as target:
@@ -55,6 +57,13 @@ async def _require_ours(settings: Settings, target: asyncpg.Connection, migratio
     if is_alive:
         raise TargetError(
             f"the migration is being run by {migration.owner}", hint="Stop that `live-migration migrate` first."
+        )
+    with asking("target", "looking for jobs that are held"):
+        jobs = await held_target_jobs(target) if migration.phase is Phase.DONE else []
+    if jobs:
+        raise TargetError(
+            f"the target is in charge, but what follows the hand-over is not finished: its jobs are still off: {name_list(jobs)}",
+            hint="Run `live-migration migrate` again, which finishes it without the source; then clean.",
         )
     identity = await identify_system(settings.source_uri())
     if (identity.system_identifier, identity.database) != (migration.source_system, migration.source_database):

@@ -10,7 +10,7 @@ from contextlib import suppress
 import asyncpg
 
 from live_migration.common import state
-from live_migration.common.errors import LaneStopped, Retry
+from live_migration.common.errors import LaneStopped, LiveMigrationError, Retry
 from live_migration.common.postgres import asking, connect, session
 from live_migration.common.settings import Settings
 from live_migration.common.state import Phase
@@ -42,6 +42,10 @@ _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 10.0
 _STEADY_SECONDS = 60.0
 _HEARTBEAT_SECONDS = 5.0
+_UNFINISHED = (
+    "the target is in charge, but what follows the hand-over is not finished (foreign keys, compression, jobs, statistics): run "
+    "`live-migration migrate` again, which needs the source no more"
+)
 
 
 async def conduct(
@@ -169,7 +173,16 @@ class _Conductor:
             watchers = [self._pool.watch(), watch_identities(run), watch_slot(run), watch_timeline(run)]
             await beside(self._lead_to_done(run), watchers)
         await self._pool.stop()
-        await finish_after_handover(run)
+        await self._finish(run)
+
+    async def _finish(self, run: Run) -> None:
+        """Do what follows the hand-over, and say how to go on with it should it not come to its end."""
+        try:
+            await finish_after_handover(run)
+        except BaseException as error:
+            if not (isinstance(error, LiveMigrationError) and error.retry is Retry.RECONNECT):
+                self._reporter.warning(_UNFINISHED)
+            raise
 
     async def _require_whole(self, run: Run) -> None:
         """Raise what is lost of slot or log, before anybody works with what is left; nothing is after the last barrier."""

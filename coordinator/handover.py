@@ -27,6 +27,7 @@ from live_migration.coordinator.timescale_handover import (
     bring_watermarks,
     compress_like_source,
     copy_unfollowed_chunks,
+    note_compression,
     release_jobs,
 )
 from live_migration.producer.publication import identity_without_full
@@ -50,12 +51,16 @@ async def hand_over(run: Run, source: asyncpg.Connection) -> None:
     await _once(run, "replica identities", lambda: take_identities_back(run))
     await _once(run, "materialized views", lambda: refresh_materialized_views(run, source))
     await _once(run, "watermarks", lambda: bring_watermarks(run, source))
+    await _once(run, "noted compression", lambda: note_compression(run, source))
     await make_jobs(run, source)
     await run_entries(run, "post-data last", post_data.last)  # event triggers: after all else that they would fire for
 
 
 async def finish_after_handover(run: Run) -> None:
-    """Validate the foreign keys and gather statistics, while the target is in use already."""
+    """Validate the foreign keys, compress, start the jobs and gather statistics, while the target is in use already.
+
+    The source is asked for nothing: it may be switched off by now.
+    """
     await _once(run, "validation of foreign keys", lambda: validate_foreign_keys(run))
     await _once(run, "refreshed aggregates", lambda: refresh_aggregates(run))
     await _once(run, "compression", lambda: compress_like_source(run))

@@ -56,7 +56,8 @@ async def open_migration(settings: Settings, reporter: Reporter, *, must_exist: 
                     "this migration is done already; nothing was changed. `live-migration clean` removes what it left"
                 )
                 return None
-        await _require_same_source(settings, migration)
+        if migration.phase is not Phase.DONE:  # what is left then is done on the target, and the source may be gone
+            await _require_same_source(settings, migration)
         return await _resume(settings, migration, target, reporter)
 
 

@@ -279,6 +279,15 @@ async def hold_target_jobs(target: asyncpg.Connection, flags: Mapping[int, bool]
     return jobs
 
 
+async def held_target_jobs(target: asyncpg.Connection) -> list[str]:
+    """Give the names of the target's jobs that are still off because we hold them."""
+    rows = await target.fetch(
+        "select id, name from _live_migration.target_jobs where is_scheduled and not is_released order by id"
+    )
+    off = {job.id for job in await read_jobs(target) if not job.is_scheduled} if rows else set()
+    return [row["name"] for row in rows if row["id"] in off]
+
+
 async def release_target_jobs(run: Run) -> list[str]:
     """Give each job of the target that was held the flag of the source; give the names of those that are scheduled now.
 

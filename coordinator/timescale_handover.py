@@ -3,7 +3,8 @@ compression as on the source, and at last the jobs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
 
 import asyncpg
 
@@ -13,9 +14,9 @@ from live_migration.common.home import Home
 from live_migration.common.postgres import asking, session
 from live_migration.common.progress import name_list
 from live_migration.common.relation import QualifiedName
-from live_migration.common.timescale import Chunk, Layout, read_layout, read_slices
+from live_migration.common.timescale import Chunk, Layout, chunk_range, read_layout, read_slices
 from live_migration.consumer.chunk_marks import mark_chunk
-from live_migration.consumer.chunk_rebuild import all_due_chunks, find_chunk, rebuild_chunk
+from live_migration.consumer.chunk_rebuild import ChunkToRebuild, all_due_chunks, find_chunk, rebuild_chunk
 from live_migration.consumer.hypertables import session_settings
 from live_migration.consumer.source_watch import write_flush_barrier
 from live_migration.coordinator.aggregate_refresh import keep_watermarks
@@ -26,6 +27,7 @@ from live_migration.coordinator.source_jobs import release_target_jobs
 _EVERYTHING = 2**63 - 1
 """An LSN: behind the last barrier all is applied."""
 _AGGREGATES = "aggregates before the barriers"
+_COMPRESSION = "compression at the cutover"
 _INSERT_ONLY = """
     select oid, schema_name, table_name from _live_migration.tables where kind = 'hypertable' and publication = 'insert'
 """
@@ -35,10 +37,17 @@ async def copy_unfollowed_chunks(run: Run, source: asyncpg.Connection, tables: I
     """Copy the chunks anew that wait for it, and those in which rows were changed that the stream does not tell of."""
     await _mark_new_unfollowed(run, tables)
     await _mark_suspects(run, source)
-    with asking("target", "looking for chunks to copy"):
-        chunks = await all_due_chunks(run.target)
-    if not chunks:
-        return
+    done: set[int] = set()
+    while True:  # a chunk that was split has its new neighbours copied, too
+        with asking("target", "looking for chunks to copy"):
+            chunks = [chunk for chunk in await all_due_chunks(run.target) if chunk.oid not in done]
+        if not chunks:
+            return
+        done.update(chunk.oid for chunk in chunks)
+        await _copy_chunks(run, source, chunks)
+
+
+async def _copy_chunks(run: Run, source: asyncpg.Connection, chunks: Sequence[ChunkToRebuild]) -> None:
     run.reporter.note(f"copying {len(chunks)} chunks that were changed unseen: {name_list(c.name for c in chunks)}")
     settings, migration_id = run.settings, run.migration.id
     whole: set[QualifiedName] = set()
@@ -70,9 +79,8 @@ async def _mark_new_unfollowed(run: Run, tables: Iterable[TableInfo]) -> None:
         for table in tables:
             root = roots.get(table.hypertable or 0)
             if table.part == "chunk" and root is not None and table.oid not in known and table.changed_row_count:
-                await mark_chunk(
-                    run.target, table.oid, Home(root, table.name), reason="rows changed, and it has no replica identity"
-                )
+                reason, home = "rows changed, and it has no replica identity", Home(root, table.name)
+                await mark_chunk(run.target, table.oid, home, reason=reason, is_new=True, condition=table.range)
 
 
 async def _mark_suspects(run: Run, source: asyncpg.Connection) -> None:
@@ -84,9 +92,11 @@ async def _mark_suspects(run: Run, source: asyncpg.Connection) -> None:
         chunk = QualifiedName(row["chunk_schema"], row["chunk_name"])
         with asking("source", f"looking for chunk {chunk}"):
             oid = await find_chunk(source, chunk)
+            condition = await chunk_range(source, oid) if oid is not None else None
         async with run.target_transaction("marking chunks") as target:
             if oid is not None:
-                await mark_chunk(target, oid, Home(root, chunk), reason="it was compressed just before the cutover")
+                reason, home = "it was compressed just before the cutover", Home(root, chunk)
+                await mark_chunk(target, oid, home, reason=reason, is_new=True, condition=condition)
             await target.execute(
                 "delete from _live_migration.suspects where compressed_oid = $1", row["compressed_oid"]
             )
@@ -133,43 +143,76 @@ async def bring_watermarks(run: Run, source: asyncpg.Connection) -> None:
         await keep_watermarks(run, wanted)
 
 
-async def compress_like_source(run: Run) -> None:
-    """Compress the target's chunks whose twins on the source are compressed, each in a transaction of its own."""
-    async with run.source_session("compression") as source:
-        theirs = await run.patiently("reading the hypertables", lambda: read_layout(source))
-        their_slices = (
-            await run.patiently("reading the hypertables", lambda: read_slices(source, theirs)) if theirs else {}
+async def note_compression(run: Run, source: asyncpg.Connection) -> None:
+    """Note which chunks are compressed on the source, which nobody may be able to ask after the hand-over."""
+    theirs = await run.patiently("reading the hypertables", lambda: read_layout(source))
+    slices = await run.patiently("reading the hypertables", lambda: read_slices(source, theirs)) if theirs else {}
+    found = _compression(theirs, slices) if theirs else {}
+    async with run.target_transaction("noting which chunks are compressed") as target:
+        await target.execute(
+            "insert into _live_migration.archives values ($1, $2) on conflict (name) do update set content = excluded.content",
+            _COMPRESSION,
+            json.dumps([[name.schema, name.name, bounds, flag] for (name, bounds), flag in found.items()]).encode(),
         )
+
+
+async def compress_like_source(run: Run) -> None:
+    """Compress and decompress the target's chunks as their twins on the source were at the cutover, each in a transaction of its own."""
     with asking("target", "reading the hypertables"):
+        content = await run.target.fetchval(
+            "select content from _live_migration.archives where name = $1", _COMPRESSION
+        )
         ours = await read_layout(run.target)
-    if theirs is None or ours is None:
+        slices = await read_slices(run.target, ours) if ours else {}
+    if ours is None:
         return
-    with asking("target", "reading the hypertables"):
-        our_slices = await read_slices(run.target, ours)
-    twins = _twins(theirs, their_slices, ours, our_slices)
-    if twins:
-        run.reporter.note(f"compressing {len(twins)} chunks as on the source")
+    if content is None:
+        run.reporter.warning("the hand-over was done by an earlier version: no chunk is compressed as on the source")
+        return
+    theirs = {(QualifiedName(schema, name), bounds): flag for schema, name, bounds, flag in json.loads(content)}
+    to_compress, to_decompress = _unlike(theirs, ours, slices)
     schema = await run.target.fetchval(
         "select extnamespace::regnamespace::text from pg_extension where extname = 'timescaledb'"
     )
-    for name in twins:
-        with asking("target", f"compressing {name}"):
-            await run.target.execute(
-                f"select {schema}.compress_chunk($1::text::regclass, if_not_compressed => true)", name.sql
-            )
+    for names, doing, call in (
+        (to_decompress, "decompressing", "decompress_chunk($1::text::regclass, if_compressed => true)"),
+        (to_compress, "compressing", "compress_chunk($1::text::regclass, if_not_compressed => true)"),
+    ):
+        if names:
+            run.reporter.note(f"{doing} {len(names)} chunks as on the source")
+        for name in names:
+            with asking("target", f"{doing} {name}"):
+                await run.target.execute(f"select {schema}.{call}", name.sql)
 
 
-def _twins(
-    theirs: Layout, their_slices: dict[int, str], ours: Layout, our_slices: dict[int, str]
-) -> list[QualifiedName]:
-    """Give our chunks that hold the same range of the same hypertable as a compressed one of theirs."""
+_Twins = dict[tuple[QualifiedName, str], bool]
+"""Whether a chunk is compressed, by what users call its hypertable and its bounds in that: these are equal on every server."""
 
-    def key(layout: Layout, chunk: Chunk, slices: dict[int, str]) -> tuple[QualifiedName, str | None]:
-        hypertable = layout.hypertables[chunk.hypertable]
-        return hypertable.view or hypertable.name, slices.get(chunk.oid)
 
-    wanted = {key(theirs, chunk, their_slices) for chunk in theirs.chunks.values() if chunk.compressed is not None}
-    return sorted(chunk.name for chunk in ours.chunks.values() if key(ours, chunk, our_slices) in wanted)
+def _compression(layout: Layout, slices: dict[int, str]) -> _Twins:
+    return {
+        (_called(layout, chunk), slices[chunk.oid]): chunk.compressed is not None
+        for chunk in layout.chunks.values()
+        if chunk.oid in slices
+    }
+
+
+def _called(layout: Layout, chunk: Chunk) -> QualifiedName:
+    hypertable = layout.hypertables[chunk.hypertable]
+    return hypertable.view or hypertable.name
+
+
+def _unlike(theirs: _Twins, ours: Layout, slices: dict[int, str]) -> tuple[list[QualifiedName], list[QualifiedName]]:
+    """Give our chunks to compress, one that is compressed in part included, and those to decompress; one without a twin is left."""
+    twins = {
+        chunk.name: (theirs[key], chunk.compressed is not None)
+        for chunk in ours.chunks.values()
+        if (key := (_called(ours, chunk), slices.get(chunk.oid, ""))) in theirs
+    }
+    return (
+        sorted(name for name, (wanted, _) in twins.items() if wanted),
+        sorted(name for name, (wanted, is_compressed) in twins.items() if is_compressed and not wanted),
+    )
 
 
 async def release_jobs(run: Run) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import asyncpg
 import psutil
 import pytest
+from pydantic import SecretStr
 
 from live_migration.common import state
 from live_migration.common.control import CONFIG, ProducerConfig
@@ -394,6 +395,17 @@ async def test_a_rich_schema_arrives_whole(
         assert await b.target("select last_value, is_called from app.seq") == [(5, True)]
     await clean(settings, prune=False, note=lambda _: None)
     assert schema_of(settings.target_uri()) == schema_of(settings.source_uri())
+
+
+async def test_what_follows_the_hand_over_needs_no_source(make_settings: MakeSettings) -> None:
+    """It may be switched off by then, and somebody must run `migrate` again to have the rest done."""
+    settings, observer = make_settings(), RecordingObserver()
+    async with bench(settings) as b:
+        await b.target("update _live_migration.migration set phase = 'done'")
+    off = settings.model_copy(update={"source": SecretStr("postgresql://nobody@127.0.0.1:1/none")})
+    await conduct(off, stop=asyncio.Event(), ask_cutover=asyncio.Event(), observer=observer)
+    async with session(settings.target_uri(), "target") as target:
+        assert await handover.is_finished(target)
 
 
 def schema_of(uri: str) -> list[str]:

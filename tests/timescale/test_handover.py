@@ -1,0 +1,69 @@
+"""What follows the hand-over on hypertables, against real servers: it asks the source for nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import asyncpg
+import pytest
+from pydantic import SecretStr
+
+from live_migration.common.errors import TargetError
+from live_migration.coordinator import handover
+from live_migration.coordinator.clean import clean
+from tests.e2e.migration import Migration
+from tests.fixtures.fix_postgres import execute
+from tests.timescale import world
+
+pytestmark = [pytest.mark.e2e, pytest.mark.integration]
+
+SWITCHED_OFF = "postgresql://nobody@127.0.0.1:1/none"
+_CHUNK = """
+    select format('%I.%I', chunk_schema, chunk_name) from timescaledb_information.chunks
+    where hypertable_name = 'metrics' and is_compressed = $1 order by range_start limit 1
+"""
+_SCHEDULED = "select bool_and(scheduled) from timescaledb_information.jobs where job_id >= 1000"
+
+
+class Died(Exception):
+    """The coordinator is gone at this point."""
+
+
+async def test_a_source_that_is_switched_off_after_the_hand_over_leaves_nothing_undone(
+    timescale_source_database: str,
+    target_of_timescale: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A chunk was decompressed and one compressed during replay; the coordinator dies before it has done so on the target."""
+    source, target = timescale_source_database, target_of_timescale
+    await world.make(source)
+
+    async def die(*_: object) -> None:
+        raise Died
+
+    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
+        await migration.until_phase("replay", timeout=240)
+        connection = await asyncpg.connect(source)
+        compressed, plain = [await connection.fetchval(_CHUNK, flag) for flag in (True, False)]
+        await connection.execute(f"select decompress_chunk('{compressed}')")
+        await connection.execute(f"select compress_chunk('{plain}')")
+        await connection.close()
+        await execute(source, "update metrics set temp = 9 where time < '2026-01-01 03:00'")
+        with monkeypatch.context() as death:
+            death.setattr(handover, "compress_like_source", die)
+            with pytest.raises(Died):
+                await migration.finish()
+        assert any("run `live-migration migrate` again" in each for each in migration.observer.warnings)
+        assert not await world.value(target, _SCHEDULED)
+        with pytest.raises(TargetError, match="its jobs are still off"):
+            await clean(migration.settings, prune=False, note=lambda _: None)
+
+        migration.settings = migration.settings.model_copy(update={"source": SecretStr(SWITCHED_OFF)})
+        migration.start_coordinator()
+        await migration.finish()
+        assert await world.value(target, _SCHEDULED)
+        assert await world.compression(target) == await world.compression(source)
+        assert await world.differences(source, target) == []
