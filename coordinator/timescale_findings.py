@@ -11,6 +11,8 @@ from live_migration.coordinator.timescale_facts import HypertableFacts, ServerFa
 
 _FIRST_WITH_MARKERS = (2, 16)
 _FIRST_WITHOUT_OLD_AGGREGATES = (2, 25)
+FIRST_WATCHED_BY_OWNERS = (2, 29)
+"""Before, TimescaleDB refuses a replica identity of a table of compressed rows to all but superusers, who get around it."""
 _FIRST_WITH_SCHEMA_PUBLICATIONS = 15
 _APACHE = "apache"
 
@@ -33,6 +35,11 @@ def can_publish_schema(source: SourceFacts) -> bool:
 def can_publish_new_chunks(source: SourceFacts) -> bool:
     """Tell whether a new chunk can join its hypertable's publications by itself."""
     return source.has_auto_publication and (source.owns_database or source.server.is_superuser)
+
+
+def can_watch_compressed(source: SourceFacts) -> bool:
+    """Tell whether what changes compressed rows alone can be noticed; `timescale_source` asks the server the same."""
+    return source.server.is_superuser or parse_version(source.version) >= FIRST_WATCHED_BY_OWNERS
 
 
 def assess_source(source: SourceFacts) -> list[Finding]:
@@ -154,7 +161,15 @@ def _assess_markers(source: SourceFacts) -> list[Finding]:
         hint = "`alter extension timescaledb update` on the source, to 2.16 or newer."
         if compressed:
             return [error(f"{what}; compressed chunks are in {name_list(compressed)}", hint)]
-        return [warning(f"{what}: compress nothing during the migration", hint)]
+        enabled = _compressing(source)
+        where = f", though compression is enabled for {name_list(enabled)}" if enabled else ""
+        return [
+            warning(
+                f"{what}: compress nothing during the migration{where}. Rows of a chunk that is compressed meanwhile may be lost or stand twice, "
+                "and only `verify` finds it",
+                f"{hint} Or see that nobody compresses: pause the policies (--pause-source-jobs).",
+            )
+        ]
     compressing = _compressing(source)
     if source.has_markers or not compressing:
         return []
@@ -171,6 +186,8 @@ def _assess_compressed(source: SourceFacts) -> list[Finding]:
     names = _compressing(source)
     if not names or parse_version(source.version) < _FIRST_WITH_MARKERS:
         return []
+    if not can_watch_compressed(source):
+        return _assess_unwatched(source, names)
     found = [
         warning(
             f"compression is enabled for {name_list(names)}: a DELETE that removes whole compressed batches (by a segmentby column) "
@@ -184,6 +201,28 @@ def _assess_compressed(source: SourceFacts) -> list[Finding]:
                 "timescaledb.enable_direct_compress_copy or _insert is on at the source: rows that are written compressed are not in the "
                 "stream; each chunk that they go to is copied again, as often as that happens",
                 "Turn it off on the source for the time of the migration.",
+            )
+        )
+    return found
+
+
+def _assess_unwatched(source: SourceFacts, names: list[str]) -> list[Finding]:
+    """Judge a source whose tables of compressed rows our role cannot watch: what changes these alone is neither in the stream nor noticed."""
+    why = f"role {source.server.role} is no superuser, who alone can watch compressed rows before TimescaleDB 2.29 (the source has {source.version})"
+    mend = "Use a superuser, or `alter extension timescaledb update` on the source, to 2.29 or newer."
+    found = [
+        warning(
+            f"compression is enabled for {name_list(names)}, and {why}: a DELETE that removes whole compressed batches (by a segmentby column) has no "
+            "rows in the stream and is not noticed; what it deletes stays on the target, and only `verify` finds it",
+            f"Leave such DELETEs for after the cutover. {mend}",
+        )
+    ]
+    if source.has_direct_compress:
+        found.append(
+            error(
+                f"timescaledb.enable_direct_compress_copy or _insert is on at the source, and {why}: rows that are written compressed are not in "
+                "the stream, and would be lacking on the target unnoticed",
+                f"Turn it off on the source for the time of the migration. {mend}",
             )
         )
     return found

@@ -18,7 +18,7 @@ from live_migration.common.postgres import asking
 from live_migration.common.relation import quote_identifier
 from live_migration.common.timescale import INTERNAL_SCHEMA, Layout, read_layout, read_version
 from live_migration.coordinator.run import Run
-from live_migration.coordinator.timescale_findings import parse_version
+from live_migration.coordinator.timescale_findings import FIRST_WATCHED_BY_OWNERS, parse_version
 from live_migration.producer.homes import CATALOG_SCHEMA, CATALOG_TABLES
 from live_migration.producer.publication import execute_politely
 
@@ -136,6 +136,6 @@ def compressed_tables(tables: Sequence[TableInfo]) -> list[TableInfo]:
 async def can_watch_compressed(source: asyncpg.Connection) -> bool:
     """Tell whether tables of compressed rows can be published: before 2.29 by superusers alone."""
     version = await read_version(source)
-    if version is None or parse_version(version) >= (2, 29):
+    if version is None or parse_version(version) >= FIRST_WATCHED_BY_OWNERS:
         return True
     return bool(await source.fetchval(_IS_SUPERUSER))

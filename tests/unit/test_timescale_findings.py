@@ -136,6 +136,28 @@ def test_a_source_from_before_the_markers_may_hold_nothing_compressed() -> None:
     assert "public.metrics" in only(found, "error")
 
 
+def test_a_source_from_before_the_markers_with_compression_on_is_told_what_holds() -> None:
+    enabled = replace(COMPRESSED, has_compressed=False)
+    found = only(of_source(version="2.15.3", has_markers=None, hypertables=(enabled, PLAIN)), "warning")
+    assert "compression is enabled for public.metrics" in found
+    assert "may be lost or stand twice" in found
+
+
+@pytest.mark.parametrize(
+    ("version", "is_superuser", "is_noticed"),
+    [("2.29.2", False, True), ("2.24.0", True, True), ("2.24.0", False, False), ("2.28.9", False, False)],
+)
+def test_changes_of_compressed_rows_are_noticed_only_where_these_can_be_watched(
+    version: str, is_superuser: bool, is_noticed: bool
+) -> None:
+    server = replace(SERVER, is_superuser=is_superuser)
+    found = of_source(version=version, server=server, hypertables=(COMPRESSED,), has_direct_compress=True)
+    deletes, direct = found[:2]
+    assert ("is not noticed" in deletes.what, "it is noticed" in deletes.what) == (not is_noticed, is_noticed)
+    assert (direct.level == "warning") is is_noticed
+    assert ("is copied again" in direct.what) is is_noticed
+
+
 def test_markers_that_are_off_are_an_error_where_something_is_compressed() -> None:
     assert of_source(has_markers=False) == []
     compressing = replace(COMPRESSED, has_compressed=False)
