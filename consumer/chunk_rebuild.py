@@ -24,7 +24,16 @@ from live_migration.consumer.claim_endings import CopyOrigin
 from live_migration.consumer.claims import TableClaim
 from live_migration.consumer.copy_errors import CopyDeferred, server_errors
 from live_migration.consumer.copy_stream import CopyCount, CopyPlan, stream_copy
-from live_migration.consumer.merged_chunks import Leftover, absorb, look_for_merged, mark_leftover, siblings
+from live_migration.consumer.merged_chunks import (
+    Leftover,
+    absorb,
+    find_newcomers,
+    look_for_merged,
+    mark_leftover,
+    mark_newcomers,
+    note_ranges,
+    siblings,
+)
 from live_migration.consumer.plain_chunks import hypertable_to_copy, is_plain
 from live_migration.consumer.source_watch import await_committing
 from live_migration.consumer.table_snapshot import (
@@ -39,12 +48,15 @@ log = get_logger(__name__)
 
 _REBUILD = """
     select oid, schema_name, table_name, coalesce(root_schema, schema_name) as root_schema,
-           coalesce(root_name, table_name) as root_name, range, coalesce(rebuild, 'rows changed unseen') as reason, kind
+           coalesce(root_name, table_name) as root_name, range, coalesce(rebuild, 'rows changed unseen') as reason, kind, {} as is_early
     from _live_migration.tables where (kind = 'chunk' or newcomer = 'followed' and rebuild is not null) and {}
     order by kind = 'chunk', oid
 """
-_DUE = _REBUILD.format("rebuild is not null and lane = $1 and ($3 or coalesce(rebuild_lsn <= $2, true))")
-_ALL = _REBUILD.format("(rebuild is not null or copy_again and kind = 'chunk')")
+_DUE = _REBUILD.format(
+    "coalesce(rebuild_lsn > $2, false)",
+    "rebuild is not null and lane = $1 and ($3 or coalesce(rebuild_lsn <= $2, true))",
+)
+_ALL = _REBUILD.format("false", "(rebuild is not null or copy_again and kind = 'chunk')")
 _DONE = """
     update _live_migration.tables
     set rebuild = case when coalesce(rebuild_lsn <= $9, true) and coalesce(unseen_lsn <= $3, true) then null else rebuild end,
@@ -65,7 +77,10 @@ _CHUNKS_DONE = """
 
 @dataclass(frozen=True, slots=True)
 class ChunkToRebuild:
-    """A chunk (by `kind`, else a newcomer) that its lane must copy anew, and the table on the target that it belongs to, or is."""
+    """A chunk (by `kind`, else a newcomer) that its lane must copy anew, and the table on the target that it belongs to, or is.
+
+    `is_early`: its lane has not come so far as it should; what is known of its range is from later then.
+    """
 
     oid: int
     name: QualifiedName
@@ -73,6 +88,7 @@ class ChunkToRebuild:
     range: str | None
     reason: str
     kind: Part = "chunk"
+    is_early: bool = False
 
 
 async def due_chunks(
@@ -99,6 +115,7 @@ def _chunk(row: asyncpg.Record) -> ChunkToRebuild:
         row["range"],
         row["reason"],
         row["kind"],
+        row["is_early"],
     )
 
 
@@ -142,13 +159,15 @@ async def rebuild_chunk(
     except ChunkGone:
         await source.execute("rollback")
         origin, plan, condition = await look_without(source, claim), None, chunk.range
-        leftover = await look_for_merged(source, target, chunk.oid, lock_timeout)
+        leftover = await look_for_merged(source, target, chunk.oid, lock_timeout, is_early=chunk.is_early)
     await flush()
     count = CopyCount(0, 0)
     await mark_leftover(target, leftover)
     if plan is not None:
-        if is_chunk and condition and condition != chunk.range:
-            await absorb(target, chunk.oid, condition, await siblings(source, chunk.oid), origin)
+        if is_chunk and condition and (chunk.is_early or condition != chunk.range):
+            await _note_neighbours(source, target, chunk, condition, origin)
+        if chunk.kind == "hypertable":
+            await note_ranges(source, target, chunk.oid)
         await _empty(target, chunk, condition)
         count = await stream_copy(source, target, plan, blocks=None, freeze=False, on_bytes=lambda _: None)
         with server_errors("source", f"ending the copy of {chunk.name}"):
@@ -156,6 +175,16 @@ async def rebuild_chunk(
     await _finish(target, chunk, origin, count, applied_lsn)
     log.info("chunk copied anew", chunk=str(chunk.name), reason=chunk.reason, rows=count.rows, bytes=count.bytes)
     return count
+
+
+async def _note_neighbours(
+    source: asyncpg.Connection, target: asyncpg.Connection, chunk: ChunkToRebuild, condition: str, origin: CopyOrigin
+) -> None:
+    """Record what a chunk has taken up, and have copied what may have been split off from it, as the copy's snapshot shows it."""
+    assert origin.horizon is not None
+    newcomers = await find_newcomers(source, target, chunk.oid, None if chunk.is_early else chunk.range)
+    await absorb(target, chunk.oid, condition, await siblings(source, chunk.oid), origin)
+    await mark_newcomers(target, newcomers, origin.horizon)
 
 
 async def _look(

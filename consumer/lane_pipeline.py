@@ -76,7 +76,7 @@ class LanePipeline:
         skips: LaneSkips,
         careful_until: Position = START,
         *,
-        has_marks: bool = False,
+        has_marks: Callable[[], bool] = lambda: False,
     ) -> None:
         self._settings = settings
         self._checkpoint = checkpoint
@@ -353,7 +353,7 @@ class LanePipeline:
             await self._connection.execute("commit")
         self._checkpoint = reached
         self._on_progress(reached)
-        if is_called or self._has_marks:
+        if is_called or self._has_marks():
             with asking("target", f"looking for chunks of lane {reached.lane}"):
                 if await due_chunks(self._connection, reached.lane, reached.position.commit_lsn):
                     raise ChunksDue(f"lane {reached.lane} has chunks to copy")

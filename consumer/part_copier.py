@@ -18,7 +18,15 @@ from live_migration.consumer.copy_context import CopyContext
 from live_migration.consumer.copy_errors import CopyDeferred, server_errors
 from live_migration.consumer.copy_stream import CopyCount, stream_copy
 from live_migration.consumer.lease_keeper import Lease
-from live_migration.consumer.merged_chunks import Leftover, absorb, look_for_merged, mark_leftover, siblings
+from live_migration.consumer.merged_chunks import (
+    Leftover,
+    absorb,
+    find_newcomers,
+    look_for_merged,
+    mark_leftover,
+    mark_newcomers,
+    siblings,
+)
 from live_migration.consumer.sessions import CopySession, SessionPair
 from live_migration.consumer.snapshot_holder import hold_snapshot
 from live_migration.consumer.table_snapshot import (
@@ -136,8 +144,15 @@ class CopyWorker:
         ranges = table.parts(settings.part_size)
         has_grown = lease.claim.range is not None and claim.range != lease.claim.range
         present = await siblings(source.connection, claim.oid) if has_grown else []
+        newcomers = (
+            await find_newcomers(source.connection, target.connection, claim.oid, lease.claim.range)
+            if has_grown
+            else {}
+        )
         await _begin_on_target(target, str(claim), *_empty(claim, has_grown=has_grown))
         if has_grown:
+            assert origin.horizon is not None
+            await mark_newcomers(target.connection, newcomers, origin.horizon)
             await absorb(target.connection, claim.oid, claim.range or "true", present, origin)
         if claim.compressed is not None and not decompresses:
             await copy_compressed(source.connection, target.connection, claim, lease.progress)

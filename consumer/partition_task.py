@@ -155,7 +155,8 @@ class PartitionTask:
             if not opened:
                 uri, application = self._settings.source_uri(), f"live-migration lane {self._lane}"
                 opened.append(await stack.enter_async_context(session(uri, "source", application=application)))
-            await meet_chunk(opened[0], target, oid, home, self._settings.lock_timeout)
+            if await meet_chunk(opened[0], target, oid, home, self._settings.lock_timeout):
+                self._has_marks = True
 
         return meet
 
@@ -286,7 +287,7 @@ class PartitionTask:
             self._advanced,
             self._skips,
             self._careful_until,
-            has_marks=self._has_marks,
+            has_marks=lambda: self._has_marks,
         )
         try:
             await pipeline.run()

@@ -11,11 +11,13 @@ import asyncpg
 from live_migration.common.errors import ConnectionLost
 from live_migration.common.home import Home
 from live_migration.common.postgres import asking
+from live_migration.common.relation import QualifiedName
 from live_migration.common.telemetry import get_logger
+from live_migration.common.timescale import read_version
 from live_migration.consumer.chunk_copy import look_without
 from live_migration.consumer.claims import TableClaim
 from live_migration.consumer.copy_errors import CopyDeferred
-from live_migration.consumer.merged_chunks import look_for_merged, mark_leftover
+from live_migration.consumer.merged_chunks import find_unknown, look_for_merged, mark_leftover, mark_newcomers
 from live_migration.consumer.target_tables import NotPlanned
 
 log = get_logger(__name__)
@@ -40,10 +42,19 @@ _MEET = """
 """
 
 
+# Hypertables that call their chunks so: of one that is gone from the catalog nothing else tells whose it was.
+_NAMESAKES = """
+    select schema_name::text, table_name::text from _timescaledb_catalog.hypertable
+    where associated_schema_name = $1 and starts_with($2, associated_table_prefix || '_')
+"""
+
+
 async def meet_chunk(
     source: asyncpg.Connection, target: asyncpg.Connection, oid: int, home: Home, lock_timeout: float
-) -> None:
+) -> bool:
     """Give a chunk that was made after the plan its row; does nothing where it has one, or its hypertable has none.
+
+    Tells whether chunks were marked to be copied anew: those that may have taken it up.
 
     Raises:
         CopyDeferred | ConnectionLost: the source cannot be asked just now.
@@ -56,12 +67,14 @@ async def meet_chunk(
         async with target.transaction():
             if origin is None:
                 await target.execute(_MEET, oid, *names, None, None, None)
-                return
+                return False
             if await target.fetchval("select source_timeline from _live_migration.migration") != origin.timeline:
                 raise ConnectionLost(f"source: it failed over while chunk {home.chunk} was looked for")
             await target.execute(_MEET, oid, *names, origin.snapshot, origin.horizon, origin.timeline)
-            await mark_leftover(target, await look_for_merged(source, target, oid, lock_timeout))
+            leftover = await look_for_merged(source, target, oid, lock_timeout)
+            await mark_leftover(target, leftover)
     log.info("a chunk that is gone from the source is passed over", chunk=str(home.chunk))
+    return bool(leftover.grown or leftover.newcomers)
 
 
 async def let_go_if_gone(
@@ -69,34 +82,54 @@ async def let_go_if_gone(
 ) -> bool:
     """Record a relation that is gone from the source with a snapshot that shows all of its changes, and so all are passed over.
 
-    False when it is there, or its hypertable is: then the coordinator brings it. A hypertable that is gone was never part of the plan.
+    False when it, or the chunk whose compressed rows it held, is there: then the coordinator brings the hypertable. One that is not part of the plan
+    yet will be copied whole, later than this.
     """
     relation, home = stranger.relation, stranger.home
     with asking("source", f"looking for {relation.name}"):
-        if home is not None and await source.fetchval("select to_regclass($1) is not null", home.hypertable.sql):
+        if home is not None and await source.fetchval("select to_regclass($1) is not null", home.chunk.sql):
             return False
     try:
         origin = await look_without(source, TableClaim(relation.oid, relation.name, 0, has_parts=False))
     except CopyDeferred:
         return False
     # Another table may bear the name by now; chunks' names, which their compressed rows are found by, do not come again.
-    name = home.chunk.name if home else f"{relation.name.name} (dropped, oid {relation.oid})"
+    suffix = f" (dropped, oid {relation.oid})"
+    names = (home.chunk.name, home.chunk.name + suffix) if home else (relation.name.name + suffix,)
     root = home.hypertable if home else relation.name
     with asking("target", f"letting go of {relation.name}"):
         if await target.fetchval("select source_timeline from _live_migration.migration") != origin.timeline:
             return False
-        status = await target.execute(
-            _LET_GO,
-            relation.oid,
-            home.chunk.schema if home else relation.name.schema,
-            name,
-            lane,
-            "chunk" if home else "table",
-            root.schema,
-            root.name,
-            origin.snapshot,
-            origin.horizon,
-            origin.timeline,
-        )
+        for (
+            name
+        ) in names:  # the chunk's own is taken where the table of its compressed rows was let go before it, or after it
+            status = await target.execute(
+                _LET_GO,
+                relation.oid,
+                home.chunk.schema if home else relation.name.schema,
+                name,
+                lane,
+                "chunk" if home else "table",
+                root.schema,
+                root.name,
+                origin.snapshot,
+                origin.horizon,
+                origin.timeline,
+            )
+            if status == "INSERT 0 1":
+                break
+        if home is None:
+            await _mark_namesakes(source, target, relation.name)
     log.info("a relation that is gone from the source is passed over", relation=str(relation.name))
     return bool(status == "INSERT 0 1")
+
+
+async def _mark_namesakes(source: asyncpg.Connection, target: asyncpg.Connection, name: QualifiedName) -> None:
+    """Have copied what may have taken up a chunk that was made and gone before anybody could ask whose it was."""
+    with asking("source", f"looking for {name}"):
+        if await read_version(source) is None:
+            return
+        roots = [QualifiedName(*row) for row in await source.fetch(_NAMESAKES, name.schema, name.name)]
+        lsn = int(await source.fetchval("select pg_current_wal_insert_lsn()"))
+    for root in roots:
+        await mark_newcomers(target, await find_unknown(source, target, root), lsn)

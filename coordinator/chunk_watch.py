@@ -21,7 +21,7 @@ from live_migration.common.progress import name_list
 from live_migration.common.relation import QualifiedName
 from live_migration.common.state import Phase
 from live_migration.common.timescale import read_version
-from live_migration.consumer.chunk_marks import NOT_KNOWN_YET, is_marking, mark_chunk, set_marks
+from live_migration.consumer.chunk_marks import NOT_KNOWN_YET, is_marking, is_waiting, mark_chunk, set_marks
 from live_migration.coordinator import planning
 from live_migration.coordinator.barrier import emit_call
 from live_migration.coordinator.prepare import publish_compressed
@@ -42,17 +42,24 @@ _UNWATCHED = "it was compressed, and what then changed was not told at first"
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """The hypertables and chunks of the plan. `roots`: by oid, whether they are published with all operations."""
+    """The hypertables and chunks of the plan. `roots`: by oid, whether they are published with all operations.
+
+    `ranges`: those of chunks that were planned, marked here or copied; one that came since and that its lane marked has none at first.
+    """
 
     roots: dict[int, tuple[QualifiedName, bool]] = field(default_factory=dict)
     chunks: frozenset[int] = frozenset()
     compressed: frozenset[int] = frozenset()
     ranges: Mapping[int, str] = field(default_factory=dict)
 
+    def is_new(self, chunk: TableInfo) -> bool:
+        """Tell whether a chunk came after the plan and is in no copy."""
+        return chunk.oid not in self.ranges
+
 
 @dataclass(frozen=True, slots=True)
 class Missed:
-    """A chunk that the stream does not tell all of, and why."""
+    """A chunk that the stream does not tell all of, and why. `is_new`: it came after the plan, and no copy has it yet."""
 
     chunk: TableInfo
     root: QualifiedName
@@ -73,9 +80,10 @@ def find_missed(
         if table.part != "chunk" or root is None:
             continue
         name, has_all = root
-        is_new = table.oid not in known.chunks
-        if table.oid not in (in_all if has_all and is_new else in_all | in_insert):
-            missed.append(Missed(table, name, "it was made by a session that publishes no new chunks", is_new=is_new))
+        is_strange = table.oid not in known.chunks
+        if table.oid not in (in_all if has_all and is_strange else in_all | in_insert):
+            reason = "it was made by a session that publishes no new chunks"
+            missed.append(Missed(table, name, reason, is_new=known.is_new(table)))
     return missed
 
 
@@ -85,7 +93,7 @@ def find_unwatched(
     """Give the chunks that were compressed into a table whose changes were not told yet: whether any came is unknown. Pure."""
     unwatched = {t.oid for t in tables if t.part == "compressed" and t.oid not in present | known.compressed}
     return [
-        Missed(table, known.roots[table.hypertable or 0][0], _UNWATCHED, is_new=table.oid not in known.chunks)
+        Missed(table, known.roots[table.hypertable or 0][0], _UNWATCHED, is_new=known.is_new(table))
         for table in tables
         if table.part == "chunk" and table.hypertable in known.roots
         if table.compressed in unwatched or table.name in suspects
@@ -93,9 +101,9 @@ def find_unwatched(
 
 
 def find_grown(known: Known, tables: Sequence[TableInfo]) -> list[Missed]:
-    """Give the chunks of the plan that hold another range than then: others were merged into them, which is in no stream. Pure."""
+    """Give the chunks of the plan that hold another range than then: others were merged into them or split off, which is in no stream. Pure."""
     return [
-        Missed(table, known.roots[table.hypertable or 0][0], "others were merged into it", is_new=False)
+        Missed(table, known.roots[table.hypertable or 0][0], "others were merged into it, or split off", is_new=False)
         for table in tables
         if table.part == "chunk" and table.hypertable in known.roots
         if known.ranges.get(table.oid, table.range) != table.range
@@ -148,6 +156,10 @@ async def _follow_chunks(run: Run, source: asyncpg.Connection, target: asyncpg.C
     is_under_way = await is_marking(target)
     has_new = watches and any(table.part == "compressed" and table.oid not in in_all for table in tables)
     if not (missed or has_new or suspects or is_under_way):
+        if run.phase is Phase.REPLAY and await is_waiting(
+            target
+        ):  # for its lane to come so far, which a lane without changes does not
+            await emit_call(source, str(run.migration.id))
         return 0
     # First the marks, for what is published looks afterwards as if nothing had been missed.
     await _mark(target, missed)
@@ -181,7 +193,15 @@ async def _mark(target: asyncpg.Connection, missed: Sequence[Missed]) -> None:
     with asking("target", "marking chunks"):
         for each in missed:
             home = Home(each.root, each.chunk.name)
-            await mark_chunk(target, each.chunk.oid, home, reason=each.reason, lsn=NOT_KNOWN_YET, is_new=each.is_new)
+            await mark_chunk(
+                target,
+                each.chunk.oid,
+                home,
+                reason=each.reason,
+                lsn=NOT_KNOWN_YET,
+                is_new=each.is_new,
+                condition=each.chunk.range,
+            )
 
 
 async def _set_marks(run: Run, source: asyncpg.Connection, target: asyncpg.Connection, suspects: Sequence[int]) -> None:

@@ -55,6 +55,13 @@ _LET_GO = """
     where oid = $1
 """
 
+# Another hypertable may bear the name by now: rows of these would go to it.
+_LET_CHUNKS_GO = """
+    update _live_migration.tables
+    set newcomer = 'gone', rebuild = null, rebuild_lsn = null, unseen_lsn = null, copy_again = false, snapshot = $2, horizon = $3, timeline = $4
+    where hypertable_oid = $1 and kind = 'chunk'
+"""
+
 
 async def watch_newcomers(run: Run) -> None:
     """Bring newcomers now and then while lanes apply; never returns."""
@@ -266,7 +273,8 @@ async def _drop(target: asyncpg.Connection, oid: int, moment: Moment) -> None:
         view = next((each.view for each in layout.hypertables.values() if each.name == name), None)
     what = f"materialized view if exists {view.sql}" if view else f"table if exists {name.sql}"
     await target.execute(f"drop {what}")
-    await target.execute(_LET_GO, oid, moment.snapshot, moment.horizon, moment.timeline)
+    for statement in (_LET_GO, _LET_CHUNKS_GO):
+        await target.execute(statement, oid, moment.snapshot, moment.horizon, moment.timeline)
     await target.execute("delete from _live_migration.late_statements where table_oid = $1", oid)
     await target.execute(
         "delete from _live_migration.foreign_keys where (schema_name, table_name) = ($1, $2)", name.schema, name.name

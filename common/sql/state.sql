@@ -41,7 +41,8 @@ create table _live_migration.tables (
     hypertable_oid oid,                     -- of a chunk, on the source
     compressed_oid oid,                     -- table of the chunk's compressed rows, copied together with it
     compressed_name text,                   -- its quoted, qualified name
-    range text,                             -- condition that holds for the rows of a chunk alone
+    range text,                             -- condition that holds for the rows of a chunk alone; of one that came after the plan: from when
+                                            -- it is marked on, or copied
     root_schema text,                       -- hypertable on the target that changes of the chunk (or hypertable) go to
     root_name text,
     is_left_out boolean not null default false,     -- holds a continuous aggregate's rows, which a target of plain tables does not get

@@ -20,7 +20,7 @@ from live_migration.common.postgres import session
 from live_migration.common.relation import QualifiedName
 from live_migration.consumer.chunk_marks import NOT_KNOWN_YET
 from live_migration.consumer.chunk_rebuild import due_chunks
-from live_migration.coordinator import chunk_watch
+from live_migration.coordinator import chunk_watch, newcomers
 from live_migration.coordinator.chunk_watch import follow_chunks
 from live_migration.coordinator.run import Run
 from live_migration.producer.publication import (
@@ -31,13 +31,24 @@ from live_migration.producer.publication import (
 )
 from tests.support.begun import begun
 from tests.support.lanes import COLUMNS, Replay, replay
-from tests.support.segments import INT4, REAL_OIDS, TEXT, insert, logical_message, oid_of, relation, truncate
+from tests.support.segments import (
+    INT4,
+    REAL_OIDS,
+    TEXT,
+    LaneWriter,
+    insert,
+    logical_message,
+    oid_of,
+    relation,
+    truncate,
+    update,
+)
 
 pytestmark = pytest.mark.integration
 
 ROOT, CHUNK = QualifiedName("public", "t0"), QualifiedName("store", "chunk_1")
 SOURCE = """
-    create schema store;
+    create schema if not exists store;
     create table store.chunk_1 (id integer primary key check (id < 100), v text);
     insert into store.chunk_1 values (7, 'unseen');
     create schema _timescaledb_catalog;
@@ -164,6 +175,212 @@ async def test_changes_of_what_is_left_out_are_passed_over(
             await it.until_applied()
         assert await it.rows(0) == {1: "seen"}
         assert await _marks(it.target) == []
+
+
+NEWCOMERS = """
+    create table public.t0 (id integer primary key, v text);
+    create table store.made_1 (like public.t0 including all, constraint range check (id >= 100 and id < 200));
+    create table store.made_2 (like public.t0 including all, constraint range check (id >= 200 and id < 300));
+    create table store.made_3 (like public.t0 including all, constraint range check (id >= 300 and id < 400));
+    alter table store.made_1 inherit public.t0;
+    alter table store.made_2 inherit public.t0;
+    alter table store.made_3 inherit public.t0;
+    insert into store.made_3 values (300, 'of nobody else');
+"""
+MERGE = """
+    alter table store.made_1 drop constraint range, add constraint range check (id >= 100 and id < 300);
+    insert into store.made_1 values (100, 'own'), (200, 'changed'), (201, 'untouched');
+    drop table store.made_2;
+"""
+SPLIT = """
+    alter table store.chunk_1 inherit public.t0, drop constraint chunk_1_id_check, add constraint range check (id < 50);
+    create table store.half (like public.t0 including all, constraint range check (id >= 50 and id < 100));
+    alter table store.half inherit public.t0;
+    insert into store.half values (60, 'changed'), (61, 'untouched');
+"""
+
+
+@asynccontextmanager
+async def newcomers_in_lane(source: str, target: str, kafka: str, name: str) -> AsyncIterator[Replay]:
+    """As `chunk_in_lane`; the source has three chunks made after the plan, which its lane has not met."""
+    async with session(source, "source") as connection:
+        await connection.execute("create schema if not exists store;" + NEWCOMERS)
+        made = ("t0", "made_1", "made_2", "made_3")
+        for table in made:
+            schema = "public" if table == "t0" else "store"
+            REAL_OIDS[table] = await connection.fetchval(f"select '{schema}.{table}'::regclass::oid")
+    async with chunk_in_lane(source, target, kafka, name) as it:
+        await it.target.execute(
+            "update _live_migration.tables set root_schema = 'public', root_name = 't0' where kind = 'hypertable'"
+        )
+        lane = it.lanes[0]
+        for table in made[1:]:
+            home = Home(ROOT, QualifiedName("store", table))
+            lane.describe(table, relation(table, [("id", INT4, True), ("v", TEXT, False)]), home=home)
+        yield it
+    for table in made:
+        del REAL_OIDS[table]
+
+
+async def test_a_chunk_that_nobody_knew_and_that_is_gone_has_its_rows_in_another_that_nobody_knew(
+    source_database: str, target_database: str, kafka_bootstrap: str, unique_name: str
+) -> None:
+    """Its range is told by nobody: all that came since are copied, once, when all before is applied; one whose range is known is not."""
+    async with newcomers_in_lane(source_database, target_database, kafka_bootstrap, unique_name) as it:
+        lane = it.lanes[0]
+        async with session(source_database, "source") as source:
+            await source.execute(MERGE)
+        await it.target.execute(
+            """insert into _live_migration.tables (oid, schema_name, table_name, lane, publication, columns, binary_copy, state, kind,
+                   hypertable_oid, root_schema, root_name, copies_to_root, range)
+               values ($1, 'store', 'made_3', 0, 'all', $2, true, 'ready', 'chunk', $3, 'public', 't0', true, '((id >= 300) AND (id < 400))')""",
+            oid_of("made_3"), COLUMNS, oid_of("t0"),
+        )  # fmt: skip
+        lane.transaction([insert("made_1", "100", "own")])
+        lane.transaction([insert("made_2", "200", "before"), insert("made_2", "201", "untouched")])
+        lane.cut()
+        await it.send()
+        async with it.consumer():
+            await it.until_applied()
+            assert await _marks(it.target) == ["it may hold rows of another that was merged or split"]
+            lane.transaction([update("made_1", "200", "changed")])  # no row is there yet: it is copied early
+            lane.cut()
+            await it.send()
+            await it.until_applied()
+            assert await _marks(it.target), "what is before the mark's position may undo it"
+            await _pass_marks(it, lane)
+        assert await it.rows(0) == {100: "own", 200: "changed", 201: "untouched"}
+
+
+async def test_a_planned_chunk_that_was_split_before_its_copy_has_its_other_half_copied_too(
+    source_database: str, target_database: str, kafka_bootstrap: str, unique_name: str
+) -> None:
+    """And no chunk that came since and lies elsewhere."""
+    async with newcomers_in_lane(source_database, target_database, kafka_bootstrap, unique_name) as it:
+        lane = it.lanes[0]
+        async with session(source_database, "source") as source:
+            await source.execute(SPLIT)
+        await it.target.execute(
+            "update _live_migration.tables set rebuild = 'it was compressed or decompressed' where kind = 'chunk'"
+        )
+        async with it.consumer():
+            await it.until(lambda: _has_row(it, 7))
+            await _pass_marks(it, lane)
+        assert await it.rows(0) == {7: "unseen", 60: "changed", 61: "untouched"}
+
+
+async def test_a_chunk_that_was_gone_before_anybody_could_ask_whose_it_was(
+    source_database: str, target_database: str, kafka_bootstrap: str, unique_name: str
+) -> None:
+    """A source role that publishes no catalog: its name alone tells what hypertable may hold its rows in another chunk."""
+    async with newcomers_in_lane(source_database, target_database, kafka_bootstrap, unique_name) as it:
+        lane = it.lanes[0]
+        async with session(source_database, "source") as source:
+            await source.execute(MERGE)
+            await source.execute(
+                """insert into pg_extension (oid, extname, extowner, extnamespace, extrelocatable, extversion)
+                   values (1, 'timescaledb', 10, 2200, false, '2.29.2');
+                   create table _timescaledb_catalog.hypertable
+                       (schema_name name, table_name name, associated_schema_name name, associated_table_prefix name);
+                   insert into _timescaledb_catalog.hypertable values ('public', 't0', 'store', 'made'), ('public', 't1', 'store', 'other')"""
+            )
+        await it.target.execute("delete from _live_migration.tables where kind = 'chunk'")
+        lane.describe("made_2", relation("made_2", [("id", INT4, True), ("v", TEXT, False)], schema="store"))
+        lane.transaction([insert("made_2", "200", "before"), insert("made_2", "201", "untouched")])
+        lane.transaction([insert("made_1", "100", "own")])
+        lane.cut()
+        await it.send()
+        async with it.consumer():
+            await it.until_applied()
+            await _pass_marks(it, lane)
+        assert await it.rows(0) == {100: "own", 200: "changed", 201: "untouched", 300: "of nobody else"}
+
+
+async def test_a_chunk_that_is_gone_is_passed_over_though_something_bears_its_hypertables_name(
+    source_database: str, target_database: str, kafka_bootstrap: str, unique_name: str
+) -> None:
+    """That is in no plan yet, and may never be a hypertable's: its copy, if there will be one, is later. Compressed rows may come by first."""
+    async with chunk_in_lane(source_database, target_database, kafka_bootstrap, unique_name) as it:
+        lane, home = it.lanes[0], Home(QualifiedName("public", "later"), QualifiedName("store", "was_1"))
+        async with session(source_database, "source") as source:
+            await source.execute("create table public.later (v text)")
+        lane.describe("was_packed", relation("was_packed", [("id", INT4, False)], identity="f"),
+                      home=replace(home, is_compressed=True))  # fmt: skip
+        lane.describe("was_1", relation("was_1", [("id", INT4, True), ("v", TEXT, False)]), home=home)
+        lane.transaction([insert("was_packed", "1")])
+        lane.transaction([insert("was_1", "2", "gone"), insert("chunk_1", "3", "seen")])
+        lane.cut()
+        await it.send()
+        async with it.consumer():
+            await it.until_applied()
+        assert await it.rows(0) == {3: "seen"}
+
+
+async def test_chunks_of_a_newcomer_that_was_dropped_are_let_go_with_it(
+    source_database: str, target_database: str
+) -> None:
+    """Another may bear its name by now, and rows that the stream still has of the first must not go to it."""
+    async with session(source_database, "source") as source, begun(source_database, target_database) as (run, _):
+        await run.target.execute(
+            """create table public.t0 (id integer primary key, v text);
+               insert into _live_migration.tables (oid, schema_name, table_name, lane, publication, columns, binary_copy, state, kind,
+                   hypertable_oid, root_schema, root_name, newcomer, rebuild)
+               values (5, 'public', 't0', 3, 'all', '[]', true, 'ready', 'hypertable', null, 'public', 't0', 'followed', null),
+                      (6, 'store', 'made_1', 3, 'all', '[]', true, 'ready', 'chunk', 5, 'public', 't0', 'met', 'unseen'),
+                      (7, 'store', 'other_1', 3, 'all', '[]', true, 'ready', 'chunk', 8, 'public', 't1', 'met', null)"""
+        )
+        async with run.target_session("newcomers") as target:
+            await newcomers._let_go(run, source, target, [])
+        rows = await run.target.fetch(
+            """select oid, newcomer, rebuild, snapshot is not null as is_passed_over from _live_migration.tables order by oid"""
+        )
+        assert [tuple(row) for row in rows] == [
+            (5, "gone", None, True),
+            (6, "gone", None, True),
+            (7, "met", None, False),
+        ]
+
+
+HASHED = """
+    create schema _timescaledb_functions;
+    create function _timescaledb_functions.get_partition_hash(integer) returns integer language sql immutable as 'select $1';
+    alter table store.chunk_1 inherit public.t0, drop constraint chunk_1_id_check,
+        add constraint range check (_timescaledb_functions.get_partition_hash(id) < 100);
+"""
+
+
+async def test_chunks_of_a_hash_that_were_merged_cost_one_copy_of_their_plain_table(
+    source_database: str, target_database: str, kafka_bootstrap: str, unique_name: str
+) -> None:
+    """The target cannot tell them apart, so all is copied; the ranges are known then, and the next look finds none of them changed."""
+    async with newcomers_in_lane(source_database, target_database, kafka_bootstrap, unique_name) as it:
+        await it.target.execute(
+            "update _live_migration.tables set rebuild = 'others were merged into it' where kind = 'chunk'"
+        )
+        async with session(source_database, "source") as source:
+            await source.execute(HASHED)
+            async with it.consumer():
+                await it.until(lambda: _is_unmarked(it))
+            assert await it.rows(0) == {7: "unseen", 300: "of nobody else"}
+            now = await source.fetchval(
+                "select pg_get_expr(conbin, conrelid) from pg_constraint where conrelid = 'store.chunk_1'::regclass and contype = 'c'"
+            )
+            assert await it.target.fetchval("select range from _live_migration.tables where kind = 'chunk'") == now
+
+
+async def _has_row(it: Replay, row: int) -> bool:
+    return row in await it.rows(0)
+
+
+async def _pass_marks(it: Replay, lane: LaneWriter) -> None:
+    """Bring the lane past the positions of all marks, and wait until none is left."""
+    async with session(it.settings.source_uri(), "source") as source:
+        lane.next_lsn = int(await source.fetchval("select pg_current_wal_insert_lsn() - '0/0'")) + 0x100
+    content = orjson.dumps({"kind": "call", "migration_id": it.migration_id})
+    lane.transaction([logical_message("live_migration", content)])
+    lane.cut()
+    await it.send()
+    await it.until(lambda: _is_unmarked(it))
 
 
 async def _marks(target: asyncpg.Connection) -> list[str]:

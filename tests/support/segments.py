@@ -31,12 +31,14 @@ def oid_of(table: str) -> int:
     return REAL_OIDS.get(table) or zlib.crc32(table.encode()) % 1_000_000 + 20_000
 
 
-def relation(table: str, columns: Sequence[tuple[str, int, bool]], *, identity: str = "d") -> bytes:
+def relation(
+    table: str, columns: Sequence[tuple[str, int, bool]], *, identity: str = "d", schema: str = "public"
+) -> bytes:
     """A Relation message; columns are name, type oid, whether of the key."""
     described = b"".join(
         bytes([is_key]) + text(name) + struct.pack(">Ii", type_oid, -1) for name, type_oid, is_key in columns
     )
-    head = b"R" + struct.pack(">I", oid_of(table)) + text("public") + text(table) + identity.encode()
+    head = b"R" + struct.pack(">I", oid_of(table)) + text(schema) + text(table) + identity.encode()
     return head + struct.pack(">H", len(columns)) + described
 
 

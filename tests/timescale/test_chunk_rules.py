@@ -147,3 +147,92 @@ async def test_rows_that_come_to_a_compressed_chunk_between_plan_and_copy(
         await migration.until_phase("replay", timeout=240)
         await migration.finish()
         assert await world.differences(source, target) == []
+
+
+_NEW_ROWS = (
+    """insert into metrics select t, d, 7, 'm' from generate_series('2026-02-01'::timestamptz, '2026-02-02 20:00', '1 hour') t,
+       generate_series(1, 3) d""",
+    "insert into events select t, 'm', '{}' from generate_series('2026-02-01'::timestamptz, '2026-02-02 20:00', '1 hour') t",
+)
+_NEW_ROWS_AFTER = (
+    "update metrics set temp = 8 where time between '2026-02-01 20:00' and '2026-02-02 03:00' and device = 1",
+    "delete from metrics where time between '2026-02-01 23:00' and '2026-02-02 05:00' and device = 2",
+    "insert into metrics values ('2026-02-01 12:30', 3, 9, 'after'), ('2026-02-02 22:00', 3, 9, 'after')",
+    "insert into events values ('2026-02-01 12:00', 'after'), ('2026-02-02 22:00', 'after')",
+)
+
+
+@pytest.mark.parametrize("is_turned", [False, True], ids=["into the first", "into the second"])
+async def test_two_chunks_made_after_the_plan_and_merged_before_their_lane_met_them(
+    is_turned: bool,
+    timescale_source_database: str,
+    target_of_timescale: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+) -> None:
+    """One is gone when its rows come by in the stream, and nothing tells what range it had; its rows are in the other."""
+    source, target = timescale_source_database, target_of_timescale
+    await world.make(source)
+    async with Migration(
+        source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True, consumers=0
+    ) as migration:
+        await migration.until_phase("copy", timeout=240)
+        await execute(source, *_NEW_ROWS)
+        await _merge_at(source, "2026-02-01 12:00", "2026-02-02 12:00", is_turned=is_turned)
+        await execute(source, *_NEW_ROWS_AFTER)
+        await _consume(migration)
+        await migration.finish()
+        assert await world.differences(source, target) == []
+
+
+@pytest.mark.parametrize("then", ["nothing", "one half emptied", "merged the other way round"])
+async def test_a_chunk_that_is_split_before_it_is_copied(
+    then: str,
+    timescale_source_database: str,
+    target_of_timescale: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+) -> None:
+    """The new half is in no plan, and the stream has nothing of how its rows came into it."""
+    source, target = timescale_source_database, target_of_timescale
+    await world.make(source)
+    async with Migration(
+        source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True, consumers=0
+    ) as migration:
+        await migration.until_phase("copy", timeout=240)
+        connection = await asyncpg.connect(source)
+        for table in _DAYS:
+            planned = await connection.fetchval(_CHUNK_AT, table, "2026-01-03 12:00")
+            await connection.execute(f"call split_chunk('{planned}', '2026-01-03 12:00'::timestamptz)")
+        await connection.close()
+        if then == "one half emptied":
+            await execute(source, "delete from metrics where time between '2026-01-03 12:00' and '2026-01-03 23:59:59'")
+        if then == "merged the other way round":
+            await _merge_at(source, "2026-01-03 06:00", "2026-01-03 18:00", is_turned=True)
+        await execute(
+            source,
+            "update metrics set temp = 8 where time between '2026-01-03 06:00' and '2026-01-03 18:00' and device = 1",
+            "insert into events values ('2026-01-03 06:00', 'after'), ('2026-01-03 18:00', 'after')",
+        )
+        await _consume(migration)
+        await migration.finish()
+        assert await world.differences(source, target) == []
+
+
+async def _merge_at(source: str, first: str, second: str, *, is_turned: bool) -> None:
+    """Merge two chunks of either hypertable, which hold these moments, into the first, or else into the second."""
+    connection = await asyncpg.connect(source)
+    for table in _DAYS:
+        chunks = [await connection.fetchval(_CHUNK_AT, table, at) for at in (first, second)]
+        kept, gone = reversed(chunks) if is_turned else chunks
+        await connection.execute(f"call merge_chunks('{kept}', '{gone}')")
+    await connection.close()
+
+
+async def _consume(migration: Migration) -> None:
+    """Let a consumer begin, and have it copy everything."""
+    migration.consumers.append(Service(run_consumer, migration.settings))
+    migration.consumers[0].start()
+    await migration.until_phase("replay", timeout=240)

@@ -232,3 +232,49 @@ async def test_hypertables_and_aggregates_that_are_dropped_again_are_let_go(
         tables, aggregates = (*world.TABLES, "app.brief"), world.AGGREGATE_NAMES
         assert await world.differences(source, target, tables=tables, aggregates=aggregates) == []
         assert await _fetch(target, "select to_regclass('app.brief_daily') is null") == [(True,)]
+
+
+@pytest.mark.parametrize("kind", ["hypertable", "table"])
+async def test_a_hypertable_that_is_made_again_under_its_name_while_its_lane_lags(
+    kind: str,
+    timescale_source_database: str,
+    target_of_timescale: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+) -> None:
+    """Rows of the first, whose chunks the lane has met and has not, are in the stream when the second, or a plain table, has its name."""
+    source, target = timescale_source_database, target_of_timescale
+    await world.make(source)
+    create = (
+        "create table app.brief (time timestamptz not null, v int)",
+        "select create_hypertable('app.brief', 'time', chunk_time_interval => interval '1 day')",
+        "insert into app.brief select t, 1 from generate_series('2026-02-01'::timestamptz, '2026-02-04', '6 hours') t",
+    )
+    again = ("create table app.brief (time timestamptz not null, v int, another text not null)", create[1])
+    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
+        await migration.until_phase("replay", timeout=300)
+        await _run(source, create)
+        followed = """select count(*) = 1 from _live_migration.tables
+                      where table_name = 'brief' and newcomer = 'followed' and {} (select count(*) = 0 from _live_migration.tables where newcomer = 'gone')"""
+        await migration.until("followed", followed.format("rebuild is null and"))
+        await _run(source, ("insert into app.brief select time, 2 from app.brief",))
+        await migration.until("rows applied", "select count(*) = 26 from app.brief")
+        for consumer in migration.consumers:
+            await consumer.crash()
+        await _run(
+            source,
+            (
+                "insert into app.brief values ('2026-02-02 12:00', 3), ('2026-02-22 12:00', 3)",
+                "update app.brief set v = 4 where time > '2026-02-03'",
+                "drop table app.brief",
+                *(again if kind == "hypertable" else again[:1]),
+                "insert into app.brief select t, 5, 'new' from generate_series('2026-02-01'::timestamptz, '2026-02-04', '6 hours') t",
+            ),
+        )
+        await migration.until("followed again", followed.format("not"))
+        for consumer in migration.consumers:
+            consumer.start()
+        await _run(source, ("insert into app.brief values ('2026-02-25', 6, 'last')",))
+        await migration.finish(timeout=150)
+        assert await world.differences(source, target, tables=(*world.TABLES, "app.brief")) == []
