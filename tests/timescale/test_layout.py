@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncpg
+import pytest
 
 from live_migration.common.local_postgres import LocalPostgres
 from live_migration.common.relation import QualifiedName
-from live_migration.common.timescale import Layout, read_layout
+from live_migration.common.timescale import Layout, read_layout, read_version
 from tests.fixtures.fix_timescale import timescale_database
+from tests.support.recorded_catalog import COLUMNS, record
 
 SCHEMA = """
     create schema store;
@@ -82,6 +84,27 @@ async def test_parts_of_hypertables(timescale_source_database: str) -> None:
 async def test_parts_of_hypertables_of_another_version(other_timescale: LocalPostgres) -> None:
     async with timescale_database(other_timescale) as uri:
         await _check(uri)
+
+
+async def _check_columns(uri: str) -> None:
+    connection = await asyncpg.connect(uri)
+    try:
+        version = await read_version(connection)
+        if version not in COLUMNS:
+            pytest.skip(f"the columns of TimescaleDB {version} are not recorded")
+        assert await record(connection) == COLUMNS[version]
+    finally:
+        await connection.close()
+
+
+async def test_its_catalog_has_the_recorded_columns(timescale_source_database: str) -> None:
+    """What `test_catalog_queries` has our queries run against."""
+    await _check_columns(timescale_source_database)
+
+
+async def test_the_catalog_of_another_version_has_the_recorded_columns(other_timescale: LocalPostgres) -> None:
+    async with timescale_database(other_timescale) as uri:
+        await _check_columns(uri)
 
 
 async def test_a_database_without_it(source_database: str) -> None:
