@@ -297,29 +297,6 @@ async def read_chunk_status(connection: asyncpg.Connection, name: QualifiedName)
     return status
 
 
-async def chunk_state(
-    connection: asyncpg.Connection, name: QualifiedName, *, is_hypertable: bool = False
-) -> str | None:
-    """Give which version of its catalog row a chunk has, or the chunks of a hypertable have, in the session's snapshot; None without TimescaleDB.
-
-    Another one: rows may have been moved between a chunk and its compressed table meanwhile.
-    """
-    columns = {row[0] for row in await connection.fetch(_COLUMNS)}
-    if "chunk.id" not in columns:
-        return None
-    if is_hypertable:
-        where = "hypertable_id = (select id from _timescaledb_catalog.hypertable where schema_name = $1 and table_name = $2)"
-        arguments: tuple[str, ...] = (name.schema, name.name)
-    else:
-        where, arguments = await _where_chunk(connection, name)
-    state: str | None = await connection.fetchval(
-        f"""select md5(string_agg(format('%s %s %s', id, ctid, xmin), ',' order by id))
-            from _timescaledb_catalog.chunk where {where}""",
-        *arguments,
-    )
-    return state
-
-
 async def write_chunk_status(connection: asyncpg.Connection, name: QualifiedName, status: int) -> None:
     """Set a chunk's flags, to be those of the chunk whose rows it got."""
     where, arguments = await _where_chunk(connection, name)

@@ -15,13 +15,7 @@ import asyncpg
 
 from live_migration.common.catalog import CURRENT_TIMELINE
 from live_migration.common.relation import QualifiedName
-from live_migration.common.timescale import (
-    chunk_range,
-    chunk_state,
-    compressed_table,
-    read_chunk_status,
-    write_chunk_status,
-)
+from live_migration.common.timescale import chunk_range, compressed_table, read_chunk_status, write_chunk_status
 from live_migration.consumer.claim_endings import CopyOrigin
 from live_migration.consumer.claims import TableClaim
 from live_migration.consumer.copy_errors import CopyDeferred, TableStopped, server_errors
@@ -78,28 +72,6 @@ async def look_without(source: asyncpg.Connection, claim: TableClaim) -> CopyOri
     if row["is_there"]:
         raise CopyDeferred(f"chunk {claim.name} is there, after all")
     return CopyOrigin(row["snapshot"], row["horizon"], row["timeline"], json.dumps([]), False)
-
-
-async def state_in_snapshot(
-    source: asyncpg.Connection, name: QualifiedName, *, is_hypertable: bool = False
-) -> str | None:
-    """Give the state of a chunk, or of all of a hypertable's, as the copy's snapshot shows it: for `require_unmoved`."""
-    with server_errors("source", f"looking at {name}"):
-        return await chunk_state(source, name, is_hypertable=is_hypertable)
-
-
-async def require_unmoved(
-    source: asyncpg.Connection, name: QualifiedName, before: str | None, *, is_hypertable: bool = False
-) -> None:
-    """Raise CopyDeferred where a chunk, read without ONLY, is not any more as the snapshot showed it; once that is let go of.
-
-    Recompression of a chunk waits for no lock that readers hold. It moves rows from the chunk to its compressed table and says in the catalog that the chunk
-    has none: a query that is planned by that, under a snapshot from before, looks for them where it sees none.
-    """
-    with server_errors("source", f"looking at {name}"):
-        now = await chunk_state(source, name, is_hypertable=is_hypertable)
-    if now != before:
-        raise CopyDeferred(f"rows of {name} were moved by compression while it was copied")
 
 
 async def copy_compressed(

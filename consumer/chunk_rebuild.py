@@ -19,7 +19,7 @@ from live_migration.common.errors import Fenced
 from live_migration.common.relation import QualifiedName
 from live_migration.common.telemetry import get_logger
 from live_migration.common.timescale import chunk_range, compressed_table, compressed_tables
-from live_migration.consumer.chunk_copy import look_without, require_unmoved, state_in_snapshot
+from live_migration.consumer.chunk_copy import look_without
 from live_migration.consumer.claim_endings import CopyOrigin
 from live_migration.consumer.claims import TableClaim
 from live_migration.consumer.copy_errors import CopyDeferred, server_errors
@@ -169,12 +169,9 @@ async def rebuild_chunk(
         if chunk.kind == "hypertable":
             await note_ranges(source, target, chunk.oid)
         await _empty(target, chunk, condition)
-        is_hypertable = chunk.kind == "hypertable"
-        state = await state_in_snapshot(source, chunk.name, is_hypertable=is_hypertable)
         count = await stream_copy(source, target, plan, blocks=None, freeze=False, on_bytes=lambda _: None)
         with server_errors("source", f"ending the copy of {chunk.name}"):
             await source.execute("rollback")
-        await require_unmoved(source, chunk.name, state, is_hypertable=is_hypertable)
     await _finish(target, chunk, origin, count, applied_lsn)
     log.info("chunk copied anew", chunk=str(chunk.name), reason=chunk.reason, rows=count.rows, bytes=count.bytes)
     return count

@@ -11,8 +11,6 @@ from live_migration.consumer.chunk_copy import (
     in_range_now,
     is_as_planned,
     look_without,
-    require_unmoved,
-    state_in_snapshot,
 )
 from live_migration.consumer.claim_endings import CopyOrigin, finish_part, finish_table, share_snapshot
 from live_migration.consumer.claims import PartClaim, TableClaim, claim_part, claim_table
@@ -167,7 +165,6 @@ class CopyWorker:
             log.info("table is copied in parts", table=str(claim), parts=len(ranges), attempt=claim.attempt)
             self._context.bell.ring()
             return True
-        state = await state_in_snapshot(source.connection, claim.name) if decompresses else None
         count = await stream_copy(
             source.connection,
             target.connection,
@@ -177,8 +174,6 @@ class CopyWorker:
             on_bytes=lease.progress,
         )
         await _end_on_source(source, str(claim))
-        if decompresses:
-            await require_unmoved(source.connection, claim.name, state)
         lease.is_finishing = True
         with server_errors("target", f"finishing {claim}"):
             await finish_table(target.connection, claim, self._context.owner, origin, count)

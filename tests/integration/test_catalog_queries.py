@@ -76,8 +76,6 @@ async def run_all(connection: asyncpg.Connection) -> list[str]:
     await timescale.compressed_table(connection, chunk.oid)
     await timescale.compressed_tables(connection, hypertable.oid)
     await timescale.read_chunk_status(connection, chunk.name)
-    await timescale.chunk_state(connection, chunk.name)
-    await timescale.chunk_state(connection, METRICS, is_hypertable=True)
     await timescale.write_chunk_status(connection, chunk.name, 1)
 
     columns = await hypertables.read_hypertable(connection, hypertable.oid, METRICS, ())

@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
-from uuid import UUID
 
 import asyncpg
 import pytest
 
 from live_migration.common.local_postgres import LocalPostgres
-from live_migration.consumer import partition_task
 from live_migration.consumer.chunk_marks import NOT_KNOWN_YET
 from live_migration.consumer.service import run_consumer
 from live_migration.coordinator import chunk_watch
@@ -238,43 +236,3 @@ async def _consume(migration: Migration) -> None:
     migration.consumers.append(Service(run_consumer, migration.settings))
     migration.consumers[0].start()
     await migration.until_phase("replay", timeout=240)
-
-
-async def test_a_chunk_that_is_recompressed_between_the_copys_snapshot_and_its_query(
-    timescale_source_database: str,
-    target_of_timescale: str,
-    kafka_bootstrap: str,
-    unique_name: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Recompression waits for no reader's lock; the catalog then says that the chunk itself has no rows, where the snapshot sees all of them."""
-    source, target = timescale_source_database, target_of_timescale
-    await world.make(source)
-    flush, recompressed = partition_task.write_flush_barrier, asyncio.Event()
-
-    async def recompress(connection: asyncpg.Connection, migration_id: UUID) -> None:
-        if not recompressed.is_set():
-            await execute(source, f"select compress_chunk('{chunk}')")
-            recompressed.set()
-        await flush(connection, migration_id)
-
-    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
-        await migration.until_phase("replay", timeout=240)
-        await execute(
-            source, "update metrics set temp = temp + 1 where time < '2026-01-02'"
-        )  # moves them all out of compressed batches
-        chunk = await world.value(source, _CHUNK_AT, "metrics", "2026-01-01 12:00")
-        for consumer in migration.consumers:
-            await consumer.crash()
-        monkeypatch.setattr(partition_task, "write_flush_barrier", recompress)
-        await execute(
-            target,
-            "update _live_migration.tables set rebuild = 'a test' where format('%I.%I', schema_name, table_name) = $$"
-            + f"{chunk}$$",
-        )
-        for consumer in migration.consumers:
-            consumer.start()
-        await asyncio.wait_for(recompressed.wait(), 60)
-        await migration.finish()
-        assert await world.differences(source, target) == []
