@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import socket
 import struct
+from contextlib import suppress
 
 import asyncpg
 import pytest
@@ -13,6 +15,7 @@ import uvloop
 from live_migration.common.errors import ConnectionLost
 from live_migration.producer.pace import LONG_SECONDS
 from live_migration.producer.replication import ReplicationConnection
+from live_migration.producer.wire import ReceiveBuffer
 
 pytestmark = pytest.mark.integration
 
@@ -64,7 +67,7 @@ class Rows:
 
     async def read(self, stream: ReplicationConnection, count: int) -> None:
         """Read in gulps, with the longest pause after each, as in a backlog that never ends."""
-        ends = server_end(stream)
+        ends = server_end(stream._connection._transport)
         while len(self.found) < count:
             await stream.received()
             self.gulps += 1
@@ -96,11 +99,10 @@ class Rows:
         self.found[int(values[0])] = hashlib.md5(values[1]).hexdigest()
 
 
-def server_end(stream: ReplicationConnection) -> str:
-    """Give the server's end of a connection on 127.0.0.1 as /proc/net/tcp writes it."""
-    connection = stream._connection._transport.get_extra_info("socket")
-    ends = (connection.getpeername(), connection.getsockname())
-    return " ".join(f"0100007F:{port:04X}" for _, port in ends)
+def server_end(transport: asyncio.BaseTransport) -> str:
+    """Give the other end of a connection on 127.0.0.1 as /proc/net/tcp writes it."""
+    connection = transport.get_extra_info("socket")
+    return " ".join(f"0100007F:{port:04X}" for _, port in (connection.getpeername(), connection.getsockname()))
 
 
 def waits_for_persist_timer(ends: str) -> bool:
@@ -137,3 +139,33 @@ async def test_rows_of_every_size_come_in_gulps(source_database: str) -> None:
     assert rows.found == wanted
     print(f"{stream.received_bytes} bytes, {rows.gulps} gulps, the walsender stood still after {rows.standing_still}")
     assert rows.standing_still <= rows.gulps / 10
+
+
+def send_each(sender: socket.socket, piece: bytes) -> None:
+    for _ in range(100):
+        sender.sendall(piece)
+
+
+async def test_a_window_smaller_than_a_packet_is_noticed() -> None:
+    """What the test above looks for is there to be seen."""
+    piece = struct.pack(">BI", ord("d"), 10_000) + bytes(9_996)
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as sender:
+        connection, _ = server.accept()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 * 1024)
+        transport, _ = await asyncio.get_running_loop().create_connection(asyncio.Protocol, sock=connection)
+        buffer = ReceiveBuffer(transport)
+        transport.set_protocol(buffer)
+        sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as PostgreSQL's
+        sending = asyncio.create_task(asyncio.to_thread(send_each, sender, piece))
+        ends, standing_still = server_end(transport), 0
+        while buffer.received_bytes < 100 * len(piece) and not standing_still:
+            await buffer.received()
+            if not await buffer.gulp():
+                standing_still += waits_for_persist_timer(ends)
+            while buffer.take_copy_data(lambda data: len(data) // len(piece) * len(piece), 1 << 18):
+                pass
+            await buffer.gather(LONG_SECONDS)
+        assert standing_still
+        transport.abort()
+        with suppress(ConnectionError):
+            await sending
