@@ -14,7 +14,10 @@ _LEAVES_PARENT_CANCELLED = sys.version_info < (3, 13)
 
 @contextmanager
 def kept_cancellation() -> Iterator[None]:
-    """Raise CancelledError at the end of code that was cancelled inside and did not say so, or failed instead."""
+    """Raise CancelledError at the end of code that was cancelled inside and did not say so, or failed instead.
+
+    And not where the code raises one of its own, of a task that it has cancelled and awaits: that ends the block as if it were done.
+    """
     task = asyncio.current_task()
     assert task is not None
     before = task.cancelling()
@@ -24,8 +27,17 @@ def kept_cancellation() -> Iterator[None]:
         if task.cancelling() > before:
             raise asyncio.CancelledError from error
         raise
+    except asyncio.CancelledError:
+        if task.cancelling() > before:
+            raise
     if task.cancelling() > before:
         raise asyncio.CancelledError
+
+
+def is_cancelled() -> bool:
+    """Tell whether somebody has cancelled the running task: else a CancelledError is that of another, which it awaited."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 class TaskGroup(asyncio.TaskGroup):

@@ -25,8 +25,8 @@ from live_migration.consumer.folding import NotFoldable, decode_change, fold, fo
 from live_migration.consumer.hypertable_rows import HypertableRows, execute, row_count
 from live_migration.consumer.hypertables import HypertableInfo, session_settings
 from live_migration.consumer.layouts import Span
+from live_migration.consumer.plain_changes import PlainChanges, plain_changes
 from live_migration.consumer.plain_deletes import plain_deletes
-from live_migration.consumer.plain_updates import plain_updates
 from live_migration.consumer.refusal import BatchRefused, said
 from live_migration.consumer.row_code import copy_rows
 from live_migration.consumer.row_encoding import (
@@ -182,11 +182,13 @@ class Applier:
         table = run.table
         messages = run.messages()
         binary = _is_binary(messages)
-        if await self._update_whole_rows(run, messages, binary=binary):
-            return
         deletes = plain_deletes(table, messages, binary=binary)
         if deletes is not None:
             await self._delete(run, deletes, len(messages), binary=binary)
+            return
+        changes = plain_changes(table, messages, binary=binary) if _stages_whole_rows(table) else None
+        if changes is not None:
+            await self._apply_plain(run, changes, binary=binary)
             return
         net = fold(messages, [column.index for column in table.key])
         if net.deletes:
@@ -260,16 +262,17 @@ class Applier:
         await self._connection.execute(statements.planning(table))
         return HypertableRows(self._connection, table, hypertable, taken.sql)
 
-    async def _update_whole_rows(self, run: TableRun, messages: Sequence[Message], *, binary: bool) -> bool:
-        """Apply a run that is nothing but updates of whole rows; tell whether it was one."""
+    async def _apply_plain(self, run: TableRun, changes: PlainChanges, *, binary: bool) -> None:
         table = run.table
-        is_plain = statements.assigns_beside_key(table) and not hypertable_statements.moves_rows(
-            table, statements.beside_key(table)
-        )
-        updates = plain_updates(table, messages, binary=binary) if is_plain else None
-        if updates is None:
-            return False
-        count, rows = updates
+        if changes.deletes:
+            await self._delete(run, changes.deletes, len(changes.deletes), binary=binary)
+        if changes.update_count:
+            await self._update_whole_rows(run, changes.updates, changes.update_count, binary=binary)
+        if changes.insert_count:
+            await self._copy(table.name, _names(table), changes.inserts, changes.insert_count, binary=binary)
+
+    async def _update_whole_rows(self, run: TableRun, rows: Iterable[CopyRow], count: int, *, binary: bool) -> None:
+        table = run.table
         every_column = statements.value_stage_columns(table, range(len(table.columns)))
         staged = {column.name: f"c{column.index}" for column in table.key}
         stage = await self._stage(table, "a", every_column, staged.values())
@@ -281,7 +284,6 @@ class Applier:
             lambda within: statements.update_whole_rows(table, stage.sql, within),
         )
         self._expect_rows(run, "UPDATE", hit, count)
-        return True
 
     async def _apply_whole_rows(self, run: TableRun) -> None:
         table = run.table
@@ -424,6 +426,13 @@ def _whole(value: Value) -> bytes | None:
 def _staged_key(table: TargetTable) -> dict[str, str]:
     """Give the key's columns and their names on a stage that has `key_stage_columns`."""
     return {column.name: f"k{i}" for i, column in enumerate(table.key)}
+
+
+def _stages_whole_rows(table: TargetTable) -> bool:
+    """Tell whether an update may assign every column beside the key: there are such, and none moves a row to another chunk."""
+    return statements.assigns_beside_key(table) and not hypertable_statements.moves_rows(
+        table, statements.beside_key(table)
+    )
 
 
 def _names(table: TargetTable) -> list[str]:

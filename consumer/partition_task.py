@@ -17,6 +17,7 @@ from live_migration.common.relation import QualifiedName
 from live_migration.common.segment import START, Position
 from live_migration.common.settings import Settings
 from live_migration.common.state import Migration
+from live_migration.common.tasks import is_cancelled
 from live_migration.common.telemetry import get_logger
 from live_migration.consumer import checkpoint as checkpoints
 from live_migration.consumer.applier import Applier
@@ -81,6 +82,11 @@ class PartitionTask:
         while True:
             try:
                 await self._run_once()
+            except asyncio.CancelledError:
+                if is_cancelled():
+                    raise
+                self._log.warning("lane begins again", reason="a task of its own was cancelled, and not by us")
+                await asyncio.sleep(STANDBY_SECONDS)
             except Fenced as error:
                 self._log.info("lane left", reason=error.message)
                 await asyncio.sleep(STANDBY_SECONDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import asyncpg
 
@@ -33,7 +34,7 @@ MOMENT = f"select pg_current_snapshot()::text as snapshot, pg_current_wal_insert
 _UNDER_LOCK = f"""
     {MOMENT},
            exists (select from pg_locks l
-                   where l.pid = pg_backend_pid() and l.locktype = 'relation' and l.granted and l.mode = 'AccessShareLock'
+                   where l.pid = pg_backend_pid() and l.locktype = 'relation' and l.granted and l.mode in ('AccessShareLock', 'ShareUpdateExclusiveLock')
                      and l.relation = $1 and l.database = (select d.oid from pg_database d where d.datname = current_database())
                   ) as is_locked,
            (select pg_relation_size(c.oid) from pg_class c where c.oid = $1) as size_bytes,
@@ -67,6 +68,9 @@ _TARGET = """
 """
 
 
+LockMode = Literal["access share", "share update exclusive"]
+
+
 class ChunkGone(CopyDeferred):
     """A chunk was dropped on the source, by its retention policy or by hand: there is nothing to copy."""
 
@@ -94,7 +98,9 @@ async def lock_table(
 ) -> LockedTable:
     """Begin a transaction that holds the table's lock and, taken after it, a snapshot; then describe the table.
 
-    `tree`: its children are locked, too, and these other tables, by their names in SQL.
+    `tree`: its children are locked, too, and these other tables, by their names in SQL. Where rows are compressed the lock is one
+    that recompression waits for: once it is done TimescaleDB takes the chunk for fully compressed, whatever our snapshot shows beside
+    the compressed rows, and a query leaves those rows out (seen). Nobody's reading and writing waits for it.
 
     Raises:
         CopyDeferred: somebody holds a conflicting lock.
@@ -104,7 +110,8 @@ async def lock_table(
         _check_name(claim, await connection.fetchrow(_NAME, claim.oid))
     what = f"only {claim.name.sql}" if tree is None else claim.name.sql
     also = [claim.compressed[0]] if claim.compressed else tree or ()
-    await begin_locked(connection, claim.name, lock_timeout, ", only ".join([what, *also]))
+    mode: LockMode = "share update exclusive" if also else "access share"
+    await begin_locked(connection, claim.name, lock_timeout, ", only ".join([what, *also]), mode)
     with server_errors("source", f"looking at {claim.name}"):
         seen = await connection.fetchrow(_UNDER_LOCK, claim.oid)
         _check_name(claim, await connection.fetchrow(_NAME, claim.oid))
@@ -147,7 +154,11 @@ async def import_snapshot(connection: asyncpg.Connection, claim: PartClaim, lock
 
 
 async def begin_locked(
-    connection: asyncpg.Connection, name: QualifiedName, lock_timeout: float, relations: str = ""
+    connection: asyncpg.Connection,
+    name: QualifiedName,
+    lock_timeout: float,
+    relations: str = "",
+    mode: LockMode = "access share",
 ) -> None:
     """Begin a transaction that holds the lock of a table, or of `relations` as LOCK TABLE has them; no snapshot is taken yet.
 
@@ -159,7 +170,7 @@ async def begin_locked(
             await connection.execute(
                 "begin isolation level repeatable read read only;"
                 f" set local lock_timeout = '{max(1, round(lock_timeout * 1000))}ms';"
-                f" lock table {relations or f'only {name.sql}'} in access share mode"
+                f" lock table {relations or f'only {name.sql}'} in {mode} mode"
             )
         except asyncpg.UndefinedTableError as error:
             raise CopyDeferred(f"{name} was renamed or dropped on the source just now") from error

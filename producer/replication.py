@@ -7,6 +7,7 @@ transport is then ours (`wire.py`).
 from __future__ import annotations
 
 import asyncio
+import socket
 import struct
 import time
 from collections.abc import Callable, Mapping
@@ -49,6 +50,8 @@ class ReplicationConnection:
         transport: asyncio.Transport = connection._transport  # asyncpg offers no other way to it
         self._input = ReceiveBuffer(transport)
         transport.set_protocol(self._input)
+        self.is_local = _is_local(transport)
+        """Whether it is TCP within this machine."""
         self._doing = ""
 
     @classmethod
@@ -110,8 +113,17 @@ class ReplicationConnection:
         """Wait until the stream has brought something, or has ended."""
         await self._input.received()
 
+    @property
+    def received_bytes(self) -> int:
+        """How much the connection has brought so far."""
+        return self._input.received_bytes
+
+    async def gulp(self) -> bool:
+        """Read on while much is there at once, then not before `gather` has ended; tell whether there may be more."""
+        return await self._input.gulp()
+
     async def gather(self, seconds: float) -> None:
-        """Let the stream gather for so long."""
+        """Let the stream gather for so long since it was read last."""
         await self._input.gather(seconds)
 
     def take(self, consume: Callable[[bytes | memoryview], int], limit: int) -> int:
@@ -164,6 +176,17 @@ class ReplicationConnection:
             raise reason
         told = f": {reason}" if reason else ""
         raise ConnectionLost(f"the replication connection to {self._address} broke, {doing}{told}") from reason
+
+
+def _is_local(transport: asyncio.BaseTransport) -> bool:
+    """Tell whether both ends of a TCP connection are this machine."""
+    connection = transport.get_extra_info("socket")
+    if connection is None or connection.family not in (socket.AF_INET, socket.AF_INET6):
+        return False
+    try:
+        return bool(connection.getpeername()[0] == connection.getsockname()[0])
+    except OSError:  # gone already, which whoever uses it finds out
+        return False
 
 
 def _literal(text: str) -> str:

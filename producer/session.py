@@ -18,6 +18,7 @@ from live_migration.common.tasks import TaskGroup
 from live_migration.common.telemetry import get_logger
 from live_migration.producer.ack_tracker import AckTracker
 from live_migration.producer.homes import Homes
+from live_migration.producer.pace import Pace
 from live_migration.producer.probe import SourceProbe
 from live_migration.producer.publisher import Publisher
 from live_migration.producer.replication import ReplicationConnection
@@ -30,8 +31,6 @@ log = get_logger(__name__)
 _DRAIN_BYTES = 256 * KIB
 """Of the stream in one turn of the loop: about a millisecond of work."""
 _QUIET_BYTES = 8 * KIB
-_GATHER_SECONDS = 0.001
-"""Pause after a turn that brought little: waking up for each message of a walsender costs twice the processor time."""
 _BACKLOG_BYTES = 512 * KIB
 """A flush of so much tells that there is a backlog, or as good as one."""
 _BACKLOG_INTERVALS = 4
@@ -129,8 +128,10 @@ class Session:
         """Move the stream's messages into the lanes; stops reading while too much of them waits for Kafka."""
         router, stream, settings = self._router, self._stream, self._settings
         limit = 2 * settings.flush_bytes
+        pace = Pace(may_be_long=stream.is_local)
         while True:
             await stream.received()
+            may_be_more = pace.is_long and await stream.gulp()
             while taken := stream.take(router.drain, _DRAIN_BYTES):
                 if router.is_reply_requested:
                     router.is_reply_requested = False
@@ -144,7 +145,7 @@ class Session:
                     await self._has_space.wait()
                 if taken >= _QUIET_BYTES:
                     await asyncio.sleep(0)
-            await stream.gather(_GATHER_SECONDS)
+            await stream.gather(pace.next_pause(stream.received_bytes, may_be_more=may_be_more))
 
     async def _publish(self) -> None:
         """Publish what was received when it is enough or old enough, position and status also when there is nothing."""

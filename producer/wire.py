@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from live_migration.common.errors import FormatError
 _HEAD = struct.Struct(">BI")
 _CAPACITY = 1 << 20
 _LEAST_ROOM = 1 << 16
+_LITTLE_BYTES = 1 << 12
+"""A read that brings less has found all that there was."""
 BIG_BYTES = 1 << 20
 """A message from this size on is given as a view of a buffer of its own."""
 _MOST_BYTES = 1 << 30
@@ -43,7 +46,9 @@ class ReceiveBuffer(asyncio.BufferedProtocol):
         self._transport = transport
         self._buffer = bytearray(_CAPACITY)
         self._start = self._end = 0
+        self.received_bytes = 0
         self._is_paused = False
+        self._held_since: float | None = None
         self._news = asyncio.Event()
         self.is_lost = False
         self.reason: Exception | None = None
@@ -58,14 +63,18 @@ class ReceiveBuffer(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self._end += nbytes
+        self.received_bytes += nbytes
         self._news.set()
-        if len(self._buffer) - (self._end - self._start) < _LEAST_ROOM and self._has_message():
+        if self._is_full():
             self._pause()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_lost = True
         self.reason = exc
         self._news.set()
+
+    def _is_full(self) -> bool:
+        return len(self._buffer) - (self._end - self._start) < _LEAST_ROOM and self._has_message()
 
     def _make_room(self) -> None:
         """Move what is left to the front, of a larger buffer where a message needs one."""
@@ -86,7 +95,7 @@ class ReceiveBuffer(asyncio.BufferedProtocol):
             self._transport.pause_reading()
 
     def _resume(self) -> None:
-        if self._is_paused:
+        if self._is_paused and self._held_since is None:
             self._is_paused = False
             if not self._transport.is_closing():
                 self._transport.resume_reading()
@@ -106,13 +115,36 @@ class ReceiveBuffer(asyncio.BufferedProtocol):
         self._transport.write(data)
         return True
 
+    async def gulp(self) -> bool:
+        """Read on while much is there at once, then not any more until `gather` has ended; tell whether there may be more.
+
+        Whoever takes meanwhile does so while the sender gathers.
+        """
+        may_be_more = True
+        while may_be_more and not (self._is_full() or self.is_lost):
+            before = self.received_bytes
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # asyncio's own loop finds in one turn what it reads in the next
+            may_be_more = self.received_bytes - before >= _LITTLE_BYTES
+        self._hold()
+        return may_be_more
+
     async def gather(self, seconds: float) -> None:
-        """Let the kernel gather what comes for so long: reading each message of a walsender by itself costs it all its time."""
-        self._pause()
+        """Let the kernel gather what comes for so long since reading was stopped: reading each message of a walsender by itself costs it all its time."""
+        since = self._hold()
         try:
-            await asyncio.sleep(seconds)
+            if (rest := since + seconds - time.monotonic()) > 0:
+                await asyncio.sleep(rest)
         finally:
+            self._held_since = None
             self._resume()
+
+    def _hold(self) -> float:
+        """Stop reading, however much is taken; give since when."""
+        if self._held_since is None:
+            self._held_since = time.monotonic()
+            self._pause()
+        return self._held_since
 
     def _has_message(self) -> bool:
         """Tell whether the first message is whole."""

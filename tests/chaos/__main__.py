@@ -36,6 +36,14 @@ def _arguments() -> argparse.Namespace:
         "--soak", type=float, metavar="MINUTES", help="no rounds, but one migration in replay for so long"
     )
     parser.add_argument("--rate", type=int, default=4000, help="changes a second in a soak, beside the random workload")
+    parser.add_argument(
+        "--spare",
+        nargs="*",
+        default=[],
+        choices=("producer", "consumer", "migrate"),
+        help="kinds whose oldest process a soak never kills, so that its memory is seen over the whole time",
+    )
+    parser.add_argument("--consumers", type=int, default=2, help="of a soak")
     parser.add_argument("--summary", action="store_true", help="run nothing, but say what the log holds")
     parser.add_argument("--again", action="store_true", help="run seeds that have passed, too")
     parser.add_argument("--stop", action="store_true", help="stop at the first failure")
@@ -67,13 +75,20 @@ async def _soak(arguments: argparse.Namespace) -> int:
         options={},
         partitions=4,
         own_workers=False,
-        consumers=2,
+        consumers=arguments.consumers,
         latency=0.0,
         has_clocks=False,
         verifies=True,
     )
     async with World(small_disks=False) as world:
-        soak = Soak(world, plan, folder, minutes=arguments.soak, rows_per_second=arguments.rate)
+        soak = Soak(
+            world,
+            plan,
+            folder,
+            minutes=arguments.soak,
+            rows_per_second=arguments.rate,
+            spared=frozenset(arguments.spare),
+        )
         outcome = await soak.run()
         _report(outcome, world, folder)
     print(json.dumps(soak.samples.summary(), indent=1))

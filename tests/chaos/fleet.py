@@ -61,6 +61,8 @@ class Fleet:
         """
         self.environment = {**os.environ, **environment}
         self.own_workers = own_workers
+        self.spared: frozenset[Kind] = frozenset()
+        """Kinds of which `choose` leaves the oldest process alone."""
         self.exits: list[str] = []
         """Ends with an exit code that no fault of ours gave, one line each."""
         self._folder = folder
@@ -163,8 +165,10 @@ class Fleet:
         return found
 
     def choose(self, kind: Kind, rng: random.Random) -> psutil.Process | None:
-        """Give one of the live processes of a kind, if there is one."""
+        """Give one of the live processes of a kind, if there is one; the oldest of a spared kind is none."""
         found = self.processes(kind)
+        if kind in self.spared and found:
+            found.remove(min(found, key=lambda process: process.create_time()))
         return rng.choice(found) if found else None
 
     def kill(self, process: psutil.Process, number: signal.Signals = signal.SIGKILL) -> None:

@@ -34,7 +34,7 @@ from tests.support.workload import TABLES
 
 _KINDS: tuple[Kind, ...] = ("producer", "consumer", "migrate")
 _FAULTS: tuple[type[Fault], ...] = (KillConsumer, KillConsumer, KillConsumer, Cut, CutAfterBytes, LoseCommitAnswer)
-_RARE_FAULTS: tuple[type[Fault], ...] = (KillProducer, KillCoordinator)
+_RARE_FAULTS: tuple[type[KillProducer | KillCoordinator], ...] = (KillProducer, KillCoordinator)
 _RARE_SECONDS = 600.0
 """Between kills of producer and coordinator, so that their memory has time to grow."""
 _SAMPLE_SECONDS = 2.0
@@ -102,8 +102,19 @@ def _growth(samples: list[tuple[float, int]]) -> str | None:
 class Soak(Round):
     """A round whose replay lasts."""
 
-    def __init__(self, world: World, plan: Plan, folder: Path, *, minutes: float, rows_per_second: int) -> None:
+    def __init__(
+        self,
+        world: World,
+        plan: Plan,
+        folder: Path,
+        *,
+        minutes: float,
+        rows_per_second: int,
+        spared: frozenset[Kind] = frozenset(),
+    ) -> None:
+        """`spared` are the kinds whose oldest process is never killed, so that its memory is seen over the whole time."""
         super().__init__(world, plan, folder)
+        self._spared = spared
         self.samples = Samples()
         self._minutes = minutes
         self._rows_per_second = rows_per_second
@@ -121,6 +132,8 @@ class Soak(Round):
 
     async def _inject_until_cutover(self, scene: Scene) -> None:
         await self._until_phase("replay")
+        scene.fleet.spared = self._spared
+        rare_faults = tuple(fault for fault in _RARE_FAULTS if fault.kind not in self._spared)
         beside = [asyncio.create_task(work) for work in (self._stream(), self._mark(), self._measure(scene))]
         try:
             deadline = time.monotonic() + self._minutes * 60
@@ -130,8 +143,8 @@ class Soak(Round):
                     if task.done():
                         task.result()
                 possible = _FAULTS
-                if time.monotonic() > rare:
-                    rare, possible = time.monotonic() + _RARE_SECONDS, _RARE_FAULTS
+                if rare_faults and time.monotonic() > rare:
+                    rare, possible = time.monotonic() + _RARE_SECONDS, rare_faults
                 fault = self._rng.choice(possible)(random.Random(self._rng.getrandbits(64)))
                 await self._inject(scene, Step("replay", self._rng.uniform(10, 30), fault, overlaps=False))
         finally:

@@ -129,10 +129,12 @@ async def test_an_open_or_prepared_transaction_and_a_table_that_cannot_be_brough
         assert unique_name in warning
         await source.execute(f"commit prepared '{unique_name}'")
         await source.execute("create type mood as enum ('good'); create table newcomer (id int primary key, m mood)")
-        with pytest.raises(CutoverRefused, match=r"public\.newcomer cannot be brought.*mood"):
+        await source.execute("alter table child rename to kid")
+        with pytest.raises(CutoverRefused, match=r"public\.newcomer cannot be brought.*mood") as refused:
             await migration.finish()
+        assert "renamed on the source: public.child to public.kid" in refused.value.message
         assert await rows(target_database, "select phase from _live_migration.migration") == [("replay",)]
-        await source.execute("drop table newcomer")
+        await source.execute("drop table newcomer; alter table kid rename to child")
         migration.start_coordinator()
         await migration.finish()
     query = "select * from parent order by id"

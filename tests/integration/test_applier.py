@@ -18,6 +18,7 @@ from live_migration.consumer.decoder import Batch, LaneDecoder
 from live_migration.consumer.target_tables import TargetTables
 from tests.support import wide
 from tests.support import workload as module
+from tests.support.sessions import keeping_settings
 from tests.support.wal import read_messages, segment_bodies
 from tests.support.workload import TABLES, Workload, differences, read_rows
 
@@ -59,7 +60,7 @@ class Pair:
     async def replay(self, *, binary: bool, most_changes: int, segments_per_batch: int) -> None:
         messages = await read_messages(self.source, self.slot, self.slot, binary=binary)
         bodies = segment_bodies(messages, most_changes=most_changes)
-        async with postgres.session(self.target_uri, "target") as connection:
+        async with postgres.session(self.target_uri, "target") as connection, keeping_settings(connection):
             decoder = LaneDecoder(TargetTables(connection, 0), "none")
             applier = Applier(connection, 0)
             while bodies:

@@ -204,7 +204,7 @@ async def test_refused_row_stops_its_lane_only(target_database: str, kafka_boots
 
 
 async def test_one_lane_shows_whole_transactions(target_database: str, kafka_bootstrap: str, unique_name: str) -> None:
-    """With one lane a watcher never sees half a source transaction, though segments and flushes end inside."""
+    """With one lane a watcher never sees half a source transaction, though segments and flushes end inside, and sessions in the midst of it."""
     async with replay(target_database, kafka_bootstrap, unique_name, lane_count=1, batch_rows=20) as it, it.consumer():
         await it.until(lambda: _has_owners(it, {"worker-1"}))
         watcher = await asyncpg.connect(target_database)
@@ -219,6 +219,8 @@ async def test_one_lane_shows_whole_transactions(target_database: str, kafka_boo
                 count, new = await watcher.fetchrow("select count(*), count(*) filter (where v = 'new') from public.t0")
                 assert (count % 100, new) == (0, 0)
                 seen.add(count)
+                if number % 10 == 5:
+                    await it.target.execute("select pg_terminate_backend(backend_pid) from _live_migration.checkpoints")
                 it.lanes[0].records = rest
                 await it.send()
                 await asyncio.sleep(0.03)
@@ -227,6 +229,39 @@ async def test_one_lane_shows_whole_transactions(target_database: str, kafka_boo
             await watcher.close()
         assert await it.rows(0) == rows
         assert len(seen) > 3
+
+
+async def test_a_deferrable_constraint_holds_at_every_commit(
+    target_database: str, kafka_bootstrap: str, unique_name: str
+) -> None:
+    """Two rows change their values, which both have in the midst of the source's transaction: nobody may see that on the target."""
+    async with replay(target_database, kafka_bootstrap, unique_name, lane_count=2, batch_rows=1) as it, it.consumer():
+        await it.target.execute("alter table public.t0 add unique (v) deferrable initially deferred")
+        lane = it.lanes[0]
+        lane.transaction([insert("t0", "1", "a"), insert("t0", "2", "b")])
+        lane.cut()
+        await it.send()
+        await it.until_applied()
+        before = await it.checkpoint(0)
+        lane.transaction([update("t0", "1", "b"), update("t0", "2", "a")], cut_after=1)
+        lane.cut()
+        records = lane.records
+        lane.records = records[:1]
+        await it.send()
+
+        async def is_applied_or_open() -> bool:
+            """Whether the first half is committed, or its transaction waits for the second."""
+            query = """select c.next_offset > $1 or a.state = 'idle in transaction'
+                              and a.state_change < clock_timestamp() - interval '0.3 s'
+                       from _live_migration.checkpoints c join pg_stat_activity a on a.pid = c.backend_pid where c.lane = 0"""
+            return bool(await it.target.fetchval(query, before["next_offset"]))
+
+        await it.until(is_applied_or_open)
+        assert await it.rows(0) == {1: "a", 2: "b"}
+        lane.records = records[1:]
+        await it.send()
+        await it.until_applied()
+        assert await it.rows(0) == {1: "b", 2: "a"}
 
 
 async def test_consumer_follows_the_phase(target_database: str, kafka_bootstrap: str, unique_name: str) -> None:

@@ -14,7 +14,7 @@ import orjson
 import pytest
 
 from live_migration.common.catalog import TableInfo, list_tables
-from live_migration.common.home import Home
+from live_migration.common.home import Home, encode_suspect
 from live_migration.common.lsn import Lsn
 from live_migration.common.postgres import session
 from live_migration.common.relation import QualifiedName
@@ -116,6 +116,25 @@ async def test_an_event_on_a_chunk_that_is_marked_for_later_has_it_copied_early_
         assert await it.rows(0) == {7: "unseen"}
 
 
+async def test_a_copy_from_before_what_was_missed_leaves_the_mark(
+    source_database: str, target_database: str, kafka_bootstrap: str, unique_name: str
+) -> None:
+    """Its snapshot may lack rows that the stream does not tell: only a later copy makes up for them."""
+    async with chunk_in_lane(source_database, target_database, kafka_bootstrap, unique_name) as it:
+        mark = "update _live_migration.tables set rebuild = 'it was compressed', unseen_lsn = $1 where kind = 'chunk'"
+        await it.target.execute(mark, 2**62)
+        async with it.consumer():
+            await it.until(lambda: _is_copied(it))
+            assert await _marks(it.target) == ["it was compressed"]
+            await it.target.execute(mark, 1)
+            content = orjson.dumps({"kind": "call", "migration_id": it.migration_id})
+            it.lanes[0].transaction([logical_message("live_migration", content)])
+            it.lanes[0].cut()
+            await it.send()
+            await it.until(lambda: _is_unmarked(it))
+        assert await it.rows(0) == {7: "unseen"}
+
+
 async def test_half_a_segment_before_a_truncate_of_a_chunk_alone_is_not_applied_twice(
     source_database: str, target_database: str, kafka_bootstrap: str, unique_name: str
 ) -> None:
@@ -166,9 +185,42 @@ async def test_changes_of_what_is_left_out_are_passed_over(
         assert await _marks(it.target) == []
 
 
+async def test_a_lane_that_sees_a_chunk_being_compressed_says_so_with_its_checkpoint(
+    source_database: str, target_database: str, kafka_bootstrap: str, unique_name: str
+) -> None:
+    """What is deleted of the compressed rows is not told from there on: once the lane has passed, its note alone says so."""
+    async with chunk_in_lane(source_database, target_database, kafka_bootstrap, unique_name) as it:
+        it.lanes[0].transaction([insert("chunk_1", "1", "seen"), encode_suspect(oid_of("packed"))])
+        it.lanes[0].cut()
+        await it.send()
+        async with it.consumer():
+            await it.until_applied()
+        (noted,) = await it.target.fetch("select * from _live_migration.suspects")
+        assert tuple(noted) == (oid_of("packed"), CHUNK.schema, CHUNK.name, ROOT.schema, ROOT.name)
+        assert await it.rows(0) == {1: "seen"}
+
+
+async def test_a_call_behind_a_barrier_does_not_take_its_place(
+    target_database: str, kafka_bootstrap: str, unique_name: str
+) -> None:
+    """Both in one batch: the coordinator waits for the barrier's id, and would for ever."""
+    async with replay(target_database, kafka_bootstrap, unique_name, lane_count=1) as it, it.consumer():
+        for kind in ("barrier", "call"):
+            content = orjson.dumps({"kind": kind, "migration_id": it.migration_id, "id": f"the {kind}"})
+            it.lanes[0].transaction([logical_message("live_migration", content)])
+        it.lanes[0].cut()
+        await it.send()
+        await it.until_applied()
+        assert (await it.checkpoint(0))["barrier"] == "the barrier"
+
+
 async def _marks(target: asyncpg.Connection) -> list[str]:
     rows = await target.fetch("select rebuild from _live_migration.tables where rebuild is not null")
     return [row["rebuild"] for row in rows]
+
+
+async def _is_copied(it: Replay) -> bool:
+    return await it.rows(0) == {7: "unseen"}
 
 
 async def _is_unmarked(it: Replay) -> bool:

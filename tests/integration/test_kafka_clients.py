@@ -76,3 +76,30 @@ async def test_a_client_whose_task_loses_its_cancellation_ends_all_the_same(kafk
     async with asyncio.timeout(30):
         await consumer.stop()
     assert routine.done()
+
+
+async def test_a_client_whose_own_work_ends_as_cancelled_does_not_cancel_who_stops_it(kafka_bootstrap: str) -> None:
+    """A lane whose target went while a fetch was on its way ended without a word: its client's `stop` raised CancelledError."""
+    consumer = log_consumer(load_settings({"kafka": kafka_bootstrap, "name": "pending"}))
+    await consumer.start()
+    routine = consumer._fetcher._fetch_task
+    pending = asyncio.ensure_future(asyncio.Event().wait())
+
+    async def leaves_a_fetch() -> None:
+        try:
+            await routine
+        finally:
+            consumer._fetcher._pending_tasks.add(pending)
+
+    consumer._fetcher._fetch_task = asyncio.ensure_future(leaves_a_fetch())
+    await asyncio.sleep(0)
+    await consumer.topics()
+    connections = list(consumer._client._conns.values())
+    assert connections
+    async with asyncio.timeout(30):
+        await consumer.stop()
+    assert pending.cancelled()
+    assert not [connection for connection in connections if connection.connected()]
+    task = asyncio.current_task()
+    assert task is not None
+    assert not task.cancelling()

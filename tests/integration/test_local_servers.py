@@ -19,6 +19,7 @@ import psutil
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from live_migration.common.local_kafka import LocalKafka
 from live_migration.common.local_postgres import LocalPostgres, server_account, wheel_binaries
@@ -150,6 +151,7 @@ async def test_durable_kafka_keeps_port_and_record_over_kill_and_restart(
     async with LocalKafka(durable_folder, flush_each_append=True) as broker:
         bootstrap = broker.bootstrap
         await produce(bootstrap, unique_name, b"kept")
+        assert await topic_setting(bootstrap, unique_name, "flush.messages") == "1"  # a kill does not show that
         await broker.kill()
         await broker.start()
         assert await first_record(bootstrap, unique_name) == b"kept"
@@ -169,6 +171,16 @@ async def produce(bootstrap: str, topic: str, value: bytes) -> None:
     async with producer.transaction():
         await producer.send_and_wait(topic, value)
     await producer.stop()
+
+
+async def topic_setting(bootstrap: str, topic: str, name: str) -> str:
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    await admin.start()
+    try:
+        (answer,) = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
+        return next(entry[1] for entry in answer.resources[0][4] if entry[0] == name)
+    finally:
+        await admin.close()
 
 
 async def first_record(bootstrap: str, topic: str) -> bytes | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 
 import asyncpg
@@ -48,6 +49,17 @@ async def test_a_target_in_recovery_or_read_only_is_one_to_come_back_to(target_d
             await connection.execute("create table refused (id int)")
     await owner.execute(f"alter database {database} reset default_transaction_read_only")
     await owner.close()
+
+
+async def test_sessions_ask_a_quiet_peer_for_signs_of_life(target_database: str) -> None:
+    """Of both ends, and nobody waits for longer than half a minute until the other has taken what was sent. The options alone: no net is cut."""
+    options = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3, socket.TCP_USER_TIMEOUT: 30_000}
+    async with session(target_database, "target") as connection:
+        sock = connection._transport.get_extra_info("socket")
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert {option: sock.getsockopt(socket.IPPROTO_TCP, option) for option in options} == options
+        for name in ("tcp_keepalives_idle", "tcp_keepalives_interval"):
+            assert await connection.fetchval("select current_setting($1)", name) == "15"
 
 
 SLOW = """

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import socket
+import struct
+from contextlib import suppress
 
 import asyncpg
 import pytest
 import uvloop
 
 from live_migration.common.errors import ConnectionLost
+from live_migration.producer.pace import LONG_SECONDS
 from live_migration.producer.replication import ReplicationConnection
+from live_migration.producer.wire import ReceiveBuffer
 
 pytestmark = pytest.mark.integration
 
@@ -36,3 +42,130 @@ def test_one_that_broke_between_two_commands_is_a_lost_connection(source_databas
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(work())
+
+
+ROWS = (
+    (10, 20_000),
+    (1_000, 3_000),
+    (10_000, 300),
+    (60_000, 60),
+    (100_000, 60),
+    (1_000_000, 6),
+    (50_000_000, 1),
+    (10, 1_000),
+)
+"""Bytes and number of rows of each transaction."""
+
+
+class Rows:
+    """What a stream of inserts brings: a digest of each row by its key, and how often the stream was read."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, str] = {}
+        self.gulps = 0
+        self.standing_still = 0
+
+    async def read(self, stream: ReplicationConnection, count: int) -> None:
+        """Read in gulps, with the longest pause after each, as in a backlog that never ends."""
+        ends = server_end(stream._connection._transport)
+        while len(self.found) < count:
+            await stream.received()
+            self.gulps += 1
+            if not await stream.gulp():
+                self.standing_still += waits_for_persist_timer(ends)
+            while stream.take(self._consume, 256 * 1024):
+                pass
+            await stream.gather(LONG_SECONDS)
+
+    def _consume(self, data: bytes | memoryview) -> int:
+        at = 0
+        while at + 5 <= len(data):
+            _, length = struct.unpack_from(">BI", data, at)
+            if data[at] != ord("d") or at + 1 + length > len(data):
+                break
+            self._see(bytes(data[at + 5 : at + 1 + length]))
+            at += 1 + length
+        return at
+
+    def _see(self, message: bytes) -> None:
+        if message[:1] != b"w" or message[25:26] != b"I":
+            return
+        at, values = 33, []  # behind XLogData's head, type, oid, 'N' and the number of columns
+        for _ in range(2):
+            (size,) = struct.unpack_from(">I", message, at + 1)
+            values.append(message[at + 5 : at + 5 + size])
+            at += 5 + size
+        assert int(values[0]) not in self.found
+        self.found[int(values[0])] = hashlib.md5(values[1]).hexdigest()
+
+
+def server_end(transport: asyncio.BaseTransport) -> str:
+    """Give the other end of a connection on 127.0.0.1 as /proc/net/tcp writes it."""
+    connection = transport.get_extra_info("socket")
+    return " ".join(f"0100007F:{port:04X}" for _, port in (connection.getpeername(), connection.getsockname()))
+
+
+def waits_for_persist_timer(ends: str) -> bool:
+    """Tell whether a sender has something to send, nothing under way, and a window too small for it, though all was read that there was."""
+    with open("/proc/net/tcp") as connections:
+        (line,) = [each for each in connections if ends in each]
+    timer = line.split()[5].partition(":")[0]
+    return timer == "04"
+
+
+async def test_rows_of_every_size_come_in_gulps(source_database: str) -> None:
+    """No window is smaller than a packet: whatever the rows are, reading makes the walsender go on, and not its persist timer."""
+    connection = await asyncpg.connect(source_database)
+    await connection.execute("create table public.rows (id bigserial primary key, v text)")
+    await connection.execute("alter table public.rows alter v set storage external")
+    await connection.execute("create publication every_size for table public.rows")
+    slot = f"every_size_{source_database.rpartition('_')[2]}"
+    await connection.fetch("select pg_create_logical_replication_slot($1, 'pgoutput')", slot)
+    for size, count in ROWS:
+        await connection.execute(
+            """insert into public.rows (v) select left(repeat(md5(i::text), $1 / 32 + 1), $1)
+               from generate_series(1, $2) i""",
+            size,
+            count,
+        )
+    wanted = {row["id"]: row["digest"] for row in await connection.fetch("select id, md5(v) digest from public.rows")}
+    await connection.close()
+    rows = Rows()
+    async with await ReplicationConnection.open(source_database) as stream:
+        assert stream.is_local
+        await stream.start(slot, 0, {"proto_version": "1", "publication_names": "every_size"})
+        async with asyncio.timeout(300):
+            await rows.read(stream, len(wanted))
+    assert rows.found == wanted
+    print(f"{stream.received_bytes} bytes, {rows.gulps} gulps, the walsender stood still after {rows.standing_still}")
+    assert rows.standing_still <= rows.gulps / 10
+
+
+def send_each(sender: socket.socket, piece: bytes) -> None:
+    for _ in range(100):
+        sender.sendall(piece)
+
+
+async def test_a_window_smaller_than_a_packet_is_noticed() -> None:
+    """What the test above looks for is there to be seen."""
+    piece = struct.pack(">BI", ord("d"), 10_000) + bytes(9_996)
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as sender:
+        connection, _ = server.accept()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 * 1024)
+        transport, _ = await asyncio.get_running_loop().create_connection(asyncio.Protocol, sock=connection)
+        buffer = ReceiveBuffer(transport)
+        transport.set_protocol(buffer)
+        sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as PostgreSQL's
+        sending = asyncio.create_task(asyncio.to_thread(send_each, sender, piece))
+        ends, standing_still = server_end(transport), 0
+        while buffer.received_bytes < 100 * len(piece) and not standing_still:
+            await buffer.received()
+            if not await buffer.gulp():
+                standing_still += waits_for_persist_timer(ends)
+            while buffer.take_copy_data(lambda data: len(data) // len(piece) * len(piece), 1 << 18):
+                pass
+            await buffer.gather(LONG_SECONDS)
+        assert standing_still
+        transport.abort()
+        with suppress(ConnectionError):
+            await sending

@@ -157,6 +157,21 @@ SWALLOWS = """
 """
 
 
+async def test_what_a_transaction_sets_ends_with_it(pair: Pair) -> None:
+    """Inserts, folded changes and changes in source order, each with settings of their own; `Pair.replay` looks at the session."""
+    await pair.prepare(
+        "create table t (id int primary key, v int); create table n (id numeric primary key, v int);"
+        "create table e (v int); alter table e replica identity full"
+    )
+    for table in ("t", "n"):
+        await pair.source.execute(f"insert into {table} select i, i from generate_series(1, 20) i")
+        await pair.source.execute(f"update {table} set v = v + 1 where id < 9; delete from {table} where id > 15")
+    await pair.source.execute("insert into e values (1), (1); delete from e where ctid = '(0,1)'")
+    await pair.replay(binary=True, most_changes=10, segments_per_batch=3)
+    await pair.assert_equal(("t", "n", "e"))
+    await pair.close()
+
+
 async def test_a_row_that_the_target_swallows_stops_the_lane(pair: Pair) -> None:
     await pair.prepare("create table t (id int primary key, v int)")
     target = await asyncpg.connect(pair.target_uri)

@@ -13,19 +13,19 @@ from live_migration.common import state
 from live_migration.common.control import CONFIG, ProducerConfig
 from live_migration.common.errors import Fenced, TargetError
 from live_migration.common.kafka import read_control
-from live_migration.common.local_postgres import LocalPostgres
+from live_migration.common.local_postgres import LocalPostgres, wheel_binaries
 from live_migration.common.pgoutput import decode_relation
 from live_migration.common.relation import quote_identifier
 from live_migration.common.settings import load_settings
 from live_migration.common.state import Phase
-from live_migration.coordinator import steps
+from live_migration.coordinator import schema, steps
 from live_migration.coordinator.control_topic import producer_config
 from live_migration.coordinator.prepare import prepare
 from live_migration.producer.replication import ReplicationConnection
 from live_migration.producer.resume import stream_options
 from live_migration.producer.slot import await_older_transactions
 from tests.fixtures.change_log import wait_for
-from tests.fixtures.fix_postgres import SETTINGS
+from tests.fixtures.fix_postgres import SETTINGS, DatabaseFactory, PostgresFactory
 from tests.integration.test_conductor import bench, fetch
 
 pytestmark = pytest.mark.integration
@@ -182,6 +182,56 @@ async def stream_until(uri: str, config: ProducerConfig, lsn: int) -> list[bytes
             await stream.received()
             stream.take(take, 1 << 20)
     return messages
+
+
+# the plan
+
+
+async def test_the_dump_shows_the_tables_of_the_plan_and_no_others(
+    source_database: str,
+    target_database: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A table made between the look at the catalogs and pg_dump: whoever brings it later would find it on the target, and half of it."""
+    settings = load_settings(
+        {"source": source_database, "target": target_database, "kafka": kafka_bootstrap, "name": unique_name, "dir": tmp_path, "workers": False}
+    )  # fmt: skip
+    await fetch(source_database, "create table planned (id int primary key)")
+    dump = schema.dump
+
+    async def make_and_dump(*arguments: Any, **options: Any) -> None:
+        await fetch(source_database, "create table late (id int primary key)")
+        await dump(*arguments, **options)
+
+    monkeypatch.setattr(schema, "dump", make_and_dump)
+    async with bench(settings) as b:
+        await prepare(b.run)
+        await schema.restore_schema(b.run)
+        tables = "select tablename::text from pg_tables where schemaname = 'public'"
+        assert await b.target(tables) == [("planned",)]
+        assert await b.target("select table_name from _live_migration.tables") == [("planned",)]
+
+
+async def test_settings_of_the_dump_that_an_older_target_does_not_know_are_left_out(
+    postgres_server: PostgresFactory,
+    fresh_database: DatabaseFactory,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+) -> None:
+    """The client programs of 18 set `transaction_timeout`, which came with 17."""
+    source, target = await fresh_database(postgres_server(14)), await fresh_database(postgres_server(15))
+    settings = load_settings(
+        {"source": source, "target": target, "kafka": kafka_bootstrap, "name": unique_name, "dir": tmp_path, "workers": False, "pg_bin": wheel_binaries()}
+    )  # fmt: skip
+    await fetch(source, "create table t (id int primary key)")
+    async with bench(settings) as b:
+        await prepare(b.run)
+        await schema.restore_schema(b.run)
+        assert await b.target("select tablename::text from pg_tables where schemaname = 'public'") == [("t",)]
 
 
 # the lease

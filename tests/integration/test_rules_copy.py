@@ -11,13 +11,16 @@ from live_migration.common.errors import Fenced
 from live_migration.common.postgres import session
 from live_migration.common.relation import QualifiedName
 from live_migration.common.visibility import CopySnapshot
+from live_migration.consumer import part_copier
 from live_migration.consumer.claim_endings import CopyOrigin, finish_part, finish_table, share_snapshot
-from live_migration.consumer.claims import PartClaim, TableClaim
+from live_migration.consumer.claims import Claimant, PartClaim, TableClaim, claim_part
 from live_migration.consumer.copy_errors import AttemptOver
 from live_migration.consumer.copy_stream import CopyCount, CopyPlan
 from live_migration.consumer.parts import BlockRange
+from live_migration.consumer.sessions import Backend, open_session
 from live_migration.consumer.table_snapshot import import_snapshot, lock_table
 from tests.support.copying import consumers, contents, fetch_value, plan, run_sql, settings_for, until, until_ready
+from tests.support.sessions import keeping_settings
 
 pytestmark = pytest.mark.integration
 
@@ -81,6 +84,58 @@ async def plan_one(source: str, target: str) -> int:
     await plan(source, target)
     oid: int = await fetch_value(target, "select oid from _live_migration.tables")
     return oid
+
+
+async def make_part(target: asyncpg.Connection, oid: int) -> None:
+    """Have a table be copied in its second attempt, with one part, which is at work."""
+    await target.execute(
+        """update _live_migration.tables set state = 'copying', attempt = 2, owner = 'holder', snapshot_id = 'snapshot',
+               timeline = 1, lease_until = clock_timestamp() + interval '1 hour'"""
+    )
+    await target.execute(
+        """insert into _live_migration.parts (oid, part, attempt, first_block, end_block, size_bytes, state, owner)
+           values ($1, 0, 2, 0, null, 8192, 'copying', 'me')""",
+        oid,
+    )
+
+
+async def test_a_parts_done_mark_waits_for_who_begins_the_table_anew(
+    source_database: str, target_database: str
+) -> None:
+    """The attempt rises in a transaction that is not ended yet: a mark that did not wait would count for what is emptied next."""
+    oid = await plan_one(source_database, target_database)
+    async with (
+        session(target_database, "target") as target,
+        session(target_database, "target") as marking,
+        session(target_database, "target") as successor,
+    ):
+        await make_part(target, oid)
+        await successor.execute("begin; update _live_migration.tables set attempt = attempt + 1")
+        claim = PartClaim(oid, NAME, 2, 0, BlockRange(0, None, 8192), "snapshot", CopyPlan(NAME, ("id",), True), 1)
+        mark = asyncio.ensure_future(finish_part(marking, claim, "me", CopyCount(5, 50)))
+        waits = "select wait_event_type = 'Lock' from pg_stat_activity where pid = $1"
+        async with asyncio.timeout(20):
+            while not mark.done() and not await target.fetchval(waits, marking.get_server_pid()):
+                await asyncio.sleep(0.02)
+        await successor.execute("commit")
+        with pytest.raises(Fenced):
+            await mark
+        assert await target.fetchval("select state from _live_migration.parts") == "copying"
+
+
+async def test_no_part_is_begun_whose_holder_is_not_heard_of(source_database: str, target_database: str) -> None:
+    """Its snapshot is gone or about to be, and the table begins anew."""
+    oid = await plan_one(source_database, target_database)
+    async with session(target_database, "target") as target:
+        await make_part(target, oid)
+        await target.execute("update _live_migration.parts set state = 'pending', owner = null")
+        started = await target.fetchval("select backend_start from pg_stat_activity where pid = pg_backend_pid()")
+        backend = Backend(target.get_server_pid(), started)
+        who = Claimant("me", backend, backend, 15)
+        await target.execute("update _live_migration.tables set lease_until = clock_timestamp() - interval '1 s'")
+        assert await claim_part(target, who) is None
+        await target.execute("update _live_migration.tables set lease_until = clock_timestamp() + interval '1 hour'")
+        assert await claim_part(target, who) is not None
 
 
 @pytest.mark.parametrize("wrong", ["attempt", "owner", "state"])
@@ -151,6 +206,14 @@ async def test_a_table_is_emptied_only_for_its_own_attempt(
             with pytest.raises(Fenced):
                 await share_snapshot(target, claim, owner, origin, "snapshot", [BlockRange(0, None, 8192)])
         assert await target.fetchval("select state from _live_migration.parts") == "done"
+
+
+async def test_what_a_copying_transaction_sets_ends_with_it(target_database: str) -> None:
+    copying = await open_session(target_database, "target")
+    async with keeping_settings(copying.connection):
+        await part_copier._begin_on_target(copying, "t", part_copier._AWAIT_CHUNK)
+        await copying.connection.execute("commit")
+    await copying.connection.close()
 
 
 async def test_no_trigger_of_the_target_acts_on_what_is_copied(source_database: str, target_database: str) -> None:

@@ -6,13 +6,16 @@ import asyncio
 import signal
 from collections import deque
 from os import kill
+from typing import Any
 
 import asyncpg
 import pytest
+from aiokafka.errors import KafkaError as ClientError
 from pydantic import SecretStr
 
-from live_migration.common.control import LogPosition
+from live_migration.common.control import POSITION, LogPosition
 from live_migration.common.errors import LiveMigrationError, SourceError
+from live_migration.common.kafka_clients import LogProducer
 from live_migration.common.local_kafka import LocalKafka
 from live_migration.common.settings import KIB, Settings
 from live_migration.producer.batcher import Record
@@ -27,6 +30,7 @@ from tests.fixtures.change_log import (
     source_lsn,
     wait_for,
     wait_until_published,
+    write_config,
 )
 
 pytestmark = pytest.mark.integration
@@ -65,6 +69,43 @@ async def test_the_broker_refuses_whoever_wrote_before_the_newest_producer(
             await second.publish(put_records(b"third"), put_position(300), None)
     assert await read_records(settings) == {0: [b"first", b"second", b"third"]}
     assert await read_position(settings) == put_position(300)
+
+
+async def test_records_count_only_with_the_record_of_their_position(
+    source_database: str, kafka_bootstrap: str, unique_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a producer that ends between the two would find changes in the log that nobody remembers, and send them again."""
+    settings = make_settings(source_database, kafka_bootstrap, unique_name)
+    await run_sql(settings, "create table public.t (id int primary key)")
+    await prepare(settings, ["public.t"])
+    send = LogProducer.send
+
+    async def send_no_position(self: LogProducer, topic: str, value: bytes, **options: Any) -> asyncio.Future[object]:
+        if options["key"] == POSITION:
+            raise ClientError
+        sent: asyncio.Future[object] = await send(self, topic, value, **options)
+        await sent
+        return sent
+
+    async with Publisher.open(settings) as first:
+        await first.publish(put_records(b"first"), put_position(100), None)
+        with monkeypatch.context() as broken:
+            broken.setattr(LogProducer, "send", send_no_position)
+            with pytest.raises(LiveMigrationError):
+                await first.publish(put_records(b"half"), put_position(200), None)
+    async with Publisher.open(settings) as second:
+        assert second.position == put_position(100)
+        await second.publish(put_records(b"whole"), put_position(200), None)
+    assert await read_records(settings) == {0: [b"first", b"whole"]}
+
+
+async def test_a_producer_refuses_another_server(source_database: str, kafka_bootstrap: str, unique_name: str) -> None:
+    settings = make_settings(source_database, kafka_bootstrap, unique_name)
+    await run_sql(settings, "create table public.t (id int primary key)")
+    config = await prepare(settings, ["public.t"])
+    await write_config(settings, config.model_copy(update={"system_identifier": "1"}))
+    with pytest.raises(SourceError, match="another server"):
+        await asyncio.wait_for(run_producer(settings, asyncio.Event()), 60)
 
 
 async def test_the_slot_stays_where_the_log_is_while_the_broker_hangs(source_database: str, unique_name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from typing import Any
 
 import asyncpg
 import pytest
@@ -13,8 +14,9 @@ from live_migration.common.catalog import list_tables
 from live_migration.common.local_postgres import LocalPostgres
 from live_migration.common.postgres import connect, session
 from live_migration.common.relation import QualifiedName
+from live_migration.consumer import table_snapshot
 from live_migration.consumer.claims import PartClaim, TableClaim
-from live_migration.consumer.copy_errors import AttemptOver
+from live_migration.consumer.copy_errors import AttemptOver, CopyDeferred
 from live_migration.consumer.copy_stream import CopyPlan
 from live_migration.consumer.parts import BlockRange
 from live_migration.consumer.table_snapshot import import_snapshot, lock_table
@@ -116,6 +118,28 @@ async def test_who_gets_the_lock_after_a_rewrite_gets_no_snapshot_of_before(sour
         await rewriting
         with pytest.raises(AttemptOver, match="cannot be had any more"):
             await importing
+
+
+async def test_a_lock_on_another_table_does_not_count(source_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schemas change their names while we wait for the lock, and back: the name is right before and after, the locked table is not."""
+    swap = "alter schema a rename to c; alter schema b rename to a; alter schema c rename to b"
+    async with session(source_database, "source") as ours, session(source_database, "source") as other:
+        await other.execute("create schema a; create schema b; create table a.t (id int); create table b.t (id int)")
+        oid = await other.fetchval("select 'a.t'::regclass::oid")
+        await other.execute(f"begin; lock table a.t in access exclusive mode; {swap}")
+        begin_locked = table_snapshot._begin_locked
+
+        async def lock_and_swap(*arguments: Any) -> None:
+            await begin_locked(*arguments)
+            await other.execute(swap)
+
+        monkeypatch.setattr(table_snapshot, "_begin_locked", lock_and_swap)
+        locking = asyncio.ensure_future(lock_table(ours, TableClaim(oid, QualifiedName("a", "t"), 1, False), 30))
+        await until_waiting(source_database, ours.get_server_pid())
+        await other.execute("commit")
+        with pytest.raises(CopyDeferred, match="changed places"):
+            await locking
+        await ours.execute("rollback")
 
 
 async def until_waiting(uri: str, pid: int) -> None:

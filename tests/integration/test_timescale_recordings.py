@@ -8,7 +8,9 @@ from __future__ import annotations
 import base64
 import json
 import random
+import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import asyncpg
 import pytest
 
 from live_migration.common import pgoutput, postgres, state
-from live_migration.common.home import Home
+from live_migration.common.home import HOME, SUSPECT, Home, decode_home, decode_suspect
 from live_migration.common.lsn import Lsn
 from live_migration.common.relation import QualifiedName
 from live_migration.common.segment import HEADER, START, iterate_frames
@@ -80,6 +82,16 @@ def layout(oids: dict[str, int]) -> Layout:
             chunk_oid = oids.get(f"{INTERNAL}.{chunk}", 100 + len(chunks))
             chunks[chunk_oid] = Chunk(chunk_oid, QualifiedName(INTERNAL, chunk), oid, "true")
     return Layout("2.29.2", hypertables, chunks)
+
+
+def with_compressed(found: Layout, oids: dict[str, int]) -> Layout:
+    """Give a layout that knows the table of a chunk's compressed rows."""
+    compressed = oids[f"{INTERNAL}._hyper_1_1_chunk_compressed"]
+    return replace(
+        found,
+        compressed={compressed: oids[f"{INTERNAL}._hyper_1_1_chunk"]},
+        compressed_names={compressed: QualifiedName(INTERNAL, "_hyper_1_1_chunk_compressed")},
+    )
 
 
 def transactions() -> Iterator[tuple[int, list[bytes]]]:
@@ -228,6 +240,38 @@ def test_moves_between_a_chunk_and_its_compressed_rows_are_in_no_segment() -> No
     assert kept == 5  # two inserts, an update, two deletes: all that users did to that chunk
 
 
+def test_a_truncate_begins_a_segment() -> None:
+    """One of a chunk alone stops its lane: all before it must have a position of its own, or would be applied in part."""
+    messages = [message for _, message in read_stream()]
+    describes = next(m for m in messages if m[0] == pgoutput.RELATION)
+    chunk = pgoutput.relation_oid(describes)
+    row = next(m for m in messages if m[0] == pgoutput.INSERT and pgoutput.relation_oid(m) == chunk)
+    truncate = b"T" + struct.pack(">IBI", 1, 0, chunk)
+    begin, commit = messages[0], next(m for m in messages if m[0] == pgoutput.COMMIT)
+    bodies = Replayer(layout(relations())).segments([begin, describes, row, truncate, row, commit])
+    changes = [[frame.kind for frame in iterate_frames(body) if frame.kind in b"IT"] for body in bodies]
+    assert changes == [[pgoutput.INSERT], [pgoutput.TRUNCATE, pgoutput.INSERT]]
+
+
+def test_a_chunk_that_is_compressed_is_named_as_long_as_nobody_watches_its_compressed_rows() -> None:
+    """They have no full replica identity yet: whole batches may go and nothing is said. Once a session of the producer, not at each row."""
+    oids = relations()
+    compressed = oids[f"{INTERNAL}._hyper_1_1_chunk_compressed"]
+    replayer = Replayer(with_compressed(layout(oids), oids))
+    named, homes = [], {}
+    for _, messages in transactions():
+        for body in replayer.segments(messages):
+            for frame in iterate_frames(body):
+                if frame.kind == SUSPECT:
+                    named.append(decode_suspect(frame.message))
+                elif frame.kind == HOME:
+                    homes.update([decode_home(frame.message)])
+    assert named == [compressed]
+    assert homes[compressed] == Home(
+        QualifiedName("public", "conditions"), QualifiedName(INTERNAL, "_hyper_1_1_chunk"), True
+    )
+
+
 def test_a_run_of_moves_between_rows_of_users_is_left_out() -> None:
     messages = [message for _, message in read_stream()]
     describes = next(m for m in messages if m[0] == pgoutput.RELATION)
@@ -255,12 +299,7 @@ async def test_rows_of_a_compressed_table_outside_of_markers_stop_the_lane_for_t
     begin, commit = messages[0], next(m for m in messages if m[0] == pgoutput.COMMIT)
     oids = relations()
     found = layout(oids)
-    known = Layout(
-        found.version, found.hypertables, found.chunks,
-        compressed={pgoutput.relation_oid(row): oids[f"{INTERNAL}._hyper_1_1_chunk"]},
-        compressed_names={pgoutput.relation_oid(row): QualifiedName(INTERNAL, "_hyper_1_1_chunk_compressed")},
-    )  # fmt: skip
-    body, *others = Replayer(known).segments([begin, messages[at], row, row, commit])
+    body, *others = Replayer(with_compressed(found, oids)).segments([begin, messages[at], row, row, commit])
     assert len(others) == 1  # each in a segment of its own: what stands before can be applied
     async with postgres.session(target_database, "target") as target:
         await target.execute(TARGET)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from aiokafka import AIOKafkaProducer
 
 from live_migration.common import pgoutput, segment
-from live_migration.common.home import Home, encode_home
+from live_migration.common.home import SUSPECT, Home, decode_suspect, encode_home
 from live_migration.common.segment import COMMIT_ORDINAL, FRAGMENT, SEGMENT, START, Position, SegmentHeader
 
 Cell = str | bytes | int | None
@@ -122,6 +122,8 @@ class LaneWriter:
             oids = (pgoutput.relation_oid(change),)
         elif change[0] in b"T":
             oids = pgoutput.decode_truncate(change).relation_oids
+        elif change[0] == SUSPECT:
+            oids = (decode_suspect(change),)
         for oid in oids:
             if oid not in self._described:
                 self._body += b"".join(map(segment.frame, self.relations[oid]))

@@ -98,3 +98,12 @@ async def test_nothing_is_raised_where_nobody_cancelled() -> None:
         await asyncio.sleep(0)
     with pytest.raises(ValueError, match="its own"), kept_cancellation():
         raise ValueError("its own")
+
+
+async def test_the_cancellation_of_another_task_is_not_taken_for_one_s_own() -> None:
+    other = asyncio.ensure_future(asyncio.Event().wait())
+    with kept_cancellation():
+        await asyncio.sleep(0)
+        other.cancel()
+        await other
+    assert other.cancelled()

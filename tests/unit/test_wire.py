@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import struct
 from collections.abc import Callable
 
@@ -215,3 +216,80 @@ def test_a_connection_that_breaks_while_it_gathers_is_a_lost_connection(
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
         runner.run(work())
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_gulp_is_all_that_is_there_and_then_nothing_is_read(
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    async def work() -> None:
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.create_connection(asyncio.Protocol, sock=ours)
+        buffer = ReceiveBuffer(transport)
+        transport.set_protocol(buffer)
+        burst = message(b"d", bytes(1000)) * 100
+        assert theirs.send(burst) == len(burst)
+        assert not await buffer.gulp()
+        assert buffer.received_bytes == len(burst)
+        assert theirs.send(burst) == len(burst)
+        assert buffer.take_copy_data(whole_messages, 1 << 20) == len(burst)
+        await asyncio.sleep(0.01)  # many turns
+        assert buffer.received_bytes == len(burst)  # taking does not make it read
+        await buffer.gather(0)
+        await buffer.received()
+        await buffer.gulp()
+        assert buffer.received_bytes == 2 * len(burst)
+        transport.close()
+        theirs.close()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(work())
+
+
+async def test_a_gulp_ends_when_the_buffer_is_full() -> None:
+    transport = FakeTransport()
+    buffer = ReceiveBuffer(transport)  # type: ignore[arg-type]
+    arriving = asyncio.create_task(arrive_for_ever(transport, buffer))
+    assert await buffer.gulp()
+    assert not transport.is_reading
+    assert wire._CAPACITY - wire._LEAST_ROOM <= buffer.received_bytes <= wire._CAPACITY
+    while buffer.take_copy_data(whole_messages, 1 << 18):
+        assert not transport.is_reading
+    await buffer.gather(0)
+    assert transport.is_reading
+    arriving.cancel()
+
+
+async def test_a_gulp_of_less_than_a_message_waits_for_no_room() -> None:
+    """A message that is larger than the buffer is read on, however small the pieces are that it comes in."""
+    transport = FakeTransport()
+    buffer = ReceiveBuffer(transport)  # type: ignore[arg-type]
+    big = message(b"d", bytes(5 * wire._CAPACITY))
+    at = receive(buffer, big, 1000)
+    got = 0
+    while not got:
+        await buffer.gulp()
+        got = buffer.take_copy_data(whole_messages, 1)
+        await buffer.gather(0)
+        assert transport.is_reading
+        if not got:
+            at += receive(buffer, memoryview(big)[at:], 100_000)
+    assert got == len(big) == at
+
+
+async def test_a_lost_connection_ends_a_gulp() -> None:
+    buffer = ReceiveBuffer(FakeTransport())  # type: ignore[arg-type]
+    receive(buffer, message(b"d", bytes(10)), 100)
+    buffer.connection_lost(None)
+    await buffer.gulp()
+    assert buffer.is_lost
+
+
+async def arrive_for_ever(transport: FakeTransport, buffer: ReceiveBuffer) -> None:
+    stream = message(b"d", bytes(20_000))
+    while True:
+        if transport.is_reading:
+            receive(buffer, stream, len(stream))
+        await asyncio.sleep(0)

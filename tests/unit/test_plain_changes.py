@@ -1,4 +1,4 @@
-"""Runs of updates of whole rows: the same end as folding by values, or left to that."""
+"""Runs of changes of whole rows: the same end as folding by values, or left to that."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from live_migration.common.relation import Column, QualifiedName, Relation, ReplicaIdentity
-from live_migration.consumer.folding import fold
-from live_migration.consumer.plain_updates import plain_updates
+from live_migration.consumer.folding import NotFoldable, fold
+from live_migration.consumer.plain_changes import plain_changes
 from live_migration.consumer.row_encoding import UNCHANGED, Message, Value, binary_row, text_row
 from live_migration.consumer.target_tables import KeyColumn, TargetTable
 from tests.support.messages import put_delete, put_insert, put_tuple, put_update
@@ -40,26 +40,53 @@ rows = st.tuples(
 )
 
 
-@settings(deadline=None, max_examples=300)
-@given(st.lists(rows, min_size=1, max_size=30), st.booleans(), st.sampled_from([(0,), (0, 1)]))
+kinds = st.sampled_from("UUID")
+
+
+def change(kind: str, row: list[Value], keys: tuple[int, ...], *, binary: bool) -> bytes:
+    if kind == "U":
+        return update(row, binary=binary)
+    if kind == "I":
+        return put_insert(OID, row, binary=binary)
+    return (
+        b"D"
+        + OID.to_bytes(4, "big")
+        + b"K"
+        + put_tuple([value if i in keys else None for i, value in enumerate(row)], binary=binary)
+    )
+
+
+def joined(found: object) -> bytes:
+    return b"".join(cast(list[bytes], found))
+
+
+@settings(deadline=None, max_examples=500)
+@given(st.lists(st.tuples(kinds, rows), min_size=1, max_size=30), st.booleans(), st.sampled_from([(0,), (0, 1)]))
 def test_the_end_is_that_of_folding_by_values(
-    changes: list[tuple[bytes | None, ...]], binary: bool, keys: tuple[int, ...]
+    changes: list[tuple[str, tuple[bytes | None, ...]]], binary: bool, keys: tuple[int, ...]
 ) -> None:
     table = make_table(keys)
-    messages = [update(list(row), binary=binary) for row in changes]
-    found = plain_updates(table, cast(list[Message], messages), binary=binary)
-    if any(row[i] is None for row in changes for i in keys):
+    messages = [change(kind, list(row), keys, binary=binary) for kind, row in changes]
+    found = plain_changes(table, cast(list[Message], messages), binary=binary)
+    if any(row[i] is None for _, row in changes for i in keys):
         assert found is None
         return
-    expected = []
-    for present, updates in fold(messages, list(keys)).updates.items():
+    try:
+        net = fold(messages, list(keys))
+    except NotFoldable:
+        assert found is None
+        return
+    updated = []
+    for present, updates in net.updates.items():
         for key, values in updates:
             row = dict(zip((*keys, *present), (*key, *values), strict=True))
-            expected.append([row[i] for i in range(3)])
+            updated.append([row[i] for i in range(3)])
     assert found is not None
-    assert found[0] == len(expected)
     encode = binary_row if binary else text_row
-    assert b"".join(cast(list[bytes], found[1])) == b"".join(cast(list[bytes], [encode(row) for row in expected]))
+    assert joined(found.deletes) == joined([encode(key) for key in net.deletes])
+    assert (found.update_count, found.insert_count) == (len(updated), len(net.inserts))
+    assert joined(found.updates) == joined([encode(row) for row in updated])
+    assert joined(found.inserts) == joined([encode(row) for row in net.inserts])
 
 
 WHOLE: list[Value] = [b"0001", b"x", b"y"]
@@ -69,24 +96,25 @@ WHOLE: list[Value] = [b"0001", b"x", b"y"]
 @pytest.mark.parametrize("row", [[b"0001", UNCHANGED, b"y"], [b"0001", b"xun", UNCHANGED], [UNCHANGED, b"x", None]])
 def test_a_value_that_the_stream_does_not_carry_is_left_to_folding(row: list[Value], binary: bool) -> None:
     messages = [update(WHOLE, binary=binary), update(row, binary=binary)]
-    assert plain_updates(make_table(), cast(list[Message], messages), binary=binary) is None
+    assert plain_changes(make_table(), cast(list[Message], messages), binary=binary) is None
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        put_insert(OID, WHOLE),
-        put_delete(OID, key=[b"0001", None, None]),
+        put_insert(OID, WHOLE),  # twice there
+        put_update(OID, [None, b"x", b"y"]),
+        put_delete(OID, key=[None, None, None]),
         put_update(OID, WHOLE, key=[b"0002", None, None]),
         put_update(OID, WHOLE, old=WHOLE),
         memoryview(update(WHOLE, binary=False)),
     ],
 )
-def test_other_changes_are_left_to_folding(other: Message) -> None:
-    assert plain_updates(make_table(), [update(WHOLE, binary=False), other], binary=False) is None
+def test_what_needs_care_is_left_to_folding(other: Message) -> None:
+    assert plain_changes(make_table(), [put_update(OID, WHOLE), other], binary=False) is None
 
 
 def test_tables_whose_rows_are_not_staged_as_they_come_are_left_to_folding() -> None:
     messages = [update(WHOLE, binary=False)]
     for table in (make_table(()), make_table((1,)), make_table(kept=(0, 1)), make_table(identity="a")):
-        assert plain_updates(table, cast(list[Message], messages), binary=False) is None
+        assert plain_changes(table, cast(list[Message], messages), binary=False) is None
