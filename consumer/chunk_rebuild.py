@@ -204,7 +204,7 @@ async def _look(
             if await compressed_table(source, chunk.oid) != claim.compressed:
                 raise CopyDeferred(f"chunk {chunk.name} is being compressed or decompressed just now")
             condition = await chunk_range(source, chunk.oid)
-    await require_known_timeline(target, locked)
+    await require_known_timeline(target, locked.name, locked.timeline)
     plan, origin = await check_target(target, locked, chunk.root, decompresses=chunk.kind != "table")
     return origin, plan, condition
 

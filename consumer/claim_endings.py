@@ -30,6 +30,32 @@ _FINISH_TABLE = f"""
     where oid = $1 and attempt = $2 and owner = $3 and state = 'copying'
 """
 
+_LOCK_GROUP = """
+    select count(*) from (
+        select from _live_migration.tables t join unnest($1::oid[], $2::int[]) as h (oid, attempt) on t.oid = h.oid and t.attempt = h.attempt
+        where t.owner = $3 and t.state = 'copying' order by t.oid for no key update of t) held
+"""
+
+_FINISH_GROUP_INDEXES = f"""
+    update _live_migration.indexes set state = 'done', error = null, retry_at = null, {_FREE}
+    where oid = any($1::oid[]) and state = 'pending'
+"""
+
+_FINISH_GROUP = f"""
+    update _live_migration.tables t
+    set state = {_STATE_AFTER_COPY}, snapshot = $4, horizon = $5, timeline = $6, columns = h.columns::jsonb, binary_copy = h.is_binary,
+        row_count = h.rows, byte_count = h.bytes, copied_at = clock_timestamp(), error = null, hint = null, {_FREE_SOURCE}
+    from unnest($1::oid[], $2::int[], $7::text[], $8::bool[], $9::bigint[], $10::bigint[]) as h (oid, attempt, columns, is_binary, rows, bytes)
+    where t.oid = h.oid and t.attempt = h.attempt and t.owner = $3 and t.state = 'copying'
+"""
+
+_GIVE_GROUP_BACK = f"""
+    update _live_migration.tables t
+    set state = 'planned', retry_at = clock_timestamp() + make_interval(secs => $3), {_FREE_SOURCE}
+    from unnest($1::oid[], $2::int[]) as h (oid, attempt)
+    where t.oid = h.oid and t.attempt = h.attempt and t.state = 'copying'
+"""
+
 _SHARE_SNAPSHOT = """
     update _live_migration.tables t
     set snapshot = $4, horizon = $5, columns = $6, binary_copy = $7, snapshot_id = $8, timeline = $9, error = null, hint = null
@@ -94,6 +120,66 @@ async def finish_table(
         origin.rebuild,
     )
     _require_one(status, claim)
+
+
+@dataclass(frozen=True, slots=True)
+class CopiedTable:
+    """A table of a group: what its copy saw, and how much it was."""
+
+    claim: TableClaim
+    origin: CopyOrigin
+    count: CopyCount
+
+
+async def lock_group(connection: asyncpg.Connection, claims: Sequence[TableClaim], owner: str) -> None:
+    """Lock the rows of claims that end together, in the one order for that, until the transaction's end.
+
+    Raises:
+        Fenced: one of the claims is not ours any more.
+    """
+    keys = ([claim.oid for claim in claims], [claim.attempt for claim in claims], owner)
+    if await connection.fetchval(_LOCK_GROUP, *keys) != len(claims):
+        raise Fenced(f"{claims[0]} and {len(claims) - 1} more: the claim of one was taken over by somebody else")
+
+
+async def finish_group(
+    connection: asyncpg.Connection, copied: Sequence[CopiedTable], owner: str, built_indexes: Sequence[int]
+) -> None:
+    """Mark tables copied and these of their indexes built, in the transaction that holds rows and indexes of all of them.
+
+    All have the first one's snapshot. Their rows are locked already, by `lock_group`.
+
+    Raises:
+        Fenced: one of the claims is not ours any more.
+    """
+    claims = [each.claim for each in copied]
+    keys = ([claim.oid for claim in claims], [claim.attempt for claim in claims], owner)
+    what = f"{claims[0]} and {len(claims) - 1} more"
+    if built_indexes:
+        status = await connection.execute(_FINISH_GROUP_INDEXES, built_indexes)
+        if status != f"UPDATE {len(built_indexes)}":
+            raise Fenced(f"{what}: an index was claimed by somebody else")
+    origin = copied[0].origin
+    status = await connection.execute(
+        _FINISH_GROUP,
+        *keys,
+        origin.snapshot,
+        origin.horizon,
+        origin.timeline,
+        [each.origin.columns for each in copied],
+        [each.origin.is_binary for each in copied],
+        [each.count.rows for each in copied],
+        [each.count.bytes for each in copied],
+    )
+    if status != f"UPDATE {len(claims)}":
+        raise Fenced(f"{what}: the claim of one was taken over by somebody else")
+
+
+async def give_group_back(connection: asyncpg.Connection, claims: Sequence[TableClaim], delay: float) -> int:
+    """End the attempts that are still current; each of these tables is copied alone after `delay` seconds. Gives their number."""
+    keys = [claim.oid for claim in claims], [claim.attempt for claim in claims]
+    status: str = await connection.execute(_GIVE_GROUP_BACK, *keys, delay)
+    return int(status.removeprefix("UPDATE "))
 
 
 async def share_snapshot(

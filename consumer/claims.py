@@ -93,20 +93,50 @@ _LEASE = (
 )
 _SOURCE = "source_pid = $5, source_start = $6"
 
-_CLAIM_TABLE = f"""
-    with candidate as (
-        select oid from _live_migration.tables
-        where state = 'planned' and coalesce(retry_at <= clock_timestamp(), true)
-           or state = 'stopped' and retry_at <= clock_timestamp()
-        order by state = 'stopped', size_bytes desc, oid
-        limit 1 for update skip locked
-    )
+_BEGIN_ATTEMPT = f"""
     update _live_migration.tables t
     set state = 'copying', attempt = attempt + 1, snapshot_id = null, snapshot = null, horizon = null, timeline = null, row_count = 0, byte_count = 0,
         started_at = clock_timestamp(), copied_at = null, retry_at = null, {_LEASE}, {_SOURCE}
     from candidate c where t.oid = c.oid
     returning t.oid, schema_name, table_name, attempt, kind, compressed_oid, compressed_name, range, copies_to_root, root_schema, root_name,
               exists (select from _live_migration.parts p where p.oid = t.oid) as has_parts
+"""
+
+_CLAIM_TABLE = f"""
+    with planned as (
+        select oid from _live_migration.tables
+        where state = 'planned' and coalesce(retry_at <= clock_timestamp(), true)
+        order by size_bytes desc, oid limit 1 for update skip locked
+    ), stopped as (
+        select oid from _live_migration.tables
+        where state = 'stopped' and retry_at <= clock_timestamp() and not exists (select from planned)
+        order by size_bytes desc, oid limit 1 for update skip locked
+    ), candidate as (select oid from planned union all select oid from stopped)
+    {_BEGIN_ATTEMPT}
+"""
+"""Two queries, each by its index: with one, every claim would look at all the tables that wait."""
+
+GROUP_TABLES = 64
+"""Tables copied in one transaction at most: each has several locks on the target, for which a server has some thousand places."""
+GROUP_TABLE_BYTES = 128 << 10
+"""Size of a table, as planned, up to which it is copied together with others."""
+_FAIR_SHARE = 4
+"""A group is at most this part of the small tables that wait: the last of them are left for others to take."""
+
+_WAITS_SMALL = """state = 'planned' and size_bytes <= $7 and kind = 'table' and not copies_to_root
+            and retry_at is null and error is null"""
+_CLAIM_GROUP = f"""
+    with waiting as (
+        select oid from _live_migration.tables where {_WAITS_SMALL} order by size_bytes desc, oid limit $8 * {_FAIR_SHARE}
+    ), candidate as (
+        select oid from _live_migration.tables t
+        where {_WAITS_SMALL} and not exists (select from _live_migration.parts p where p.oid = t.oid)
+          and not exists (select from _live_migration.tables b
+                          where b.state = 'planned' and b.size_bytes > $7 and coalesce(b.retry_at <= clock_timestamp(), true))
+        order by size_bytes desc, oid
+        limit (select count(*) / {_FAIR_SHARE} from waiting) for update skip locked
+    )
+    {_BEGIN_ATTEMPT}
 """
 
 _CLAIM_PART = f"""
@@ -130,8 +160,20 @@ _CLAIM_INDEX = "select * from _live_migration.claim_index($1, $2, $3, $4)"
 async def claim_table(connection: asyncpg.Connection, who: Claimant) -> TableClaim | None:
     """Claim the biggest table that waits for its copy; its attempt number rises. None: there is none just now."""
     row = await connection.fetchrow(_CLAIM_TABLE, *_fields(who), *_source_fields(who))
-    if row is None:
-        return None
+    return None if row is None else _table_claim(row)
+
+
+async def claim_group(connection: asyncpg.Connection, who: Claimant, part_size: int) -> list[TableClaim]:
+    """Claim small tables that are copied together, once nothing bigger waits; none where there are not many.
+
+    One that was set back is never among them: whatever keeps it from being copied is its own affair, and is said of it alone.
+    """
+    size = min(GROUP_TABLE_BYTES, part_size)
+    rows = await connection.fetch(_CLAIM_GROUP, *_fields(who), *_source_fields(who), size, GROUP_TABLES)
+    return [_table_claim(row) for row in rows]
+
+
+def _table_claim(row: asyncpg.Record) -> TableClaim:
     return TableClaim(
         row["oid"],
         QualifiedName(row["schema_name"], row["table_name"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -45,9 +45,12 @@ _RENEW_TABLES = """
         byte_count = case when t.snapshot_id is null then h.bytes else
                      (select coalesce(sum(p.byte_count), 0) from _live_migration.parts p where p.oid = t.oid) end,
         row_count = case when t.snapshot_id is null then
-                    coalesce((select c.tuples_processed from pg_stat_progress_copy c where c.pid = t.backend_pid), t.row_count)
+                    coalesce((select c.tuples_processed from pg_stat_progress_copy c where c.pid = t.backend_pid
+                                and (t.copies_to_root or c.relid = to_regclass(format('%I.%I', t.schema_name, t.table_name)))), t.row_count)
                     else (select coalesce(sum(p.row_count), 0) from _live_migration.parts p where p.oid = t.oid) end
-    from unnest($3::oid[], $4::int[], $5::bigint[]) as h (oid, attempt, bytes)
+    from (select h.* from unnest($3::oid[], $4::int[], $5::bigint[]) as h (oid, attempt, bytes) join _live_migration.tables l using (oid)
+          where l.attempt = h.attempt and l.owner = $1 and l.state = 'copying'
+          order by l.oid for no key update of l) h
     where t.oid = h.oid and t.attempt = h.attempt and t.owner = $1 and t.state = 'copying'
     returning t.oid, t.attempt
 """
@@ -116,13 +119,20 @@ class LeaseKeeper:
         """Await a claim and hold it from then on, until `drop`."""
         async with self._claiming:  # else `_free_abandoned` could see it claimed by us, yet not held
             claim = await claiming
-            if claim is None:
-                return None
-            lease = Lease(claim)
-            if self._end is not None:
-                lease.interrupt.trigger(self._end)
-            self._held.add(lease)
-            return lease
+            return None if claim is None else self._hold(claim, Interrupt())
+
+    async def claim_group(self, claiming: Awaitable[Sequence[C]]) -> list[Lease[C]]:
+        """Do the same for claims on work that is done, or ended, together: they have one interrupt."""
+        async with self._claiming:
+            interrupt = Interrupt()
+            return [self._hold(claim, interrupt) for claim in await claiming]
+
+    def _hold(self, claim: C, interrupt: Interrupt) -> Lease[C]:
+        lease = Lease(claim, interrupt)
+        if self._end is not None:
+            interrupt.trigger(self._end)
+        self._held.add(lease)
+        return lease
 
     def drop(self, lease: Lease[Claim]) -> None:
         """Hold a claim no longer; if the state still has it as ours, it is freed within moments, its backends ended."""

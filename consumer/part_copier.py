@@ -13,10 +13,11 @@ from live_migration.consumer.chunk_copy import (
     look_without,
 )
 from live_migration.consumer.claim_endings import CopyOrigin, finish_part, finish_table, share_snapshot
-from live_migration.consumer.claims import PartClaim, TableClaim, claim_part, claim_table
+from live_migration.consumer.claims import PartClaim, TableClaim, claim_group, claim_part, claim_table
 from live_migration.consumer.copy_context import CopyContext
 from live_migration.consumer.copy_errors import CopyDeferred, server_errors
 from live_migration.consumer.copy_stream import CopyCount, stream_copy
+from live_migration.consumer.copy_transactions import begin_on_target, end_on_source
 from live_migration.consumer.lease_keeper import Lease
 from live_migration.consumer.merged_chunks import (
     Leftover,
@@ -29,6 +30,7 @@ from live_migration.consumer.merged_chunks import (
 )
 from live_migration.consumer.sessions import CopySession, SessionPair
 from live_migration.consumer.snapshot_holder import hold_snapshot
+from live_migration.consumer.table_group import copy_group_or_set_back
 from live_migration.consumer.table_snapshot import (
     check_target,
     end_earlier_parts,
@@ -37,8 +39,6 @@ from live_migration.consumer.table_snapshot import (
     require_known_timeline,
 )
 
-_TARGET_LOCK_TIMEOUT = "30s"
-"""For emptying a table on the target: whoever uses it there must not keep our lock on the source for ever."""
 _AWAIT_CHUNK = "set local lock_timeout = '1h'"
 """A transaction that makes a chunk lets no other make one of the same hypertable before it ends: other parts of ours wait for it."""
 
@@ -68,6 +68,12 @@ class CopyWorker:
             part = await self._context.keeper.claim(claim_part(target.connection, who))
         if part is not None:
             return await self._copy_part_or_set_back(part, source, target)
+        with server_errors("target", "claiming work"):
+            part_size = self._context.settings.part_size
+            group = await self._context.keeper.claim_group(claim_group(target.connection, who, part_size))
+        if group:
+            await copy_group_or_set_back(self._context, group, self._pair, source, target)
+            return True
         with server_errors("target", "claiming work"):
             table = await self._context.keeper.claim(claim_table(target.connection, who))
         if table is not None:
@@ -105,7 +111,7 @@ class CopyWorker:
     async def _copy_part(self, lease: Lease[PartClaim], source: CopySession, target: CopySession) -> None:
         claim = lease.claim
         await import_snapshot(source.connection, claim, self._context.settings.lock_timeout)
-        await _begin_on_target(target, str(claim), *([_AWAIT_CHUNK] if claim.plan.target is not None else []))
+        await begin_on_target(target, str(claim), *([_AWAIT_CHUNK] if claim.plan.target is not None else []))
         count = await stream_copy(
             source.connection,
             target.connection,
@@ -114,7 +120,7 @@ class CopyWorker:
             freeze=False,
             on_bytes=lease.progress,
         )
-        await _end_on_source(source, str(claim))
+        await end_on_source(source, str(claim))
         lease.is_finishing = True
         with server_errors("target", f"finishing {claim}"):
             await finish_part(target.connection, claim, self._context.owner, count)
@@ -137,7 +143,7 @@ class CopyWorker:
             raise CopyDeferred(f"chunk {claim} is being compressed or decompressed just now")
         if claim.is_chunk and claim.root is not None:
             claim = await in_range_now(source.connection, claim)
-        await require_known_timeline(target.connection, table)
+        await require_known_timeline(target.connection, table.name, table.timeline)
         decompresses = claim.root is not None and claim.compressed is not None
         plan, origin = await check_target(target.connection, table, claim.root, decompresses=decompresses)
         await self._context.watch.flush_barrier()
@@ -149,7 +155,7 @@ class CopyWorker:
             if has_grown
             else {}
         )
-        await _begin_on_target(target, str(claim), *_empty(claim, has_grown=has_grown))
+        await begin_on_target(target, str(claim), *_empty(claim, has_grown=has_grown))
         if has_grown:
             assert origin.horizon is not None
             await mark_newcomers(target.connection, newcomers, origin.horizon)
@@ -173,7 +179,7 @@ class CopyWorker:
             freeze=claim.root is None,
             on_bytes=lease.progress,
         )
-        await _end_on_source(source, str(claim))
+        await end_on_source(source, str(claim))
         lease.is_finishing = True
         with server_errors("target", f"finishing {claim}"):
             await finish_table(target.connection, claim, self._context.owner, origin, count)
@@ -197,7 +203,7 @@ class CopyWorker:
             log.info("chunk is copied by its lane", table=str(claim), reason=CHANGED)
         # What an earlier attempt brought goes, but for what the chunk was merged into: its copy has emptied the range.
         keeps = claim.root is not None and (leftover.has_rows or claim.attempt == 1)
-        await _begin_on_target(target, str(claim), *([] if keeps else _empty(claim)))
+        await begin_on_target(target, str(claim), *([] if keeps else _empty(claim)))
         with server_errors("target", f"finishing {claim}"):
             await mark_leftover(target.connection, leftover)
             await finish_table(target.connection, claim, self._context.owner, origin, CopyCount(0, 0))
@@ -223,25 +229,3 @@ def _empty(claim: TableClaim, *, has_grown: bool = False) -> list[str]:
         return []  # copied in one transaction: no attempt leaves anything, and without an index the range is dear to look for
     # What an earlier attempt wrote is committed by now, or never will be: a claim is taken over only then.
     return [f"delete from {claim.root.sql} where {claim.range or 'false'}", _AWAIT_CHUNK]
-
-
-async def _begin_on_target(target: CopySession, what: str, *statements: str) -> None:
-    """Begin the transaction for the rows; `statements` are run in it, before anything that COPY FREEZE would mind."""
-    with server_errors("target", f"beginning to copy {what}"):
-        await target.connection.execute(
-            "; ".join(
-                [
-                    "begin",
-                    "set local synchronous_commit = off",
-                    f"set local lock_timeout = '{_TARGET_LOCK_TIMEOUT}'",
-                    *target.copy_settings,
-                    *statements,
-                ]
-            )
-        )
-
-
-async def _end_on_source(source: CopySession, what: str) -> None:
-    """Let go of lock and snapshot as soon as the last row is read."""
-    with server_errors("source", f"ending the copy of {what}"):
-        await source.connection.execute("rollback")

@@ -60,7 +60,7 @@ class SourceWatch:
         self._session = session
         self._migration_id = migration_id
         self._patience_seconds = patience_seconds
-        self._watched: dict[int, Lease[Claim]] = {}
+        self._watched: dict[int, tuple[Lease[Claim], str]] = {}
 
     async def flush_barrier(self) -> None:
         """Return when the source has flushed its WAL up to what was the insert position at the call.
@@ -72,9 +72,12 @@ class SourceWatch:
             await write_flush_barrier(connection, self._migration_id)
 
     @contextmanager
-    def watching(self, pid: int, lease: Lease[Claim]) -> Iterator[None]:
-        """While inside, interrupt the work under `lease` when somebody waits for a lock that the backend `pid` holds."""
-        self._watched[pid] = lease
+    def watching(self, pid: int, lease: Lease[Claim], what: str = "") -> Iterator[None]:
+        """While inside, interrupt the work under `lease` when somebody waits for a lock that the backend `pid` holds.
+
+        `what`: is copied, if it is more than what the lease is for.
+        """
+        self._watched[pid] = lease, what or str(lease.claim)
         try:
             yield
         finally:
@@ -98,9 +101,9 @@ class SourceWatch:
     async def _look(self, connection: asyncpg.Connection) -> None:
         watched = dict(self._watched)
         for row in await connection.fetch(_WAITERS, list(watched), self._patience_seconds):
-            lease = watched[row["blocker"]]
+            lease, what = watched[row["blocker"]]
             who = f"{row['application'] or 'a session'} (pid {row['pid']}, its statement began at {row['query_start']:%H:%M:%S})"
-            reason = f"copy of {lease.claim} gives way: on the source {who} waited {row['seconds']:.1f} s for its lock"
+            reason = f"copy of {what} gives way: on the source {who} waited {row['seconds']:.1f} s for its lock"
             lease.interrupt.trigger(AttemptOver(reason, is_news=True))
             # Closing our socket may not be noticed by a backend for a while; this is.
             await connection.fetchval("select pg_terminate_backend($1::int)", row["blocker"])

@@ -29,9 +29,10 @@ _NAME = """
     select n.nspname, c.relname, c.relkind::text from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = $1
 """
 
+MOMENT = f"select pg_current_snapshot()::text as snapshot, pg_current_wal_insert_lsn() as horizon, {CURRENT_TIMELINE} as timeline"
+"""To be the first query after LOCK TABLE: it takes the transaction's snapshot, and only then is the insert position read."""
 _UNDER_LOCK = f"""
-    select pg_current_snapshot()::text as snapshot, pg_current_wal_insert_lsn() as horizon,
-           {CURRENT_TIMELINE} as timeline,
+    {MOMENT},
            exists (select from pg_locks l
                    where l.pid = pg_backend_pid() and l.locktype = 'relation' and l.granted and l.mode in ('AccessShareLock', 'ShareUpdateExclusiveLock')
                      and l.relation = $1 and l.database = (select d.oid from pg_database d where d.datname = current_database())
@@ -40,10 +41,9 @@ _UNDER_LOCK = f"""
            (select m.amname = 'heap' from pg_class c join pg_am m on m.oid = c.relam where c.oid = $1) as is_heap,
            current_setting('block_size')::int as block_size
 """
-"""The first query after LOCK TABLE: it takes the transaction's snapshot, and only then is the insert position read."""
 
 _DEFINITIONS = """
-    select a.attname as name, format_type(a.atttypid, a.atttypmod) as type, a.atttypid as type_oid,
+    select a.attrelid as relation, a.attname as name, format_type(a.atttypid, a.atttypmod) as type, a.atttypid as type_oid,
            a.attgenerated::text as generated, a.attidentity::text as identity, a.attnotnull as not_null,
            case when a.attcollation <> t.typcollation and c.oid is not null
                 then quote_ident(n.nspname) || '.' || quote_ident(c.collname) else '' end as collation,
@@ -51,8 +51,8 @@ _DEFINITIONS = """
     from pg_attribute a join pg_type t on t.oid = a.atttypid
     left join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
     left join pg_collation c on c.oid = a.attcollation left join pg_namespace n on n.oid = c.collnamespace
-    where a.attrelid = $1 and a.attnum > 0 and not a.attisdropped
-    order by a.attnum
+    where a.attrelid = any($1::oid[]) and a.attnum > 0 and not a.attisdropped
+    order by a.attrelid, a.attnum
 """
 
 _TARGET = """
@@ -111,7 +111,7 @@ async def lock_table(
     what = f"only {claim.name.sql}" if tree is None else claim.name.sql
     also = [claim.compressed[0]] if claim.compressed else tree or ()
     mode: LockMode = "share update exclusive" if also else "access share"
-    await _begin_locked(connection, claim.name, lock_timeout, ", only ".join([what, *also]), mode)
+    await begin_locked(connection, claim.name, lock_timeout, ", only ".join([what, *also]), mode)
     with server_errors("source", f"looking at {claim.name}"):
         seen = await connection.fetchrow(_UNDER_LOCK, claim.oid)
         _check_name(claim, await connection.fetchrow(_NAME, claim.oid))
@@ -140,7 +140,7 @@ async def import_snapshot(connection: asyncpg.Connection, claim: PartClaim, lock
         CopyDeferred: the lock cannot be had just now: somebody waits behind the holder, who will give way if that lasts.
         AttemptOver: the holder is gone.
     """
-    await _begin_locked(connection, claim.name, lock_timeout)
+    await begin_locked(connection, claim.name, lock_timeout)
     try:
         with server_errors("source", f"importing the snapshot of {claim.name}"):
             await connection.execute(f"set transaction snapshot {quote_literal(claim.snapshot_id)}")
@@ -153,13 +153,18 @@ async def import_snapshot(connection: asyncpg.Connection, claim: PartClaim, lock
         raise AttemptOver(f"the source failed over while {claim.name} was copied")
 
 
-async def _begin_locked(
+async def begin_locked(
     connection: asyncpg.Connection,
     name: QualifiedName,
     lock_timeout: float,
     relations: str = "",
     mode: LockMode = "access share",
 ) -> None:
+    """Begin a transaction that holds the lock of a table, or of `relations` as LOCK TABLE has them; no snapshot is taken yet.
+
+    Raises:
+        CopyDeferred: somebody holds a conflicting lock, or there is no such table any more.
+    """
     with server_errors("source", f"locking {name}"):
         try:
             await connection.execute(
@@ -193,16 +198,24 @@ def _check_name(claim: TableClaim, row: asyncpg.Record | None) -> None:
 
 async def read_definitions(connection: asyncpg.Connection, oid: int) -> tuple[ColumnDefinition, ...]:
     """Give a relation's columns with all that makes them, in attnum order."""
-    definitions = []
-    for row in await connection.fetch(_DEFINITIONS, oid):
+    return (await read_all_definitions(connection, [oid])).get(oid, ())
+
+
+async def read_all_definitions(
+    connection: asyncpg.Connection, oids: Sequence[int]
+) -> dict[int, tuple[ColumnDefinition, ...]]:
+    """Do the same for several by oid; one without columns is absent."""
+    definitions: dict[int, list[ColumnDefinition]] = {}
+    for row in await connection.fetch(_DEFINITIONS, oids):
         fields = dict(row)
+        relation = fields.pop("relation")
         own = {field: fields.pop(field) for field in ("collation", "expression", "is_inherited")}
-        definitions.append(ColumnDefinition(ColumnInfo(**fields), **own))
-    return tuple(definitions)
+        definitions.setdefault(relation, []).append(ColumnDefinition(ColumnInfo(**fields), **own))
+    return {oid: tuple(found) for oid, found in definitions.items()}
 
 
-async def require_known_timeline(connection: asyncpg.Connection, table: LockedTable) -> None:
-    """Compare the timeline that a table's snapshot was taken on with the one that the coordinator knows.
+async def require_known_timeline(connection: asyncpg.Connection, name: QualifiedName, timeline: int) -> None:
+    """Compare the timeline that the snapshot of a table was taken on with the one that the coordinator knows.
 
     A coordinator that follows the source to a new one later ends all attempts that are under way, and looks at the horizons
     of those that are over.
@@ -210,11 +223,11 @@ async def require_known_timeline(connection: asyncpg.Connection, table: LockedTa
     Raises:
         TableStopped: the source failed over, and the coordinator has not seen it yet; or this is the former primary.
     """
-    with server_errors("target", f"looking at {table.name}"):
+    with server_errors("target", f"looking at {name}"):
         known = await connection.fetchval("select source_timeline from _live_migration.migration")
-    if known != table.timeline:
+    if known != timeline:
         raise TableStopped(
-            f"source: {table.name}: the server is on timeline {table.timeline}, the migration on {known}",
+            f"source: {name}: the server is on timeline {timeline}, the migration on {known}",
             hint="After a failover `live-migration migrate` follows the source by itself; where this lasts, SOURCE leads a "
             "consumer to another server than the coordinator.",
         )
@@ -249,7 +262,7 @@ async def check_target(
             f"{table.name} has another shape on the source than on the target: {'; '.join(differences)}",
             hint="\n".join(["Run this on the target; the copy then goes on by itself:", *statements]),
         )
-    return _plan(table, target, root)
+    return plan_copy(table, target, root)
 
 
 async def _check_root(
@@ -264,7 +277,7 @@ async def _check_root(
             f"{root} has another shape on the source than on the target: {'; '.join(differences)}",
             hint="Mend the target as the source was altered; the chunk is then copied by itself.",
         )
-    return _plan(table, target, root, decompresses=decompresses)
+    return plan_copy(table, target, root, decompresses=decompresses)
 
 
 def _as_null(target: Sequence[ColumnDefinition], source: Sequence[ColumnDefinition]) -> tuple[ColumnDefinition, ...]:
@@ -276,13 +289,14 @@ def _as_null(target: Sequence[ColumnDefinition], source: Sequence[ColumnDefiniti
     )
 
 
-def _plan(
+def plan_copy(
     table: LockedTable,
     target: Sequence[ColumnDefinition],
     root: QualifiedName | None,
     *,
     decompresses: bool = False,
 ) -> tuple[CopyPlan, CopyOrigin]:
+    """Give how a table's rows travel into columns that can take them, and what is kept of it."""
     is_binary = travels_binary(table.columns, target)
     columns = tuple(column.name for column in copied_columns(table.columns))
     origin = CopyOrigin(table.snapshot, table.horizon, table.timeline, _columns_json(table.columns), is_binary)

@@ -31,6 +31,8 @@ from live_migration.coordinator.status import Status, StatusReader
 
 PLAIN_SECONDS = 10.0
 _REFRESH_SECONDS = 1.0
+_SHARE = 10
+"""The pause after a look is at least so many times what the look took: with many thousand tables it is not nothing."""
 _TABLES_SHOWN = 15
 _REPLAYING = (Phase.REPLAY, Phase.CUTOVER)
 
@@ -146,13 +148,15 @@ class Display:
         async with StatusReader(settings) as reader:
             while True:
                 self._phase_changed.clear()
+                began = time.monotonic()
                 with suppress(LiveMigrationError):
                     status = await reader.read()
                     if status is not None:
                         self.last = status
                         self._renderer.progress(status)
+                pause = max(_REFRESH_SECONDS, _SHARE * (time.monotonic() - began))
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._phase_changed.wait(), _REFRESH_SECONDS)
+                    await asyncio.wait_for(self._phase_changed.wait(), pause)
 
 
 class _PlainRenderer:

@@ -40,22 +40,51 @@ async def run_entries(run: Run, step: str, entries: Sequence[Entry]) -> None:
 
 
 async def _run_batch(run: Run, step: str, done: int, batch: Sequence[Entry]) -> tuple[int, TargetError | None]:
-    made, failure = 0, None
     async with run.target_transaction(step):
         await run.target.execute("set local check_function_bodies = off")
         await run.target.execute("set local client_min_messages = warning")
-        in_force: tuple[tuple[str, str], ...] = ()
-        for entry in batch:
-            if entry.defaults != in_force:
-                for name, value in entry.defaults:
-                    await run.target.execute(f"set local {name} = {value}")
-                in_force = entry.defaults
-            failure = await _run_entry(run, entry)
-            if failure is not None:
-                break
-            made += 1
+        if await _run_together(run, batch):
+            made, failure = len(batch), None
+        else:
+            made, failure = await _run_one_by_one(run, batch)
         await steps.advance(run.target, run.epoch, step, done + made)
     return made, failure
+
+
+async def _run_together(run: Run, batch: Sequence[Entry]) -> bool:
+    """Run entries as one script, which takes the server's time alone, and tell whether that went well; else nothing is kept."""
+    if any(_may_be_there(entry) for entry in batch):
+        return False
+    script = []
+    in_force: tuple[tuple[str, str], ...] = ()
+    for entry in batch:
+        if entry.defaults != in_force:
+            script += [f"set local {name} = {value}" for name, value in entry.defaults]
+            in_force = entry.defaults
+        script.append(entry.statements)
+    try:
+        async with run.target.transaction():
+            await run.target.execute("\n;\n".join(script))
+    except asyncpg.PostgresError as error:
+        if isinstance(error, asyncpg.PostgresConnectionError | asyncpg.OperatorInterventionError):
+            raise
+        return False
+    return True
+
+
+async def _run_one_by_one(run: Run, batch: Sequence[Entry]) -> tuple[int, TargetError | None]:
+    """Run entries up to the first that fails; give how many were run, and what is said of that one."""
+    made = 0
+    in_force: tuple[tuple[str, str], ...] = ()
+    for entry in batch:
+        if entry.defaults != in_force:
+            for name, value in entry.defaults:
+                await run.target.execute(f"set local {name} = {value}")
+            in_force = entry.defaults
+        if (failure := await _run_entry(run, entry)) is not None:
+            return made, failure
+        made += 1
+    return made, None
 
 
 async def _run_entry(run: Run, entry: Entry) -> TargetError | None:
@@ -78,8 +107,13 @@ async def _run_entry(run: Run, entry: Entry) -> TargetError | None:
     return None
 
 
-async def _is_there_already(run: Run, entry: Entry) -> bool:
+def _may_be_there(entry: Entry) -> bool:
     """Tell whether an entry is of a kind that a new database may hold already, or that the target cannot have."""
+    return entry.type in ("SCHEMA", "EXTENSION") or (entry.type == "COMMENT" and entry.name.startswith("EXTENSION "))
+
+
+async def _is_there_already(run: Run, entry: Entry) -> bool:
+    """Tell whether a new database holds it, or the target cannot have it: of the kinds of which `_may_be_there` tells."""
     if entry.type == "SCHEMA":
         return await _has_row(run, "select true from pg_namespace where nspname = $1", entry.name)
     if entry.type == "EXTENSION" and not await _has_row(

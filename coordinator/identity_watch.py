@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import asyncpg
 
@@ -19,18 +20,22 @@ from live_migration.producer.publication import (
 )
 
 _INTERVAL_SECONDS = 1.0
+_SHARE = 10
+"""The pause after a look is at least so many times what the look took: with many thousand tables that is not nothing to the source."""
 
 
 async def watch_identities(run: Run) -> None:
-    """Look each second; never returns."""
+    """Look each second, or less often where that takes long; never returns."""
     async with run.source_session("identities") as source, run.target_session("identities") as target:
         while True:
-            await move_lost(run, source, target)
-            await asyncio.sleep(_INTERVAL_SECONDS)
+            began = time.monotonic()
+            has_lost = await move_lost(run, source, target)
+            pause = 0.0 if has_lost else _SHARE * (time.monotonic() - began)
+            await asyncio.sleep(max(_INTERVAL_SECONDS, pause))
 
 
-async def move_lost(run: Run, source: asyncpg.Connection, target: asyncpg.Connection) -> None:
-    """Move each table that has lost its identity into the publication of inserts, and record and announce it."""
+async def move_lost(run: Run, source: asyncpg.Connection, target: asyncpg.Connection) -> bool:
+    """Move each table that has lost its identity into the publication of inserts, record and announce it; tell whether there was one."""
     refuses_generated = run.migration.source_version >= GENERATED_IN_FULL
     with asking("source", "looking at replica identities"):
         lost = await tables_without_identity(source, run.settings.publication, refuses_generated=refuses_generated)
@@ -39,6 +44,7 @@ async def move_lost(run: Run, source: asyncpg.Connection, target: asyncpg.Connec
         # The producer's walsender looks at the publications anew; rows are not lost meanwhile, for the source let
         # no UPDATE or DELETE through while the table was published without an identity.
         await run.publications_changed(target)
+    return bool(lost)
 
 
 async def _move(run: Run, source: asyncpg.Connection, target: asyncpg.Connection, table: PublishedTable) -> bool:

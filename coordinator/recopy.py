@@ -27,8 +27,12 @@ FORGET_COPY = f"""attempt = attempt + 1, retry_at = null, snapshot_id = null, sn
         row_count = 0, byte_count = 0, copied_at = null, error = null, hint = null, source_pid = null, source_start = null, {FREE}"""
 """What becomes of a table's row when its copy counts no more: whoever is at it still can end nothing."""
 
+LOCK_TABLES = "select from _live_migration.tables order by oid for no key update"
+"""In the order of those who end the copies of several at once: neither waits for a row of the other's."""
+
 # Not 'planned', which a consumer that sleeps through the change of phase could claim before there is a slot.
 VOID = f"""
+    {LOCK_TABLES};
     update _live_migration.tables
     set state = 'stopped', started_at = null, copy_again = false, {FORGET_COPY}
     where kind <> 'hypertable' and newcomer is distinct from 'gone';

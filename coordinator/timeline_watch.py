@@ -18,7 +18,7 @@ from live_migration.common.state import Phase
 from live_migration.coordinator import steps
 from live_migration.coordinator.made_definitions import load_made
 from live_migration.coordinator.prepare import publish_tables
-from live_migration.coordinator.recopy import FORGET_COPY, FREE, end_work
+from live_migration.coordinator.recopy import FORGET_COPY, FREE, LOCK_TABLES, end_work
 from live_migration.coordinator.run import Run
 from live_migration.producer.publication import published_tables
 from live_migration.producer.slot import await_older_transactions
@@ -102,6 +102,7 @@ async def _take_over(run: Run, source: SourceTimeline, unpublished: list[int]) -
     is_by_lane = run.phase in (Phase.REPLAY, Phase.CUTOVER) or (made is not None and made.is_flat)
     async with run.target_transaction("following the source to its new timeline") as target:
         await target.execute("update _live_migration.migration set source_timeline = $1", source.timeline)
+        await target.execute(LOCK_TABLES)
         rebuilt = await target.fetch(_REBUILD_AGAIN, *left, unpublished, is_by_lane)
         rows = await target.fetch(_COPY_AGAIN, *left, unpublished, is_by_lane)
         await target.execute(_CUT_HYPERTABLES, *left)

@@ -82,6 +82,10 @@ create table _live_migration.tables (
     unique (schema_name, table_name)
 );
 create index on _live_migration.tables (hypertable_oid) where hypertable_oid is not null;
+-- What claims ask for, by the thousand where there are thousands of tables.
+create index on _live_migration.tables (size_bytes desc, oid) where state = 'planned';
+create index on _live_migration.tables (size_bytes desc, oid) where state = 'stopped';
+create index on _live_migration.tables (oid) where state = 'copied';
 
 create table _live_migration.parts (
     oid oid not null references _live_migration.tables on delete cascade,
@@ -118,6 +122,7 @@ create table _live_migration.indexes (
     backend_start timestamptz,
     lease_until timestamptz
 );
+create index on _live_migration.indexes (table_oid);
 
 create table _live_migration.checkpoints (
     lane integer primary key,

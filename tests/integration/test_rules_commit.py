@@ -78,6 +78,29 @@ async def test_parts_tables_and_indexes_whose_commit_is_not_answered_are_made_on
     assert await index_definitions(target_database) == await index_definitions(source_database)
 
 
+async def test_groups_of_small_tables_whose_commit_is_not_answered_are_made_once(
+    source_database: str, target_database: str
+) -> None:
+    """The same for tables that are copied together with their indexes."""
+    for uri in (source_database, target_database):
+        await run_sql(uri, "; ".join(f"create table public.t{i} (id int, v text)" for i in range(80)))
+    await run_sql(
+        source_database,
+        "; ".join(
+            f"insert into public.t{i} select g, repeat('x', g % 50) from generate_series(1, {i % 4 * 10}) g;"
+            f" create index on public.t{i} (id)"
+            for i in range(80)
+        ),
+    )
+    await plan(source_database, target_database)
+    async with losing_answers(target_database, seed=3, chance=0.4) as proxy:
+        async with consumers(settings_for(source_database, proxy.uri(target_database)), 2):
+            await until_ready(target_database, timeout=90)
+    assert proxy.losses > 5
+    assert await contents(target_database) == await contents(source_database)
+    assert await index_definitions(target_database) == await index_definitions(source_database)
+
+
 async def test_a_target_that_crashes_loses_changes_and_checkpoint_together(
     kafka_bootstrap: str, unique_name: str
 ) -> None:
