@@ -210,6 +210,15 @@ def asking(side: Side, doing: str) -> Iterator[None]:
         if "connection" not in str(error):
             raise
         raise ConnectionLost(f"{side}: {doing}: connection lost: {_reason(error)}") from error
+    except RuntimeError as error:
+        if not is_of_a_closed_transport(error):
+            raise
+        raise ConnectionLost(f"{side}: {doing}: connection lost: {_reason(error)}") from error
+
+
+def is_of_a_closed_transport(error: RuntimeError) -> bool:
+    """Tell whether it is uvloop's, of a write to a transport that has broken: asyncpg says CopyFail at the end of a COPY all the same."""
+    return "the handler is closed" in str(error)
 
 
 def _reason(error: BaseException) -> str:

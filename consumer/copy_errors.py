@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import asyncpg
 
 from live_migration.common.errors import ConnectionLost, LiveMigrationError, Retry
-from live_migration.common.postgres import CONNECTION_ERRORS, Side, server_error
+from live_migration.common.postgres import CONNECTION_ERRORS, Side, is_of_a_closed_transport, server_error
 
 
 class CopyDeferred(LiveMigrationError):
@@ -80,6 +80,10 @@ def server_errors(side: Side, doing: str) -> Iterator[None]:
         raise CopyDeferred(server_error(error, side, doing).message) from error
     except (*CONNECTION_ERRORS, asyncpg.InterfaceError) as error:
         raise ConnectionLost(f"{side}: {doing}: the connection broke: {str(error) or type(error).__name__}") from error
+    except RuntimeError as error:
+        if not is_of_a_closed_transport(error):
+            raise
+        raise ConnectionLost(f"{side}: {doing}: the connection broke: {error}") from error
     except asyncpg.PostgresError as error:
         ours = server_error(error, side, doing)
         if isinstance(ours, ConnectionLost):

@@ -9,7 +9,7 @@ from aiokafka import errors as kafka_errors
 
 from live_migration.common import kafka
 from live_migration.common.errors import ConnectionLost, Fenced, LiveMigrationError, Retry
-from live_migration.common.postgres import CONNECTION_ERRORS, server_error
+from live_migration.common.postgres import CONNECTION_ERRORS, is_of_a_closed_transport, server_error
 from live_migration.common.tasks import TaskGroup
 
 
@@ -49,7 +49,7 @@ def translated(error: Exception) -> LiveMigrationError:
         return kafka.translate(error, "leading the migration")
     if isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError | FileExistsError):
         return LiveMigrationError(f"{error.strerror}: {error.filename}", hint="Look at --dir and --pg-bin.")
-    if isinstance(error, CONNECTION_ERRORS):
+    if isinstance(error, CONNECTION_ERRORS) or (isinstance(error, RuntimeError) and is_of_a_closed_transport(error)):
         return ConnectionLost(f"a connection broke: {error or type(error).__name__}")
     if isinstance(error, asyncpg.PostgresError):
         return server_error(error, "target", "leading the migration")

@@ -11,7 +11,7 @@ import asyncpg
 
 from live_migration.common.control import MESSAGE_PREFIX, WalMessage
 from live_migration.common.errors import LiveMigrationError
-from live_migration.common.postgres import CONNECTION_ERRORS, session
+from live_migration.common.postgres import CONNECTION_ERRORS, asking, session
 from live_migration.common.telemetry import get_logger
 
 log = get_logger(__name__)
@@ -45,10 +45,11 @@ class SourceProbe:
         while True:
             try:
                 async with session(self._uri, "source", application="live-migration producer") as connection:
-                    await connection.execute(
-                        "set synchronous_commit = local"
-                    )  # a standby that is away must not stop us
-                    await self._probe(connection)
+                    with asking("source", "looking at its WAL"):
+                        await connection.execute(
+                            "set synchronous_commit = local"
+                        )  # a standby that is away must not stop us
+                        await self._probe(connection)
             except (*CONNECTION_ERRORS, asyncpg.PostgresError, asyncpg.InterfaceError, LiveMigrationError) as error:
                 self._complain(f"{type(error).__name__}: {error}")
             await asyncio.sleep(_PROBE_SECONDS)

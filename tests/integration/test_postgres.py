@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager
 
 import asyncpg
 import pytest
+import uvloop
 
 from live_migration.common import postgres
 from live_migration.common.errors import ConnectionLost, SourceError
-from live_migration.common.postgres import asking, connect, end_with, session, while_connected
+from live_migration.common.postgres import Side, asking, connect, end_with, session, while_connected
+from live_migration.consumer.copy_errors import server_errors
 from tests.fixtures.change_log import wait_for
 
 pytestmark = pytest.mark.integration
@@ -122,3 +125,27 @@ async def test_a_copy_that_waits_for_the_server_ends_with_its_session(target_dat
             await copying
     await watcher.close()
     other.terminate()
+
+
+@pytest.mark.parametrize("errors_of", [asking, server_errors])
+async def test_a_copy_whose_session_breaks_while_it_sends_is_a_lost_connection(
+    target_database: str, errors_of: Callable[[Side, str], AbstractContextManager[None]]
+) -> None:
+    """asyncpg then writes a CopyFail, which uvloop, that all services run on, refuses with a RuntimeError: it ended a consumer (seen in a soak)."""
+
+    async def copy() -> None:
+        async with session(target_database, "target") as connection:
+            await connection.execute("create temp table taken (t text)")
+
+            async def rows() -> AsyncIterator[bytes]:
+                yield b"row\n"
+                connection._transport.abort()
+                await asyncio.sleep(0)
+                yield b"row\n"
+                await asyncio.Event().wait()
+
+            with errors_of("target", "copying"):
+                await connection.copy_to_table("taken", source=while_connected(connection, rows()))
+
+    with pytest.raises(ConnectionLost, match="copying"):
+        await asyncio.to_thread(uvloop.run, copy())
