@@ -134,7 +134,8 @@ async def bring_watermarks(run: Run, source: asyncpg.Connection) -> None:
 
 
 async def compress_like_source(run: Run) -> None:
-    """Compress the target's chunks whose twins on the source are compressed, each in a transaction of its own."""
+    """Compress the target's chunks whose twins on the source are compressed, and decompress those whose twins are not; each in a
+    transaction of its own."""
     async with run.source_session("compression") as source:
         theirs = await run.patiently("reading the hypertables", lambda: read_layout(source))
         their_slices = (
@@ -146,30 +147,37 @@ async def compress_like_source(run: Run) -> None:
         return
     with asking("target", "reading the hypertables"):
         our_slices = await read_slices(run.target, ours)
-    twins = _twins(theirs, their_slices, ours, our_slices)
-    if twins:
-        run.reporter.note(f"compressing {len(twins)} chunks as on the source")
     schema = await run.target.fetchval(
         "select extnamespace::regnamespace::text from pg_extension where extname = 'timescaledb'"
     )
-    for name in twins:
-        with asking("target", f"compressing {name}"):
-            await run.target.execute(
-                f"select {schema}.compress_chunk($1::text::regclass, if_not_compressed => true)", name.sql
-            )
+    wanted, unwanted = _twins(theirs, their_slices, ours, our_slices)
+    for doing, names, call in (
+        ("compressing", wanted, "compress_chunk($1::text::regclass, if_not_compressed => true)"),
+        ("decompressing", unwanted, "decompress_chunk($1::text::regclass, if_compressed => true)"),
+    ):
+        if names:
+            run.reporter.note(f"{doing} {len(names)} chunks as on the source")
+        for name in names:
+            with asking("target", f"{doing} {name}"):
+                await run.target.execute(f"select {schema}.{call}", name.sql)
 
 
 def _twins(
     theirs: Layout, their_slices: dict[int, str], ours: Layout, our_slices: dict[int, str]
-) -> list[QualifiedName]:
-    """Give our chunks that hold the same range of the same hypertable as a compressed one of theirs."""
+) -> tuple[list[QualifiedName], list[QualifiedName]]:
+    """Give our chunks that hold the same range of the same hypertable as a compressed one of theirs, and the compressed ones of ours whose
+    twin is not compressed."""
 
     def key(layout: Layout, chunk: Chunk, slices: dict[int, str]) -> tuple[QualifiedName, str | None]:
         hypertable = layout.hypertables[chunk.hypertable]
         return hypertable.view or hypertable.name, slices.get(chunk.oid)
 
-    wanted = {key(theirs, chunk, their_slices) for chunk in theirs.chunks.values() if chunk.compressed is not None}
-    return sorted(chunk.name for chunk in ours.chunks.values() if key(ours, chunk, our_slices) in wanted)
+    is_compressed = {key(theirs, chunk, their_slices): chunk.compressed is not None for chunk in theirs.chunks.values()}
+    twins = [(chunk, is_compressed.get(key(ours, chunk, our_slices))) for chunk in ours.chunks.values()]
+    return (
+        sorted(chunk.name for chunk, wanted in twins if wanted),
+        sorted(chunk.name for chunk, wanted in twins if wanted is False and chunk.compressed is not None),
+    )
 
 
 async def release_jobs(run: Run) -> None:
