@@ -39,6 +39,7 @@ async def test_a_quiet_database_comes_over(
 ) -> None:
     source, target = older, target_of_timescale
     await world.make(source)
+    await execute(source, world.LATER)
     await execute(source, _NO_REFRESHES, *_OLD_AND_COMPRESSED)
     jobs = await world.jobs(source)
     assert {job[1] for job in jobs} == {True, False}
@@ -52,6 +53,8 @@ async def test_a_quiet_database_comes_over(
         await migration.finish()
         assert await world.differences(source, target) == []
         assert await world.jobs(target) == jobs
+        starts = [await world.value(uri, world.NEXT_START) for uri in (source, target)]
+        assert starts[0] == starts[1] is not None
         assert await world.compression(source) == await world.compression(target)
         assert await world.all_rows(source, _MATERIALIZED) == await world.all_rows(target, _MATERIALIZED) != []
         report = await verify(migration.settings)

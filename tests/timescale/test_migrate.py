@@ -27,6 +27,7 @@ async def test_a_quiet_database_comes_over_whole(
 ) -> None:
     source, target = timescale_source_database, target_of_timescale
     await world.make(source)
+    await execute(source, world.LATER)
     jobs = await world.jobs(source)
     assert any(job[1] for job in jobs)
     async with Migration(
@@ -37,6 +38,8 @@ async def test_a_quiet_database_comes_over_whole(
         await migration.finish()
         assert await world.differences(source, target) == []
         assert await world.jobs(target) == jobs
+        starts = [await world.value(uri, world.NEXT_START) for uri in (source, target)]
+        assert starts[0] == starts[1] is not None
         assert await world.compression(source) == await world.compression(target)
         report = await verify(migration.settings)
         assert report.is_equal, report.differences
