@@ -83,12 +83,14 @@ class Writer:
     def _is_own(self, error: asyncpg.PostgresError, name: str) -> bool:
         """Tell whether a statement would have failed without a migration, too.
 
-        That is a deadlock among our own sessions, with nobody else's in it, and a row that is to leave a compressed batch for
-        another segment, which TimescaleDB never allows.
+        That is a deadlock among our own sessions, with nobody else's in it; rows that two of them change at the same time (nobody
+        else writes any); and a row that is to leave a compressed batch for another segment, which TimescaleDB never allows.
         """
         if isinstance(error, asyncpg.DeadlockDetectedError):
             return {int(pid) for pid in re.findall(r"[Pp]rocess (\d+)", error.detail or "")} <= self._pids
-        return name == "move metrics" and isinstance(error, asyncpg.FeatureNotSupportedError)
+        if name == "move metrics" and isinstance(error, asyncpg.FeatureNotSupportedError):
+            return True
+        return isinstance(error, asyncpg.SerializationError)
 
     async def _act(self, connection: asyncpg.Connection, rng: random.Random, name: str) -> list[str]:
         """Do one thing; give what the server says that it did to compressed rows and chunks."""
