@@ -16,6 +16,7 @@ from live_migration.coordinator.run import Run
 from live_migration.coordinator.source_jobs import hold_target_jobs
 
 _STEP = "jobs made"
+_SOURCE_ID = "update _live_migration.target_jobs set source_id = $2 where id = $1"
 _PAUSED = "select oid::int from _live_migration.source_changes where kind = 'job' and before = 'true' and not restored"
 
 
@@ -39,12 +40,14 @@ async def make_jobs(run: Run, source: asyncpg.Connection) -> None:
         absent = await read_absent(target, definitions, own_only=False)
         paused = {row[0] for row in await target.fetch(_PAUSED)}
         names = [each.name for each in definitions.aggregates]
-        flags = {}
+        flags, ids = {}, []
         for job in jobs_to_make(definitions, absent):
             made_id = await _make(target, job, job_statement(job, names, server), refused)
             if made_id is not None:
                 flags[made_id] = job.is_scheduled or job.id in paused
+                ids.append((made_id, job.id))
         await hold_target_jobs(target, flags)
+        await target.executemany(_SOURCE_ID, ids)
         await steps.finish(target, run.epoch, _STEP)
     if refused:
         run.reporter.warning(f"jobs are left out, for the target refuses them: {name_list(refused)}")

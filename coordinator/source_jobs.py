@@ -17,7 +17,7 @@ from live_migration.common import state
 from live_migration.common.errors import SourceError
 from live_migration.common.postgres import asking, session
 from live_migration.common.progress import name_list
-from live_migration.common.relation import quote_identifier
+from live_migration.common.relation import quote_identifier, quote_literal
 from live_migration.common.settings import Settings
 from live_migration.common.timescale import read_version, read_version_to_be
 from live_migration.coordinator.run import APPLICATION, Run
@@ -57,9 +57,15 @@ _RUNNING = """
 
 _ALTER = """
     select {schema}.alter_job(j.id, scheduled => {flag}, timezone => j.timezone,
-                              next_start => case when j.timezone is not null then nullif(s.next_start, '-infinity') end)
+                              next_start => coalesce({start}, case when j.timezone is not null then nullif(s.next_start, '-infinity') end))
     from {jobs} j left join _timescaledb_internal.bgw_job_stat s on s.job_id = j.id
     where j.id = {id} and j.scheduled <> {flag}
+"""
+
+# A job without such a row, as after a restore of the catalog, would run at once.
+_STARTS = """
+    select job_id as id, next_start::text as start from _timescaledb_internal.bgw_job_stat
+    where next_start > clock_timestamp() and isfinite(next_start)
 """
 
 
@@ -90,10 +96,15 @@ class _Places:
     schema: str
     jobs: str
 
-    def alter(self, job_id: int, *, scheduled: bool) -> str:
-        """Give the statement that sets a job's flag, and nothing where the job is gone or has it."""
-        flag = "true" if scheduled else "false"
-        return _ALTER.format(schema=quote_identifier(self.schema), jobs=self.jobs, id=int(job_id), flag=flag)
+    def alter(self, job_id: int, *, scheduled: bool, start: str | None = None) -> str:
+        """Give the statement that sets a job's flag, and nothing where the job is gone or has it; `start`: when it is to run first."""
+        return _ALTER.format(
+            schema=quote_identifier(self.schema),
+            jobs=self.jobs,
+            id=int(job_id),
+            flag="true" if scheduled else "false",
+            start=f"{quote_literal(start)}::timestamptz" if start else "null",
+        )
 
 
 async def read_jobs(connection: asyncpg.Connection) -> list[Job]:
@@ -291,25 +302,37 @@ async def held_target_jobs(target: asyncpg.Connection) -> list[str]:
 async def release_target_jobs(run: Run) -> list[str]:
     """Give each job of the target that was held the flag of the source; give the names of those that are scheduled now.
 
-    One that is gone meanwhile is named in a warning.
+    Each runs first when it would have run next on the source; one that is due there runs at once. One that is gone meanwhile is named
+    in a warning.
     """
     scheduled, gone = [], []
+    starts = await _read_starts(run)
     async with run.target_transaction("giving the target's jobs their schedule") as target:
         places = await _places(target)
         present = {job.id for job in await read_jobs(target)}
         rows = await target.fetch(
-            "select id, name, is_scheduled from _live_migration.target_jobs where not is_released order by id"
+            """select id, name, is_scheduled, coalesce(source_id, id) as source_id from _live_migration.target_jobs
+               where not is_released order by id"""
         )
         for row in rows:
             if places is None or row["id"] not in present:
                 gone.append(row["name"])
             elif row["is_scheduled"]:
-                await target.execute(places.alter(row["id"], scheduled=True))
+                await target.execute(places.alter(row["id"], scheduled=True, start=starts.get(row["source_id"])))
                 scheduled.append(row["name"])
         await target.execute("update _live_migration.target_jobs set is_released = true")
     if gone:
         run.reporter.warning(f"jobs are gone from the target, dropped by somebody else: {name_list(gone)}")
     return scheduled
+
+
+async def _read_starts(run: Run) -> dict[int, str]:
+    """Give when the source's jobs are to run next, by id, of those that are not due."""
+    async with run.source_session("jobs") as source:
+        with asking("source", "reading when jobs are to run"):
+            if await _places(source) is None:
+                return {}
+            return {row["id"]: row["start"] for row in await source.fetch(_STARTS)}
 
 
 async def _places(connection: asyncpg.Connection) -> _Places | None:

@@ -190,7 +190,7 @@ create table _live_migration.target_jobs (      -- TimescaleDB's jobs of the tar
     name text not null,
     is_scheduled boolean not null,              -- on the source, before we paused any: what it gets at the end
     is_released boolean not null default false,
-    source_id integer                           -- of one that came after the plan; null: the source's id is the same
+    source_id integer                           -- of one that we made; null: the source's id is the same
 );
 
 create table _live_migration.requests (

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import random
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import asyncpg
@@ -16,6 +18,7 @@ from live_migration.coordinator.findings import Finding
 from live_migration.coordinator.preflight import validate
 from live_migration.coordinator.verify import verify
 from tests.e2e.migration import Migration
+from tests.e2e.test_cli import on_terminal, run
 from tests.fixtures.fix_postgres import execute
 from tests.timescale import world
 
@@ -136,6 +139,46 @@ async def test_tables_under_load_become_hypertables(
         report = await verify(migration.settings)
         assert report.is_equal, report.results
         await _check(source, target)
+
+
+async def test_one_command_and_a_file_bring_a_database_under_load_into_hypertables(
+    source_database: str, target_of_timescale: str, unique_name: str, tmp_path: Path
+) -> None:
+    """`live-migration migrate` on a terminal, with a broker, a producer and consumers of its own; the cutover is asked for there."""
+    source, target = source_database, target_of_timescale
+    await execute(source, SCHEMA)
+    file = tmp_path / "hypertables.txt"
+    file.write_text(FILE + "orders:placed,1 day\n")
+    kept = {name: value for name, value in os.environ.items() if name != "KAFKA" and "LIVE_MIGRATION_" not in name}
+    ours = {
+        "LIVE_MIGRATION_NAME": unique_name,
+        "LIVE_MIGRATION_DIR": str(tmp_path / "data"),
+        "LIVE_MIGRATION_CONSUMERS": "2",
+        "TERM": "xterm",
+    }
+    environment = {**kept, **ours, "SOURCE": source, "TARGET": target}
+    command = ("migrate", "--hypertables-file", str(file), "--skip-hypertable-incompatible-objects")
+    async with AsyncExitStack() as load:
+        done = await load.enter_async_context(writing(source))
+        async with on_terminal(environment, *command) as screen:
+            await screen.until("phase replay")
+            before = len(done)
+            while len(done) < before + 300:
+                assert screen.process.returncode is None, screen.shown
+                await asyncio.sleep(0.1)
+            await screen.until("Target has caught up with source")
+            await load.aclose()
+            screen.type("c\n")
+            assert await asyncio.wait_for(screen.process.wait(), 180) == 0, screen.shown
+            assert "write to the target now" in screen.shown
+            assert "changes replayed" in screen.shown
+    assert {"insert", "update", "delete"} <= set(done)
+    code, out, said = await run(environment, "verify", "--json")
+    assert (code, json.loads(out)["equal"]) == (0, True), said
+    await _check(source, target)
+    code, _, said = await run(environment, "clean", "--prune")
+    assert code == 0, said
+    assert await world.value(source, "select count(*) from pg_replication_slots where slot_name = $1", unique_name) == 0
 
 
 async def test_validate_says_what_cannot_be_a_hypertable(source_database: str, target_of_timescale: str) -> None:

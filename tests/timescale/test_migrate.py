@@ -16,6 +16,7 @@ from tests.e2e.migration import Migration
 from tests.fixtures.fix_postgres import database, execute
 from tests.fixtures.fix_timescale import timescale_database
 from tests.timescale import world
+from tests.timescale.acts import EVERYTHING
 from tests.timescale.writer import Writer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.integration]
@@ -26,6 +27,7 @@ async def test_a_quiet_database_comes_over_whole(
 ) -> None:
     source, target = timescale_source_database, target_of_timescale
     await world.make(source)
+    await execute(source, world.LATER)
     jobs = await world.jobs(source)
     assert any(job[1] for job in jobs)
     async with Migration(
@@ -36,6 +38,8 @@ async def test_a_quiet_database_comes_over_whole(
         await migration.finish()
         assert await world.differences(source, target) == []
         assert await world.jobs(target) == jobs
+        starts = [await world.value(uri, world.NEXT_START) for uri in (source, target)]
+        assert starts[0] == starts[1] is not None
         assert await world.compression(source) == await world.compression(target)
         report = await verify(migration.settings)
         assert report.is_equal, report.differences
@@ -53,11 +57,12 @@ async def test_a_quiet_database_comes_over_whole(
 async def _under_load(
     source: str, target: str, kafka: str, name: str, folder: Path, seed: int, *, crashes: bool
 ) -> None:
-    """None of the writer's statements fails; every row and every aggregate's result is equal after the cutover."""
+    """None of the writer's statements fails; rows, aggregates, jobs and chunks are equal after the cutover, of what it made, too."""
     print(f"seed {seed}")
     rng = random.Random(seed)
     await world.make(source)
     jobs = await world.jobs(source)
+    planned = await world.compressed(source)
     writer = Writer(source, seed)
     async with Migration(
         source, target, kafka, name, folder, pause_source_jobs=True, partitions=rng.choice((1, 3)), lease=3
@@ -67,22 +72,54 @@ async def _under_load(
                 await migration.until_phase("copy", timeout=240)
                 await _crash(migration, rng)
             await migration.until_phase("replay", timeout=240)
+            await writer.make_newcomers()
+            late = [job for job in await world.jobs(source) if str(job[4]).startswith("late")]
+            assert len(late) == 3
             await migration.until("rows applied", "select sum(change_count) > 300 from _live_migration.checkpoints")
             for _ in range(4 if crashes else 1):
-                before = writer.done.total()
-                while writer.done.total() < before + (100 if crashes else 300):
-                    migration.raise_failures()
-                    await asyncio.sleep(0.1)
+                await _go_on(migration, writer, 100 if crashes else 300)
                 if crashes:
                     await _crash(migration, rng)
-        print(writer.done)
+            async with asyncio.timeout(240):
+                while EVERYTHING - writer.seen.keys():
+                    await _go_on(migration, writer, 20)
+            await migration.until("newcomers followed", _FOLLOWED)
+        await writer.settle()
+        print(writer.done, writer.seen, writer.excused, sep="\n")
         assert writer.failures == []
         await migration.finish(timeout=300)
-        assert await world.differences(source, target) == []
-        assert await world.jobs(target) == jobs
-        ours, theirs = await world.compression(source), await world.compression(target)
-        assert [c for c in ours if c[3]] == [c for c in theirs if c[3] and c in ours]
-        assert all(writer.done[kind] for kind in ("compress", "delete batches", "update metrics"))
+        print("\n".join(migration.observer.notes + migration.observer.warnings))
+        await _require_equal(source, target)
+        now = await world.compressed(source)
+        assert now - planned
+        assert planned - now
+        assert await world.jobs(target) == sorted(jobs + late, key=str)
+        await world.require_compressed_before_jobs(target)
+
+
+_FOLLOWED = "select count(*) = 2 from _live_migration.tables where newcomer = 'followed' and rebuild is null"
+
+
+async def _go_on(migration: Migration, writer: Writer, count: int) -> None:
+    """Wait until the writer has done `count` things more."""
+    before = writer.done.total()
+    while writer.done.total() < before + count:
+        migration.raise_failures()
+        await asyncio.sleep(0.1)
+
+
+async def _require_equal(source: str, target: str) -> None:
+    """Every row of every table; what aggregates have materialized, and what they give in either mode; which chunk is compressed."""
+    assert await world.differences(source, target, tables=(*world.TABLES, "late")) == []
+    ours, theirs = await world.aggregates(source), await world.aggregates(target)
+    assert ours.keys() == theirs.keys() == {"hourly", "daily", "late_hourly"}
+    for name, parts in ours.items():
+        assert parts == theirs[name], name
+        assert all(parts), name
+    chunks = await world.chunks(target)
+    assert chunks.keys() == (await world.chunks(source)).keys()
+    assert {key for key, status in chunks.items() if status} == await world.compressed(source)
+    assert {tuple(status) for status in chunks.values()} == {(), ("COMPRESSED",)}
 
 
 async def _crash(migration: Migration, rng: random.Random) -> None:

@@ -54,13 +54,40 @@ TABLES = ("devices", "metrics", "events", "app.readings", "plain")
 AGGREGATE_NAMES = ("hourly", "daily")
 
 _JOBS = """
-    select proc_name, scheduled, schedule_interval::text, hypertable_schema, hypertable_name,
-           (config - 'hypertable_id' - 'mat_hypertable_id')::text as config
-    from timescaledb_information.jobs where job_id >= 1000 order by 1, 4, 5, 6
+    select j.proc_name, j.scheduled, j.schedule_interval::text, coalesce(a.view_schema, j.hypertable_schema),
+           coalesce(a.view_name, j.hypertable_name), (j.config - 'hypertable_id' - 'mat_hypertable_id')::text as config,
+           j.proc_schema, j.max_runtime::text, j.max_retries, j.retry_period::text, j.fixed_schedule, j.initial_start, j.check_name
+    from timescaledb_information.jobs j left join timescaledb_information.continuous_aggregates a
+         on (a.materialization_hypertable_schema, a.materialization_hypertable_name) = (j.hypertable_schema, j.hypertable_name)
+    where job_id >= 1000
+"""
+LATER = "select alter_job(job_id, next_start => '2100-01-01') from timescaledb_information.jobs where proc_name = 'policy_retention'"
+"""Lets a policy wait, as one does that has run a moment ago."""
+NEXT_START = """
+    select s.next_start from _timescaledb_internal.bgw_job_stat s join timescaledb_information.jobs j using (job_id)
+    where j.proc_name = 'policy_retention' and s.next_start > now() + interval '1 hour'
 """
 _COMPRESSION = """
     select hypertable_schema, hypertable_name, range_start::text, is_compressed from timescaledb_information.chunks
     where hypertable_name !~ '^_materialized' order by 1, 2, 3, 4
+"""
+_CHUNKS = """
+    select coalesce(a.view_name, c.hypertable_name)::text as hypertable, format('%I.%I', c.chunk_schema, c.chunk_name) as chunk,
+           (select string_agg(pg_get_expr(k.conbin, k.conrelid), ' and ' order by pg_get_expr(k.conbin, k.conrelid)) from pg_constraint k
+            where k.conrelid = format('%I.%I', c.chunk_schema, c.chunk_name)::regclass and k.contype = 'c' and k.coninhcount = 0) as range,
+           coalesce(_timescaledb_functions.chunk_status_text(format('%I.%I', c.chunk_schema, c.chunk_name)::regclass), '{}') as status
+    from timescaledb_information.chunks c left join timescaledb_information.continuous_aggregates a
+         on (a.materialization_hypertable_schema, a.materialization_hypertable_name) = (c.hypertable_schema, c.hypertable_name)
+"""
+_AGGREGATES = """
+    select view_name::text as name, format('%I.%I', materialization_hypertable_schema, materialization_hypertable_name) as table,
+           materialized_only as is_materialized_only from timescaledb_information.continuous_aggregates order by 1
+"""
+_COMPRESSED_AT = """
+    select pg_xact_commit_timestamp(xmin) from _timescaledb_catalog.chunk where status & 1 = 1 order by 1
+"""
+_SCHEDULED_AT = """
+    select pg_xact_commit_timestamp(xmin) from {} where id >= 1000 and scheduled order by 1
 """
 
 
@@ -141,10 +168,10 @@ _TRIGGERS = """
 
 
 async def jobs(uri: str) -> list[tuple[Any, ...]]:
-    """Give the jobs but for what differs from server to server."""
+    """Give the jobs but for what differs from server to server, sorted by `str`."""
     connection = await asyncpg.connect(uri)
     try:
-        return [tuple(row) for row in await connection.fetch(_JOBS)]
+        return sorted((tuple(row) for row in await connection.fetch(_JOBS)), key=str)
     finally:
         await connection.close()
 
@@ -154,5 +181,64 @@ async def compression(uri: str) -> list[tuple[Any, ...]]:
     connection = await asyncpg.connect(uri)
     try:
         return [tuple(row) for row in await connection.fetch(_COMPRESSION)]
+    finally:
+        await connection.close()
+
+
+async def chunks(uri: str) -> dict[tuple[str, str], list[str]]:
+    """Give TimescaleDB's words for the state of every chunk that holds a row, by hypertable or aggregate and range in all dimensions.
+
+    A chunk without rows is left out: the stream tells of rows, so one that was made and emptied need not be made on the target.
+    """
+    connection = await asyncpg.connect(uri)
+    try:
+        return {
+            (row["hypertable"], row["range"]): row["status"]
+            for row in await connection.fetch(_CHUNKS)
+            if await connection.fetchval(f"select exists (select from {row['chunk']})")
+        }
+    finally:
+        await connection.close()
+
+
+async def compressed(uri: str) -> set[tuple[str, str]]:
+    """Give the chunks of `chunks` that are compressed, partially or wholly."""
+    return {key for key, status in (await chunks(uri)).items() if "COMPRESSED" in status}
+
+
+async def aggregates(uri: str) -> dict[str, tuple[list[str], list[str], list[str]]]:
+    """Give of each aggregate what it has materialized, what it gives, and what it gives in the other mode (real-time or not)."""
+    connection = await asyncpg.connect(uri)
+    try:
+        found = await connection.fetch(_AGGREGATES)
+        before = {row["name"]: await rows_of(connection, row["name"]) for row in found}
+        stored = {row["name"]: await rows_of(connection, row["table"]) for row in found}
+        await _turn_over(connection, found, is_back=False)
+        other = {row["name"]: await rows_of(connection, row["name"]) for row in found}
+        await _turn_over(connection, found, is_back=True)
+        return {name: (stored[name], before[name], other[name]) for name in before}
+    finally:
+        await connection.close()
+
+
+async def _turn_over(connection: asyncpg.Connection, found: list[asyncpg.Record], *, is_back: bool) -> None:
+    for row in found:
+        flag = "true" if row["is_materialized_only"] == is_back else "false"
+        await connection.execute(f"alter materialized view {row['name']} set (timescaledb.materialized_only = {flag})")
+
+
+async def require_compressed_before_jobs(uri: str) -> None:
+    """Fail unless chunks were compressed at the hand-over, each before any job was scheduled: by the server's times of commit."""
+    connection = await asyncpg.connect(uri)
+    try:
+        barrier = await connection.fetchval("select at from _live_migration.steps where name = 'watermarks'")
+        compressed = [row[0] for row in await connection.fetch(_COMPRESSED_AT)]
+        place = (
+            "coalesce(to_regclass('_timescaledb_catalog.bgw_job'), to_regclass('_timescaledb_config.bgw_job'))::text"
+        )
+        jobs = await connection.fetchval(f"select {place}")
+        scheduled = [row[0] for row in await connection.fetch(_SCHEDULED_AT.format(jobs))]
+        assert scheduled, "no job was scheduled"
+        assert barrier < compressed[-1] < scheduled[0], (barrier, compressed, scheduled)
     finally:
         await connection.close()
