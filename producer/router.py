@@ -389,11 +389,12 @@ class Router:
 
     def _change(self, message: Message, oids: tuple[bytes, ...]) -> None:
         """Put a change of relations of one lane into it."""
+        if self._hidden and oids[0] in self._hidden:
+            # Between markers, too: there stands what table a chunk's rows are compressed into, just before they are.
+            self._homes.learn_row(self._hidden[oids[0]], bytes(message))
+            return
         if self._moves:
             self._suspect(message, oids[0])
-            return
-        if self._hidden and oids[0] in self._hidden:
-            self._homes.learn_row(self._hidden[oids[0]], bytes(message))
             return
         routes = [(oid, self._route(oid)) for oid in oids]
         lane = routes[0][1].lane

@@ -1,0 +1,113 @@
+"""Whole compressed batches that are deleted before anybody watches the table that they lie in: nothing in the stream tells of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from live_migration.common.local_postgres import LocalPostgres
+from live_migration.coordinator import chunk_watch
+from tests.e2e.migration import Migration
+from tests.fixtures.fix_postgres import database, execute
+from tests.fixtures.fix_timescale import timescale_database
+from tests.timescale import world
+from tests.timescale.acts import COMPRESSED, DECOMPRESSED, DELETED, compress, decompress, watched
+
+pytestmark = [pytest.mark.e2e, pytest.mark.integration]
+
+_DAYS = (2, 3, 9)
+"""Two chunks of the plan that are not compressed, and one that is made during replay."""
+_NEW_CHUNK = """
+    insert into metrics select t, d, 7, 'new' from generate_series('2026-01-10'::timestamptz, '2026-01-10 20:00', '10 min') t, generate_series(1, 5) d
+"""
+_MORE_ROWS = """
+    insert into metrics select t, 4, 8, 'more' from unnest(array['2026-01-03 12:01', '2026-01-04 12:01', '2026-01-10 12:01']::timestamptz[]) t
+"""
+_DELETE = "delete from metrics where device = {}"
+_RECOMPRESS = """
+    select compress_chunk(c, recompress => true) from show_chunks('metrics', newer_than => '2026-01-03'::timestamptz) c
+"""
+_MOMENTS = {
+    "decompressed": ("compress", "delete 3", "decompress"),
+    "compressed again": ("compress", "delete 3", "decompress", "compress"),
+    "twice": ("compress", "delete 3", "decompress", "compress", "delete 4", "decompress"),
+    "recompressed": ("compress", "delete 3", "more", "compress again", "delete 4", "decompress"),
+    "compressed anew": ("compress", "delete 3", "more", "compress anew", "delete 4", "decompress"),
+    "another segmentby": ("compress", "delete 3", "alter", "compress anew", "decompress"),
+}
+
+
+async def _do(connection: asyncpg.Connection, what: str) -> None:
+    """Do one thing to all of the chunks, and make sure that it was done."""
+    if what == "compress":
+        assert [await compress(connection, "metrics", day) for day in _DAYS] == [[COMPRESSED]] * len(_DAYS)
+    elif what == "decompress":
+        assert [await decompress(connection, "metrics", day) for day in _DAYS] == [[DECOMPRESSED]] * len(_DAYS)
+    elif what.startswith("delete"):
+        assert DELETED in await watched(connection, _DELETE.format(what.split()[1]))
+    elif what == "more":
+        await connection.execute(_MORE_ROWS)
+    elif what == "compress again":
+        assert all([await compress(connection, "metrics", day) for day in _DAYS])
+    elif what == "compress anew":
+        await connection.execute(_RECOMPRESS)
+    else:
+        assert what == "alter"
+        await connection.execute("alter table metrics set (timescaledb.compress_segmentby = '')")
+
+
+async def _nobody_looks(*_: object, **__: object) -> int:
+    return 0
+
+
+async def _migrate(
+    source: str,
+    target: str,
+    kafka: str,
+    name: str,
+    folder: Path,
+    moment: str,
+    *,
+    is_one_transaction: bool = False,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chunk_watch, "follow_chunks", _nobody_looks)  # but for the one before the barriers
+    async with Migration(source, target, kafka, name, folder, pause_source_jobs=True) as migration:
+        await migration.until_phase("replay", timeout=240)
+        connection = await asyncpg.connect(source)
+        await connection.execute(_NEW_CHUNK)
+        await migration.until("rows applied", "select count(*) = 605 from metrics where note = 'new'")
+        if is_one_transaction:
+            async with connection.transaction():
+                for what in _MOMENTS[moment]:
+                    await _do(connection, what)
+        else:
+            for what in _MOMENTS[moment]:
+                async with connection.transaction():
+                    await _do(connection, what)
+        await connection.close()
+        await migration.finish()
+        assert await world.differences(source, target) == []
+
+
+@pytest.mark.parametrize("is_one_transaction", [False, True], ids=["each by itself", "in one transaction"])
+@pytest.mark.parametrize("moment", _MOMENTS)
+async def test_batches_deleted_before_their_table_is_watched(
+    moment: str,
+    is_one_transaction: bool,
+    timescale_source_database: str,
+    target_of_timescale: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All of it falls between two looks: what looks at the source sees at the end what it saw before."""
+    source, target = timescale_source_database, target_of_timescale
+    await world.make(source)
+    await _migrate(
+        source, target, kafka_bootstrap, unique_name, tmp_path, moment,
+        is_one_transaction=is_one_transaction, monkeypatch=monkeypatch,
+    )  # fmt: skip
