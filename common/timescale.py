@@ -145,6 +145,15 @@ class Layout:
         return oid in self.compressed or oid in self.compressed_roots
 
 
+FIRST_WATCHED_BY_OWNERS = (2, 29)
+"""Before, TimescaleDB refuses a replica identity of a table of compressed rows to all but superusers, who get around it."""
+
+
+def parse_version(version: str) -> tuple[int, ...]:
+    """Give a version's numbers, for comparison; what follows a hyphen (`-dev`) is left out."""
+    return tuple(int(part) for part in version.partition("-")[0].split(".") if part.isdigit())
+
+
 async def read_version(connection: asyncpg.Connection) -> str | None:
     """Give the version of a database's TimescaleDB; None where it has none."""
     version: str | None = await connection.fetchval(_VERSION)

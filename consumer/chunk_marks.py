@@ -83,9 +83,11 @@ async def set_marks(target: asyncpg.Connection, lsn: int) -> None:
 
 
 async def note_suspects(target: asyncpg.Connection, suspects: Mapping[int, Home]) -> None:
-    """Take note of chunks that were compressed, in the transaction that applies it: the coordinator has them copied anew."""
+    """Take note of chunks that were compressed, or decompressed unwatched, in the transaction that applies it: the coordinator has them copied anew."""
     await target.executemany(
-        "insert into _live_migration.suspects values ($1, $2, $3, $4, $5) on conflict do nothing",
+        # A row that is noted again is another one: the coordinator, who may just be done with the first, leaves it.
+        """insert into _live_migration.suspects values ($1, $2, $3, $4, $5)
+           on conflict (compressed_oid) do update set chunk_name = excluded.chunk_name""",
         [
             (oid, home.chunk.schema, home.chunk.name, home.hypertable.schema, home.hypertable.name)
             for oid, home in suspects.items()

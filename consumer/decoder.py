@@ -12,7 +12,7 @@ from live_migration.common import control, pgoutput
 from live_migration.common.errors import FormatError
 from live_migration.common.home import HOME, SUSPECT, Home, decode_home, decode_suspect
 from live_migration.common.meeting import GATHER, SCATTER, decode_meeting
-from live_migration.common.relation import QualifiedName, Relation
+from live_migration.common.relation import QualifiedName, Relation, ReplicaIdentity
 from live_migration.common.segment import FRAME, Position
 from live_migration.consumer.lane_meeting import LanesMeet
 from live_migration.consumer.layouts import FIXED_SIZES, SHORTEST_SPAN, Layouts, Span
@@ -316,7 +316,7 @@ class LaneDecoder:
             case pgoutput.BEGIN:
                 raise FormatError(f"begin message of {len(message)} bytes, with its base, is not {_BEGIN.size} long")
             case pgoutput.RELATION:
-                await self._learn(message)
+                await self._learn(message, batch)
             case pgoutput.TRUNCATE:
                 self._truncate(message, relative, batch)
             case pgoutput.MESSAGE:
@@ -335,7 +335,7 @@ class LaneDecoder:
             case _:
                 raise FormatError(f"segment has a message of unknown type {chr(kind)!r}")
 
-    async def _learn(self, message: bytes) -> None:
+    async def _learn(self, message: bytes, batch: Batch) -> None:
         oid = pgoutput.relation_oid(message)
         known = self._known.get(oid)
         if known is None or known.message != message:
@@ -344,7 +344,11 @@ class LaneDecoder:
                 found: Resolution | RelationRefused = await self._tables.resolve(relation, self._homes.get(oid))
             except RelationRefused as refusal:
                 found = refusal
-            self._known[oid] = _Known(message, relation, found)
+            known = self._known[oid] = _Known(message, relation, found)
+        home = self._homes.get(oid)
+        if home is not None and home.is_compressed and known.relation.identity is not ReplicaIdentity.FULL:
+            # Rows that were compressed at once, say: those are copied, but what is deleted of them from here on is not told yet.
+            batch.suspects[oid] = home
 
     def _truncate(self, message: bytes, relative: int, batch: Batch) -> None:
         """Empty the tables named. A TRUNCATE of a hypertable names its chunks, too, and is one of the target's hypertable."""

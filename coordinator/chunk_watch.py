@@ -178,10 +178,14 @@ async def _follow_chunks(run: Run, source: asyncpg.Connection, target: asyncpg.C
     return len(missed)
 
 
-async def read_suspects(target: asyncpg.Connection) -> dict[int, QualifiedName]:
-    """Give the chunks that lanes have seen being compressed, by the oid of the table of compressed rows."""
-    rows = await target.fetch("select compressed_oid, chunk_schema, chunk_name from _live_migration.suspects")
-    return {row["compressed_oid"]: QualifiedName(row["chunk_schema"], row["chunk_name"]) for row in rows}
+async def read_suspects(target: asyncpg.Connection) -> dict[tuple[int, str], QualifiedName]:
+    """Give the chunks that lanes have seen being compressed, or decompressed unwatched; by oid and transaction of the note."""
+    rows = await target.fetch(
+        "select compressed_oid, xmin::text as noted, chunk_schema, chunk_name from _live_migration.suspects"
+    )
+    return {
+        (row["compressed_oid"], row["noted"]): QualifiedName(row["chunk_schema"], row["chunk_name"]) for row in rows
+    }
 
 
 def _goes_into_all(run: Run, chunk: TableInfo) -> bool:
@@ -204,14 +208,18 @@ async def _mark(target: asyncpg.Connection, missed: Sequence[Missed]) -> None:
             )
 
 
-async def _set_marks(run: Run, source: asyncpg.Connection, target: asyncpg.Connection, suspects: Sequence[int]) -> None:
+async def _set_marks(
+    run: Run, source: asyncpg.Connection, target: asyncpg.Connection, suspects: Collection[tuple[int, str]]
+) -> None:
     """Say from where on marked chunks are told of: all that was missed is before now."""
     with asking("source", "reading the WAL's end"):
         lsn = int(await source.fetchval("select pg_current_wal_insert_lsn()"))
     with asking("target", "marking chunks"):
         async with target.transaction():
             await set_marks(target, lsn)
-            await target.execute("delete from _live_migration.suspects where compressed_oid = any($1::oid[])", suspects)
+            await target.executemany(
+                "delete from _live_migration.suspects where compressed_oid = $1 and xmin::text = $2", suspects
+            )
     await emit_call(source, str(run.migration.id))  # it also brings every lane past that position
 
 

@@ -6,7 +6,7 @@ import asyncpg
 
 from live_migration.common.progress import format_bytes
 from live_migration.common.settings import Settings
-from live_migration.common.timescale import read_version, read_version_to_be
+from live_migration.common.timescale import parse_version, read_version, read_version_to_be
 from live_migration.coordinator.findings import Finding, error, warning
 from live_migration.coordinator.flat_entries import read_flat_entries
 from live_migration.coordinator.flat_findings import assess_flat
@@ -17,7 +17,6 @@ from live_migration.coordinator.hypertable_source import read_definitions
 from live_migration.coordinator.hypertable_spec import read_specs
 from live_migration.coordinator.hypertable_sql import Target
 from live_migration.coordinator.hypertable_tables import Table, read_tables
-from live_migration.coordinator.timescale_findings import parse_version
 
 _DECOMPRESSED = """
     select coalesce(sum(uncompressed_heap_size + uncompressed_toast_size + uncompressed_index_size), 0)::bigint

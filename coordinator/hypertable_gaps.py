@@ -11,6 +11,7 @@ import asyncpg
 
 from live_migration.common.progress import name_list
 from live_migration.common.relation import QualifiedName
+from live_migration.common.timescale import parse_version
 from live_migration.coordinator.findings import Finding, error, warning
 from live_migration.coordinator.hypertable_definitions import (
     Compression,
@@ -22,7 +23,6 @@ from live_migration.coordinator.hypertable_definitions import (
     is_own_schema,
 )
 from live_migration.coordinator.hypertable_sql import Target, can_make
-from live_migration.coordinator.timescale_findings import parse_version
 
 UUID_SINCE = (2, 22)
 

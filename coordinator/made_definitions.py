@@ -14,7 +14,7 @@ from live_migration.common.errors import UsageError
 from live_migration.common.postgres import asking
 from live_migration.common.relation import QualifiedName
 from live_migration.common.settings import Settings
-from live_migration.common.timescale import read_layout, read_slices, read_version, read_version_to_be
+from live_migration.common.timescale import parse_version, read_layout, read_slices, read_version, read_version_to_be
 from live_migration.coordinator import hypertable_definitions
 from live_migration.coordinator.dump_script import PG_CLASS, PG_CONSTRAINT
 from live_migration.coordinator.flat_entries import read_flat_entries
@@ -24,7 +24,6 @@ from live_migration.coordinator.hypertable_entries import EntriesOfTimescale, re
 from live_migration.coordinator.hypertable_source import read_definitions
 from live_migration.coordinator.hypertable_spec import HypertableSpec, definition_of, read_specs
 from live_migration.coordinator.hypertable_tables import Table, read_tables
-from live_migration.coordinator.timescale_findings import parse_version
 
 ARCHIVE = "hypertables"
 _SCHEMA = "public"

@@ -5,21 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from live_migration.common.progress import format_number_of, name_list
+from live_migration.common.timescale import FIRST_WATCHED_BY_OWNERS, parse_version
 from live_migration.coordinator.findings import Finding, error, warning
 from live_migration.coordinator.source_jobs import Job, rights_hint
 from live_migration.coordinator.timescale_facts import HypertableFacts, ServerFacts, SourceFacts, TargetFacts
 
 _FIRST_WITH_MARKERS = (2, 16)
 _FIRST_WITHOUT_OLD_AGGREGATES = (2, 25)
-FIRST_WATCHED_BY_OWNERS = (2, 29)
-"""Before, TimescaleDB refuses a replica identity of a table of compressed rows to all but superusers, who get around it."""
 _FIRST_WITH_SCHEMA_PUBLICATIONS = 15
 _APACHE = "apache"
-
-
-def parse_version(version: str) -> tuple[int, ...]:
-    """Give a version's numbers, for comparison; what follows a hyphen (`-dev`) is left out."""
-    return tuple(int(part) for part in version.partition("-")[0].split(".") if part.isdigit())
 
 
 def is_same_version(source: SourceFacts, target: TargetFacts) -> bool:

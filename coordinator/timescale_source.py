@@ -16,9 +16,15 @@ import asyncpg
 from live_migration.common.catalog import TableInfo
 from live_migration.common.postgres import asking
 from live_migration.common.relation import quote_identifier
-from live_migration.common.timescale import INTERNAL_SCHEMA, Layout, read_layout, read_version
+from live_migration.common.timescale import (
+    FIRST_WATCHED_BY_OWNERS,
+    INTERNAL_SCHEMA,
+    Layout,
+    parse_version,
+    read_layout,
+    read_version,
+)
 from live_migration.coordinator.run import Run
-from live_migration.coordinator.timescale_findings import FIRST_WATCHED_BY_OWNERS, parse_version
 from live_migration.producer.homes import CATALOG_SCHEMA, CATALOG_TABLES
 from live_migration.producer.publication import execute_politely
 

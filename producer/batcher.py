@@ -42,6 +42,8 @@ class Route(NamedTuple):
     """Whether its changes begin a segment: all before them can be applied, whatever they mean."""
     is_watched: bool = True
     """Whether what is changed in a table of compressed rows is told: it has REPLICA IDENTITY FULL."""
+    is_chunk: bool = False
+    """Whether its rows are a hypertable's."""
     split: SplitRelation | None = None
     """Which lane a row belongs to, where the table has several; `lane` is the leader then."""
 

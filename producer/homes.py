@@ -14,7 +14,7 @@ from live_migration.common.errors import ConnectionLost
 from live_migration.common.home import Home
 from live_migration.common.postgres import asking, session
 from live_migration.common.relation import QualifiedName, Relation
-from live_migration.common.timescale import Layout, read_layout
+from live_migration.common.timescale import FIRST_WATCHED_BY_OWNERS, Layout, parse_version, read_layout
 
 CATALOG_SCHEMA = "_timescaledb_catalog"
 CATALOG_TABLES = ("hypertable", "chunk", "compression_settings")
@@ -27,6 +27,8 @@ _IS_PUBLISHED = """
     select exists (select from pg_publication_tables
                    where pubname = any($1::text[]) and schemaname = '_timescaledb_catalog' and tablename = 'chunk')
 """
+_IS_SUPERUSER = "select coalesce((select usesuper from pg_user where usename = current_user), false)"
+_FIRST_WITH_SCHEMA_PUBLICATIONS = 15
 _RELATIONS = """
     select n.nspname::text, c.relname::text from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.relkind in ('r', 'p')
 """
@@ -60,8 +62,12 @@ class Homes:
         layout: Layout | None,
         learnt: Mapping[str, tuple[str, ...]],
         known: Collection[QualifiedName] | None = None,
+        *,
+        shows_compression: bool = True,
     ) -> None:
         self._known = known
+        self.shows_compression = shows_compression
+        """Whether all rows that are compressed are in the stream; else those that come back by decompression are the only trace."""
         self.is_used = layout is not None
         """Whether the source has TimescaleDB."""
         self.learnt: Learnt = dict(learnt)
@@ -190,7 +196,14 @@ async def read_homes(
         with asking("source", "reading the hypertables"):
             async with connection.transaction(isolation="repeatable_read", readonly=True):
                 layout = await read_layout(connection)
-                if layout is None or await connection.fetchval(_IS_PUBLISHED, list(publications)):
+                if layout is None:
                     return Homes(layout, learnt)
-                rows = await connection.fetch(_RELATIONS)
-    return Homes(layout, learnt, {*(QualifiedName(*row) for row in rows), *gone})
+                is_published = await connection.fetchval(_IS_PUBLISHED, list(publications))
+                is_superuser = await connection.fetchval(_IS_SUPERUSER)
+                rows = [] if is_published else await connection.fetch(_RELATIONS)
+    # The schemas of chunks are published together with the catalog, where the server can. Where nobody may watch compressed rows
+    # (`chunk_watch`) no copy would help for long.
+    has_schemas = connection.get_server_version().major >= _FIRST_WITH_SCHEMA_PUBLICATIONS
+    can_watch = is_superuser or parse_version(layout.version) >= FIRST_WATCHED_BY_OWNERS
+    known = None if is_published else {*(QualifiedName(*row) for row in rows), *gone}
+    return Homes(layout, learnt, known, shows_compression=(is_published and has_schemas) or not can_watch)

@@ -72,6 +72,8 @@ class Router:
         self._homes = homes or Homes(None, {})
         self._hidden: dict[bytes, QualifiedName] = {}  # relations that are not replayed
         self._suspects: set[bytes] = set()
+        self._decompressed: set[bytes] = set()  # chunks that rows came back to since the last marker
+        self._is_told = False  # since the last marker a table of compressed rows said what was done to it
         self._moves = 0  # how many markers are open: all rows between them are moves
         self._segment_bytes = segment_bytes
         self._acks = acks
@@ -324,7 +326,12 @@ class Router:
             lane = self._lanes[self._lane_map.lanes_of(home.hypertable)[0]]
             is_watched = not home.is_compressed or relation.identity is ReplicaIdentity.FULL
             self._routes[oid] = Route(
-                lane, framed_home + framed, str(home.hypertable), home.is_compressed, is_watched=is_watched
+                lane,
+                framed_home + framed,
+                str(home.hypertable),
+                home.is_compressed,
+                is_watched=is_watched,
+                is_chunk=not home.is_compressed,
             )
             return
         lane = self._lanes[self._lane_map.lanes_of(relation.name)[0]]
@@ -384,6 +391,8 @@ class Router:
         step = _MOVE_PREFIXES.get(prefix.partition(b"\0")[0]) if self._homes.is_used else None
         if step is not None:
             self._moves = max(0, self._moves + step)
+            self._decompressed.clear()
+            self._is_told = False
             self._ready_lanes.clear()
             self._ready_splits.clear()
 
@@ -449,11 +458,27 @@ class Router:
             self._cut(lane)
 
     def _suspect(self, message: Message, oid: bytes) -> None:
-        """Say once of a table that a chunk is compressed into that its changes are not told yet."""
+        """Say once of a table that a chunk is compressed into that its changes are not told yet.
+
+        Where the stream does not show such a table being filled, say so of a chunk that rows of a table come back to which said nothing:
+        who knows whether all of them came, and whether it was watched. For the whole of it is decompressed into no row event of that table.
+        """
         route = self._routes.get(oid)
-        if message[0] == pgoutput.INSERT and route is not None and not route.is_watched and oid not in self._suspects:
+        if route is None:
+            return
+        if route.stands_alone and route.is_watched:
+            self._is_told = True
+        elif message[0] != pgoutput.INSERT:
+            return
+        elif not route.is_watched and oid not in self._suspects:
             self._suspects.add(oid)
-            self._change_in(route.lane, encode_suspect(int.from_bytes(oid, "big")), [(oid, route)])
+            self._say_suspect(oid, route)
+        elif route.is_chunk and not (self._homes.shows_compression or self._is_told or oid in self._decompressed):
+            self._decompressed.add(oid)
+            self._say_suspect(oid, route._replace(stands_alone=True))  # the rows between the markers take no fast path
+
+    def _say_suspect(self, oid: bytes, route: Route) -> None:
+        self._change_in(route.lane, encode_suspect(int.from_bytes(oid, "big")), [(oid, route)])
 
     def _change_in(
         self, lane: LaneBuffer, message: Message, routes: Sequence[tuple[bytes, Route]], before: bytes = b""

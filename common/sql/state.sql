@@ -156,8 +156,8 @@ create table _live_migration.skips (            -- changes that the user gave up
     primary key (lane, commit_lsn, ordinal)
 );
 
-create table _live_migration.suspects (         -- chunks compressed into tables that do not tell their changes yet
-    compressed_oid oid primary key,             -- on the source, as all of these
+create table _live_migration.suspects (         -- chunks compressed into tables that do not tell their changes yet, or decompressed from such
+    compressed_oid oid primary key,             -- on the source, as all of these; the chunk's own where it was decompressed
     chunk_schema text not null,
     chunk_name text not null,
     hypertable_schema text not null,

@@ -7,11 +7,9 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from live_migration.common.local_postgres import LocalPostgres
 from live_migration.coordinator import chunk_watch
 from tests.e2e.migration import Migration
-from tests.fixtures.fix_postgres import database, execute
-from tests.fixtures.fix_timescale import timescale_database
+from tests.fixtures.fix_postgres import execute
 from tests.timescale import world
 from tests.timescale.acts import COMPRESSED, DECOMPRESSED, DELETED, compress, decompress, watched
 
@@ -37,6 +35,21 @@ _MOMENTS = {
     "compressed anew": ("compress", "delete 3", "more", "compress anew", "delete 4", "decompress"),
     "another segmentby": ("compress", "delete 3", "alter", "compress anew", "decompress"),
 }
+_LOOSE = (
+    "create table loose (time timestamptz not null, device int not null, temp float8)",
+    "select create_hypertable('loose', 'time', chunk_time_interval => interval '1 day', create_default_indexes => false)",
+    "alter table loose set (timescaledb.compress, timescaledb.compress_segmentby = 'device', timescaledb.compress_orderby = 'time')",
+    "alter table loose replica identity full",
+)
+"""Nothing that keeps rows from being compressed as they come."""
+_DIRECT = """
+    set timescaledb.enable_direct_compress_insert = on;
+    insert into loose select t, d, 7 from generate_series(1, 5) d, generate_series('2026-01-12'::timestamptz, '2026-01-12 23:00', '1 min') t
+"""
+_IS_DIRECT = """
+    select 'COMPRESSED' = any(_timescaledb_functions.chunk_status_text(format('%I.%I', chunk_schema, chunk_name)::regclass))
+    from timescaledb_information.chunks where hypertable_name = 'loose'
+"""
 
 
 async def _do(connection: asyncpg.Connection, what: str) -> None:
@@ -62,34 +75,20 @@ async def _nobody_looks(*_: object, **__: object) -> int:
     return 0
 
 
-async def _migrate(
-    source: str,
-    target: str,
-    kafka: str,
-    name: str,
-    folder: Path,
-    moment: str,
-    *,
-    is_one_transaction: bool = False,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(chunk_watch, "follow_chunks", _nobody_looks)  # but for the one before the barriers
-    async with Migration(source, target, kafka, name, folder, pause_source_jobs=True) as migration:
-        await migration.until_phase("replay", timeout=240)
-        connection = await asyncpg.connect(source)
-        await connection.execute(_NEW_CHUNK)
-        await migration.until("rows applied", "select count(*) = 605 from metrics where note = 'new'")
-        if is_one_transaction:
-            async with connection.transaction():
-                for what in _MOMENTS[moment]:
-                    await _do(connection, what)
-        else:
+async def _act(migration: Migration, moment: str, *, is_one_transaction: bool = False) -> None:
+    """Let the chunks be where nothing waits to be applied, then let everything of a moment happen."""
+    connection = await asyncpg.connect(migration.source)
+    await connection.execute(_NEW_CHUNK)
+    await migration.until("rows applied", "select count(*) = 605 from metrics where note = 'new'")
+    if is_one_transaction:
+        async with connection.transaction():
             for what in _MOMENTS[moment]:
-                async with connection.transaction():
-                    await _do(connection, what)
-        await connection.close()
-        await migration.finish()
-        assert await world.differences(source, target) == []
+                await _do(connection, what)
+    else:
+        for what in _MOMENTS[moment]:
+            async with connection.transaction():
+                await _do(connection, what)
+    await connection.close()
 
 
 @pytest.mark.parametrize("is_one_transaction", [False, True], ids=["each by itself", "in one transaction"])
@@ -107,7 +106,91 @@ async def test_batches_deleted_before_their_table_is_watched(
     """All of it falls between two looks: what looks at the source sees at the end what it saw before."""
     source, target = timescale_source_database, target_of_timescale
     await world.make(source)
-    await _migrate(
-        source, target, kafka_bootstrap, unique_name, tmp_path, moment,
-        is_one_transaction=is_one_transaction, monkeypatch=monkeypatch,
-    )  # fmt: skip
+    monkeypatch.setattr(chunk_watch, "follow_chunks", _nobody_looks)  # but for the one before the barriers
+    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
+        await migration.until_phase("replay", timeout=240)
+        await _act(migration, moment, is_one_transaction=is_one_transaction)
+        await migration.finish()
+        assert await world.differences(source, target) == []
+
+
+@pytest.mark.parametrize("moment", ["decompressed", "compressed anew"])
+async def test_batches_deleted_while_the_producer_is_away(
+    moment: str,
+    timescale_source_database: str,
+    target_of_timescale: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The tables that held the compressed rows are gone from the catalogs when it reads them in the stream."""
+    source, target = timescale_source_database, target_of_timescale
+    await world.make(source)
+    monkeypatch.setattr(chunk_watch, "follow_chunks", _nobody_looks)
+    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
+        await migration.until_phase("replay", timeout=240)
+        connection = await asyncpg.connect(source)
+        await connection.execute(_NEW_CHUNK)
+        await migration.producer.crash()
+        for what in _MOMENTS[moment]:
+            await _do(connection, what)
+        await connection.close()
+        migration.producer.start()
+        await migration.finish()
+        assert await world.differences(source, target) == []
+
+
+async def test_batches_deleted_of_rows_that_were_compressed_as_they_came(
+    timescale_source_database: str,
+    target_of_timescale: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No marker stands around them: the chunk is copied when they come, and what is deleted after that copy is in no stream."""
+    source, target = timescale_source_database, target_of_timescale
+    await world.make(source)
+    await execute(source, *_LOOSE)
+    monkeypatch.setattr(chunk_watch, "follow_chunks", _nobody_looks)
+    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
+        await migration.until_phase("replay", timeout=240)
+        connection = await asyncpg.connect(source)
+        await connection.execute(_DIRECT)
+        assert await connection.fetchval(_IS_DIRECT)
+        await migration.until("rows copied", "select count(*) = 5 * 1381 from loose")
+        assert DELETED in await watched(connection, "delete from loose where device = 3")
+        assert await decompress(connection, "loose", 11) == [DECOMPRESSED]
+        await connection.close()
+        await migration.finish()
+        assert await world.differences(source, target, tables=("loose",)) == []
+
+
+@pytest.mark.parametrize("moment", _MOMENTS)
+async def test_batches_deleted_on_a_source_whose_role_is_no_superuser(
+    moment: str,
+    timescale_source_database: str,
+    target_of_timescale: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither the catalog nor a table of compressed rows is in the stream before the next look: rows that come back by decompression are."""
+    database_name, role = timescale_source_database.rsplit("/", 1)[1], unique_name
+    await execute(target_of_timescale, f"create role {role} login")
+    await execute(
+        timescale_source_database,
+        f"create role {role} login replication",
+        f"alter database {database_name} owner to {role}",
+        f"grant all on schema public to {role}",
+    )
+    source, target = timescale_source_database.replace("postgres@", f"{role}@"), target_of_timescale
+    await world.make(source)
+    monkeypatch.setattr(chunk_watch, "follow_chunks", _nobody_looks)
+    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
+        await migration.until_phase("replay", timeout=240)
+        await _act(migration, moment)
+        await migration.finish()
+        assert await world.differences(source, target) == []

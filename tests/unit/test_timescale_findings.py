@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from live_migration.common.timescale import parse_version
 from live_migration.coordinator.findings import Finding
 from live_migration.coordinator.source_jobs import Job
 from live_migration.coordinator.timescale_facts import HypertableFacts, ServerFacts, SourceFacts, TargetFacts
-from live_migration.coordinator.timescale_findings import assess_jobs, assess_source, assess_target, parse_version
+from live_migration.coordinator.timescale_findings import assess_jobs, assess_source, assess_target
 
 SERVER = ServerFacts(
     major=18,
