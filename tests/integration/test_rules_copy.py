@@ -16,6 +16,7 @@ from live_migration.consumer.claim_endings import CopyOrigin, finish_part, finis
 from live_migration.consumer.claims import Claimant, PartClaim, TableClaim, claim_part
 from live_migration.consumer.copy_errors import AttemptOver
 from live_migration.consumer.copy_stream import CopyCount, CopyPlan
+from live_migration.consumer.copy_transactions import begin_on_target
 from live_migration.consumer.parts import BlockRange
 from live_migration.consumer.sessions import Backend, open_session
 from live_migration.consumer.table_snapshot import import_snapshot, lock_table
@@ -211,7 +212,7 @@ async def test_a_table_is_emptied_only_for_its_own_attempt(
 async def test_what_a_copying_transaction_sets_ends_with_it(target_database: str) -> None:
     copying = await open_session(target_database, "target")
     async with keeping_settings(copying.connection):
-        await part_copier._begin_on_target(copying, "t", part_copier._AWAIT_CHUNK)
+        await begin_on_target(copying, "t", part_copier._AWAIT_CHUNK)
         await copying.connection.execute("commit")
     await copying.connection.close()
 

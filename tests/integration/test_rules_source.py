@@ -127,13 +127,13 @@ async def test_a_lock_on_another_table_does_not_count(source_database: str, monk
         await other.execute("create schema a; create schema b; create table a.t (id int); create table b.t (id int)")
         oid = await other.fetchval("select 'a.t'::regclass::oid")
         await other.execute(f"begin; lock table a.t in access exclusive mode; {swap}")
-        begin_locked = table_snapshot._begin_locked
+        begin_locked = table_snapshot.begin_locked
 
         async def lock_and_swap(*arguments: Any) -> None:
             await begin_locked(*arguments)
             await other.execute(swap)
 
-        monkeypatch.setattr(table_snapshot, "_begin_locked", lock_and_swap)
+        monkeypatch.setattr(table_snapshot, "begin_locked", lock_and_swap)
         locking = asyncio.ensure_future(lock_table(ours, TableClaim(oid, QualifiedName("a", "t"), 1, False), 30))
         await until_waiting(source_database, ours.get_server_pid())
         await other.execute("commit")
