@@ -25,6 +25,9 @@ _NEW_CHUNK = """
 _MORE_ROWS = """
     insert into metrics select t, 4, 8, 'more' from unnest(array['2026-01-03 12:01', '2026-01-04 12:01', '2026-01-10 12:01']::timestamptz[]) t
 """
+_AGAIN = """
+    insert into metrics select t, 3, 9, 'again' from generate_series('2026-01-03 05:00'::timestamptz, '2026-01-03 05:20', '10 min') t
+"""
 _DELETE = "delete from metrics where device = {}"
 _RECOMPRESS = """
     select compress_chunk(c, recompress => true) from show_chunks('metrics', newer_than => '2026-01-03'::timestamptz) c
@@ -113,6 +116,35 @@ async def test_batches_deleted_before_their_table_is_watched(
     async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
         await migration.until_phase("replay", timeout=240)
         await _act(migration, moment, is_one_transaction=is_one_transaction)
+        await migration.finish()
+        assert await world.differences(source, target) == []
+
+
+@pytest.mark.parametrize("is_decompressed", [True, False])
+async def test_keys_that_come_again_once_their_batches_were_deleted_unseen(
+    is_decompressed: bool,
+    timescale_source_database: str,
+    target_of_timescale: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rows that stand in their way are refused before anybody has said that the chunk is suspect: all of it is in one segment."""
+    source, target = timescale_source_database, target_of_timescale
+    await world.make(source)
+    monkeypatch.setattr(chunk_watch, "follow_chunks", _nobody_looks)
+    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
+        await migration.until_phase("replay", timeout=240)
+        connection = await asyncpg.connect(source)
+        async with connection.transaction():
+            assert await compress(connection, "metrics", 2) == [COMPRESSED]
+            assert DELETED in await watched(connection, _DELETE.format(3))
+            if is_decompressed:
+                assert await decompress(connection, "metrics", 2) == [DECOMPRESSED]
+            await connection.execute(_AGAIN)
+        await connection.close()
+        await migration.until("the lane goes on", "select count(*) = 3 from metrics where note = 'again'")
         await migration.finish()
         assert await world.differences(source, target) == []
 
