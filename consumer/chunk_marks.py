@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import asyncpg
 
 from live_migration.common.home import Home
+from live_migration.common.relation import QualifiedName
 
 NOT_KNOWN_YET = 2**63 - 1
 """An LSN behind all others."""
@@ -80,6 +81,23 @@ async def set_marks(target: asyncpg.Connection, lsn: int) -> None:
         NOT_KNOWN_YET,
         lsn,
     )
+
+
+async def read_lane_suspects(target: asyncpg.Connection, lane: int) -> dict[int, Home]:
+    """Give the suspects that the coordinator has not come to, of hypertables of one lane."""
+    rows = await target.fetch(
+        """select s.* from _live_migration.suspects s join _live_migration.tables h
+               on h.kind = 'hypertable' and (h.schema_name, h.table_name) = (s.hypertable_schema, s.hypertable_name)
+           where h.lane = $1""",
+        lane,
+    )
+    return {
+        row["compressed_oid"]: Home(
+            QualifiedName(row["hypertable_schema"], row["hypertable_name"]),
+            QualifiedName(row["chunk_schema"], row["chunk_name"]),
+        )
+        for row in rows
+    }
 
 
 async def note_suspects(target: asyncpg.Connection, suspects: Mapping[int, Home]) -> None:

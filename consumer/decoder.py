@@ -203,6 +203,8 @@ class LaneDecoder:
         self._commit_lsn = self._xid = self._base = 0
         self._inside = False
         self._batch: Batch | None = None
+        self.suspects: dict[int, Home] = {}
+        """All that were met so far, those included whose batch may never be applied."""
 
     def note_met(self, commit_lsn: int) -> None:
         """Take note that the lane has met those of its table in the transaction with this commit LSN."""
@@ -326,7 +328,7 @@ class LaneDecoder:
                 self._homes[oid] = home
             case _ if kind == SUSPECT:
                 oid = decode_suspect(message)
-                batch.suspects[oid] = self._homes[oid]
+                self._suspect(oid, self._homes[oid], batch)
             case _ if kind in (GATHER, SCATTER):
                 if self._commit_lsn > self._met_lsn:
                     raise LanesMeet(decode_meeting(message, self._commit_lsn))
@@ -348,7 +350,10 @@ class LaneDecoder:
         home = self._homes.get(oid)
         if home is not None and home.is_compressed and known.relation.identity is not ReplicaIdentity.FULL:
             # Rows that were compressed at once, say: those are copied, but what is deleted of them from here on is not told yet.
-            batch.suspects[oid] = home
+            self._suspect(oid, home, batch)
+
+    def _suspect(self, oid: int, home: Home, batch: Batch) -> None:
+        batch.suspects[oid] = self.suspects[oid] = home
 
     def _truncate(self, message: bytes, relative: int, batch: Batch) -> None:
         """Empty the tables named. A TRUNCATE of a hypertable names its chunks, too, and is one of the target's hypertable."""

@@ -22,7 +22,7 @@ from live_migration.common.telemetry import get_logger
 from live_migration.consumer import checkpoint as checkpoints
 from live_migration.consumer.applier import Applier
 from live_migration.consumer.checkpoint import Checkpoint
-from live_migration.consumer.chunk_marks import mark_chunk
+from live_migration.consumer.chunk_marks import mark_chunk, read_lane_suspects
 from live_migration.consumer.chunk_rebuild import ChunkToRebuild, due_chunks, find_chunk, rebuild_chunk
 from live_migration.consumer.decoder import LaneDecoder
 from live_migration.consumer.lane_meeting import LanesMeet, has_met, meet
@@ -70,6 +70,7 @@ class PartitionTask:
         self._refused_at: Position | None = None  # where chunks that wait were copied early
         self._unseen_at: tuple[int, int] | None = None  # relation and transaction that made a chunk be copied
         self._decoded_lsn = 0
+        self._suspects: dict[int, Home] = {}  # met in what was decoded, applied or not
         self._meeting: Meeting | None = None  # the newest, of which the decoder hears once it is over
         self._has_marks = False
         self._must_take = True  # the group gave us the partition: whoever still holds the lane has to go
@@ -204,10 +205,14 @@ class PartitionTask:
                         await connection.execute("commit")
 
     async def _has_chunks_to_copy(self, refused: ChangeRefused) -> bool:
-        """Tell whether chunks of the lane wait to be copied anew, which may be why a change is refused: they are copied early then, once."""
+        """Tell whether chunks of the lane wait to be copied anew, which may be why a change is refused: they are copied early then, once.
+
+        So do suspects, which the coordinator may come to no more: an unseen DELETE leaves a row in the way of its key's next INSERT.
+        """
         if self._refused_at == refused.position:
             return False
         try:
+            await self._mark_suspects()
             async with session(self._settings.target_uri(), "target", application="live-migration lane") as target:
                 with asking("target", f"looking for chunks of lane {self._lane}"):
                     chunks = await due_chunks(target, self._lane, 0, early=True)
@@ -217,6 +222,23 @@ class PartitionTask:
             self._refused_at = refused.position
             self._log.info("chunks are copied early", reason=refused.message, chunks=len(chunks))
         return bool(chunks)
+
+    async def _mark_suspects(self) -> None:
+        """Mark the lane's suspects to be copied early, and again behind what was decoded: what stands there may undo it."""
+        async with session(self._settings.target_uri(), "target", application="live-migration lane") as target:
+            with asking("target", f"looking for suspects of lane {self._lane}"):
+                suspects = {**self._suspects, **await read_lane_suspects(target, self._lane)}
+            if not suspects:
+                return
+            async with session(self._settings.source_uri(), "source", application="live-migration lane") as source:
+                for home in set(suspects.values()):
+                    with asking("source", f"looking for chunk {home.chunk}"):
+                        oid = await find_chunk(source, home.chunk)
+                    if oid is None:
+                        continue
+                    with asking("target", f"marking chunk {home.chunk}"):
+                        reason, behind = "a change is refused, and it was compressed unwatched", self._decoded_lsn + 1
+                        await mark_chunk(target, oid, home, reason=reason, lsn=behind, is_new=True)
 
     async def _mark(self, error: ChunkChangedUnseen) -> None:
         """Have a chunk copied anew at the lane's next beginning.
@@ -299,6 +321,7 @@ class PartitionTask:
             await pipeline.run()
         except LiveMigrationError as error:
             self._decoded_lsn = decoder.commit_lsn
+            self._suspects = decoder.suspects
             if error.retry is Retry.STOP:
                 self._careful_until = max(self._careful_until, pipeline.attempted)
             raise

@@ -18,7 +18,7 @@ from live_migration.common.home import Home, encode_suspect
 from live_migration.common.lsn import Lsn
 from live_migration.common.postgres import session
 from live_migration.common.relation import QualifiedName
-from live_migration.consumer.chunk_marks import NOT_KNOWN_YET
+from live_migration.consumer.chunk_marks import NOT_KNOWN_YET, note_suspects
 from live_migration.consumer.chunk_rebuild import due_chunks
 from live_migration.coordinator import chunk_watch, newcomers
 from live_migration.coordinator.chunk_watch import follow_chunks
@@ -485,6 +485,32 @@ async def test_a_coordinator_that_dies_once_a_chunk_is_published_has_marked_it(
             assert before <= unseen < NOT_KNOWN_YET
             (due,) = await due_chunks(target, 3, unseen)
             assert (due.oid, due.name, due.root) == (chunk.oid, CHUNK, ROOT)
+
+
+async def test_a_suspect_that_is_noted_again_while_the_coordinator_marks_it_is_looked_at_again(
+    source_database: str, target_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its lane saw the second time may be behind the position that the mark speaks of."""
+    suspects = {5: Home(ROOT, CHUNK, is_compressed=True)}
+    async with session(source_database, "source") as source, begun(source_database, target_database) as (run, _):
+        await source.execute("create table public.t0 (id integer primary key, v text);" + SOURCE)
+        await create_publication(source, run.settings.publication, ALL_OPERATIONS)
+        await create_publication(source, run.settings.insert_publication, INSERT_ONLY)
+        await _stand_for_a_hypertable(source, monkeypatch)
+        async with run.target_session("chunks") as target, run.target_session("lane") as lane:
+            await note_suspects(lane, suspects)
+
+            async def mark_while_noted(*arguments: object) -> None:
+                await set_marks(*arguments)
+                await note_suspects(lane, suspects)
+
+            set_marks = chunk_watch.set_marks
+            with monkeypatch.context() as meanwhile:
+                meanwhile.setattr(chunk_watch, "set_marks", mark_while_noted)
+                await follow_chunks(run, source, target)
+            assert set((await chunk_watch.read_suspects(target)).values()) == {CHUNK}
+            await follow_chunks(run, source, target)
+            assert not await chunk_watch.read_suspects(target)
 
 
 async def _stand_for_a_hypertable(

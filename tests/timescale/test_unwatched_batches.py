@@ -7,9 +7,11 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from live_migration.common.local_postgres import LocalPostgres
 from live_migration.coordinator import chunk_watch
 from tests.e2e.migration import Migration
-from tests.fixtures.fix_postgres import execute
+from tests.fixtures.fix_postgres import database, execute
+from tests.fixtures.fix_timescale import timescale_database
 from tests.timescale import world
 from tests.timescale.acts import COMPRESSED, DECOMPRESSED, DELETED, compress, decompress, watched
 
@@ -22,6 +24,9 @@ _NEW_CHUNK = """
 """
 _MORE_ROWS = """
     insert into metrics select t, 4, 8, 'more' from unnest(array['2026-01-03 12:01', '2026-01-04 12:01', '2026-01-10 12:01']::timestamptz[]) t
+"""
+_AGAIN = """
+    insert into metrics select t, 3, 9, 'again' from generate_series('2026-01-03 05:00'::timestamptz, '2026-01-03 05:20', '10 min') t
 """
 _DELETE = "delete from metrics where device = {}"
 _RECOMPRESS = """
@@ -42,10 +47,11 @@ _LOOSE = (
     "alter table loose replica identity full",
 )
 """Nothing that keeps rows from being compressed as they come."""
-_DIRECT = """
-    set timescaledb.enable_direct_compress_insert = on;
+_LOOSE_ROWS = """
     insert into loose select t, d, 7 from generate_series(1, 5) d, generate_series('2026-01-12'::timestamptz, '2026-01-12 23:00', '1 min') t
 """
+_SUM = "select string_agg(x::text, ' ' order by x::text) from loose x"
+_DIRECT = f"set timescaledb.enable_direct_compress_insert = on; {_LOOSE_ROWS}"
 _IS_DIRECT = """
     select 'COMPRESSED' = any(_timescaledb_functions.chunk_status_text(format('%I.%I', chunk_schema, chunk_name)::regclass))
     from timescaledb_information.chunks where hypertable_name = 'loose'
@@ -110,6 +116,35 @@ async def test_batches_deleted_before_their_table_is_watched(
     async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
         await migration.until_phase("replay", timeout=240)
         await _act(migration, moment, is_one_transaction=is_one_transaction)
+        await migration.finish()
+        assert await world.differences(source, target) == []
+
+
+@pytest.mark.parametrize("is_decompressed", [True, False])
+async def test_keys_that_come_again_once_their_batches_were_deleted_unseen(
+    is_decompressed: bool,
+    timescale_source_database: str,
+    target_of_timescale: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rows that stand in their way are refused before anybody has said that the chunk is suspect: all of it is in one segment."""
+    source, target = timescale_source_database, target_of_timescale
+    await world.make(source)
+    monkeypatch.setattr(chunk_watch, "follow_chunks", _nobody_looks)
+    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
+        await migration.until_phase("replay", timeout=240)
+        connection = await asyncpg.connect(source)
+        async with connection.transaction():
+            assert await compress(connection, "metrics", 2) == [COMPRESSED]
+            assert DELETED in await watched(connection, _DELETE.format(3))
+            if is_decompressed:
+                assert await decompress(connection, "metrics", 2) == [DECOMPRESSED]
+            await connection.execute(_AGAIN)
+        await connection.close()
+        await migration.until("the lane goes on", "select count(*) = 3 from metrics where note = 'again'")
         await migration.finish()
         assert await world.differences(source, target) == []
 
@@ -194,3 +229,27 @@ async def test_batches_deleted_on_a_source_whose_role_is_no_superuser(
         await _act(migration, moment)
         await migration.finish()
         assert await world.differences(source, target) == []
+
+
+async def test_batches_deleted_on_a_source_of_another_version(
+    other_timescale: LocalPostgres,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a hypertable without aggregates: before these were logged without a trigger, one with them had its batches taken apart."""
+    async with timescale_database(other_timescale) as source, database(other_timescale) as target:
+        await execute(source, *_LOOSE, _LOOSE_ROWS)
+        monkeypatch.setattr(chunk_watch, "follow_chunks", _nobody_looks)
+        async with Migration(
+            source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True
+        ) as migration:
+            await migration.until_phase("replay", timeout=240)
+            connection = await asyncpg.connect(source)
+            assert await compress(connection, "loose", 11) == [COMPRESSED]
+            assert DELETED in await watched(connection, "delete from loose where device = 3")
+            assert await decompress(connection, "loose", 11) == [DECOMPRESSED]
+            await connection.close()
+            await migration.finish()
+            assert await world.value(source, _SUM) == await world.value(target, _SUM)

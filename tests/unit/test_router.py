@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from live_migration.common import pgoutput
 from live_migration.common.control import WalMessage
 from live_migration.common.errors import FormatError
+from live_migration.common.home import SUSPECT, encode_suspect
 from live_migration.common.lanes import lane_of
 from live_migration.common.relation import QualifiedName
-from live_migration.common.segment import COMMIT_ORDINAL, START, Position, decode_header
-from live_migration.common.timescale import Layout
+from live_migration.common.segment import COMMIT_ORDINAL, HEADER, START, Position, decode_header, iterate_frames
+from live_migration.common.timescale import Chunk, Hypertable, Layout
 from live_migration.producer.ack_tracker import AckTracker
 from live_migration.producer.batcher import Record
 from live_migration.producer.homes import Homes
@@ -213,6 +214,73 @@ def test_a_truncate_begins_a_segment_where_there_are_chunks() -> None:
         assert len(values[lane(oid)]) == segments
         messages = [change.message for change in decoded(values)[lane(oid)]]
         assert messages == [put_insert(oid, b"1"), put_truncate([oid]), put_commit(50)]
+
+
+ROOT, CHUNK = QualifiedName("public", "readings"), QualifiedName("store", "rd_1_chunk")
+PACKED = QualifiedName("store", "rd_1_chunk_compressed")
+HYPERTABLE, CHUNK_OID, PACKED_OID, SETTINGS_OID = range(30000, 30004)
+PLAIN_CHUNK = Layout(
+    "2.29.2",
+    {HYPERTABLE: Hypertable(3, HYPERTABLE, ROOT, "time")},
+    {CHUNK_OID: Chunk(CHUNK_OID, CHUNK, HYPERTABLE, "true")},
+)
+COMPRESSED_CHUNK = Layout(
+    "2.29.2", PLAIN_CHUNK.hypertables, PLAIN_CHUNK.chunks, {PACKED_OID: CHUNK_OID}, {PACKED_OID: PACKED}
+)
+
+
+def put_relation_of(oid: int, name: QualifiedName, *columns: str, identity: str = "d") -> bytes:
+    listed = b"".join(b"\0" + column.encode() + b"\0" + struct.pack(">Ii", 25, -1) for column in columns or ("id",))
+    named = f"{name.schema}\0{name.name}\0{identity}".encode()
+    return b"R" + struct.pack(">I", oid) + named + struct.pack(">H", len(columns) or 1) + listed
+
+
+def put_values(oid: int, *values: bytes) -> bytes:
+    listed = b"".join(b"t" + struct.pack(">I", len(value)) + value for value in values)
+    return b"I" + struct.pack(">I", oid) + b"N" + struct.pack(">H", len(values)) + listed
+
+
+def moves(kind: str, *messages: bytes) -> list[bytes]:
+    ends = [put_message(f"::timescaledb-{kind}-{end}", "") for end in ("start", "end")]
+    return [ends[0], *messages, ends[1]]
+
+
+def chunk_changes(router: Router) -> list[bytes]:
+    """Give the rows and suspects that the lane of the hypertable got."""
+    values = values_by_lane(router.take())
+    assert not any(found for number, found in values.items() if number != lane_of(ROOT, LANES))
+    frames = [each for value in values[lane_of(ROOT, LANES)] for each in iterate_frames(value[HEADER.size :])]
+    return [each.message for each in frames if each.kind in (pgoutput.INSERT, SUSPECT)]
+
+
+def test_a_table_that_a_chunk_is_compressed_into_is_learnt_between_the_markers() -> None:
+    """There stands the catalog's row of it, and in no list made before: nobody watches it, so the chunk is suspect, once."""
+    router = make_router(homes=Homes(PLAIN_CHUNK, {}))
+    settings = QualifiedName("_timescaledb_catalog", "compression_settings")
+    described = put_relation_of(SETTINGS_OID, settings, "relid", "compress_relid")
+    made = put_values(SETTINGS_OID, CHUNK.sql.encode(), PACKED.sql.encode())
+    packed = [put_relation_of(PACKED_OID, PACKED), *[put_insert(PACKED_OID, b"z")] * 20]
+    feed(router, [put_begin(50), *moves("compression", described, made, *packed), put_commit(50)])
+    feed(router, [put_begin(60), *moves("compression", put_insert(PACKED_OID, b"y")), put_commit(60)])
+    assert chunk_changes(router) == [encode_suspect(PACKED_OID)]
+
+
+def test_a_chunk_that_rows_come_back_to_is_suspect_where_the_stream_does_not_show_their_table() -> None:
+    router = make_router(homes=Homes(PLAIN_CHUNK, {}, shows_compression=False))
+    described, row = put_relation_of(CHUNK_OID, CHUNK), put_insert(CHUNK_OID, b"1")
+    back = moves("decompression", *[row] * 50)
+    feed(router, [put_begin(50), described, row, *back, row, *back, row, put_commit(50)])
+    assert chunk_changes(router) == [row, encode_suspect(CHUNK_OID), row, encode_suspect(CHUNK_OID), row]
+
+
+@pytest.mark.parametrize("shows_compression", [True, False])
+def test_a_chunk_whose_compressed_rows_are_watched_is_not_suspect(shows_compression: bool) -> None:
+    """An UPDATE takes some of its batches apart; the table that they lie in says so first."""
+    router = make_router(homes=Homes(COMPRESSED_CHUNK, {}, shows_compression=shows_compression))
+    described = [put_relation_of(CHUNK_OID, CHUNK), put_relation_of(PACKED_OID, PACKED, identity="f")]
+    row, taken = put_insert(CHUNK_OID, b"1"), b"D" + struct.pack(">I", PACKED_OID) + b"O" + put_insert(0, b"z")[6:]
+    feed(router, [put_begin(50), *described, *moves("decompression", taken, *[row] * 50), row, put_commit(50)])
+    assert chunk_changes(router) == [row]
 
 
 def test_a_relation_that_changes_is_described_anew_in_a_segment_of_its_own() -> None:
