@@ -23,6 +23,7 @@ from live_migration.coordinator.made_definitions import load_made
 from live_migration.coordinator.made_jobs import make_jobs
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.schema import read_post_data
+from live_migration.coordinator.source_jobs import note_starts
 from live_migration.coordinator.timescale_handover import (
     bring_watermarks,
     compress_like_source,
@@ -52,6 +53,7 @@ async def hand_over(run: Run, source: asyncpg.Connection) -> None:
     await _once(run, "materialized views", lambda: refresh_materialized_views(run, source))
     await _once(run, "watermarks", lambda: bring_watermarks(run, source))
     await _once(run, "noted compression", lambda: note_compression(run, source))
+    await _once(run, "noted starts of jobs", lambda: note_starts(run, source))
     await make_jobs(run, source)
     await run_entries(run, "post-data last", post_data.last)  # event triggers: after all else that they would fire for
 

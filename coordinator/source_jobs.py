@@ -7,6 +7,7 @@ start anew unless that is given, too (seen with 2.24 and 2.29).
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,8 @@ _ALTER = """
     from {jobs} j left join _timescaledb_internal.bgw_job_stat s on s.job_id = j.id
     where j.id = {id} and j.scheduled <> {flag}
 """
+
+_NOTED_STARTS = "next starts of jobs at the cutover"
 
 # A job without such a row, as after a restore of the catalog, would run at once.
 _STARTS = """
@@ -306,8 +309,8 @@ async def release_target_jobs(run: Run) -> list[str]:
     in a warning.
     """
     scheduled, gone = [], []
-    starts = await _read_starts(run)
     async with run.target_transaction("giving the target's jobs their schedule") as target:
+        starts = await _noted_starts(target)
         places = await _places(target)
         present = {job.id for job in await read_jobs(target)}
         rows = await target.fetch(
@@ -326,13 +329,28 @@ async def release_target_jobs(run: Run) -> list[str]:
     return scheduled
 
 
-async def _read_starts(run: Run) -> dict[int, str]:
-    """Give when the source's jobs are to run next, by id, of those that are not due."""
-    async with run.source_session("jobs") as source:
-        with asking("source", "reading when jobs are to run"):
-            if await _places(source) is None:
-                return {}
-            return {row["id"]: row["start"] for row in await source.fetch(_STARTS)}
+async def note_starts(run: Run, source: asyncpg.Connection) -> None:
+    """Note when the source's jobs are to run next, of those that are not due: nobody may be able to ask after the hand-over."""
+    with asking("source", "reading when jobs are to run"):
+        starts = await read_starts(source)
+    async with run.target_transaction("noting when jobs are to run") as target:
+        await target.execute(
+            "insert into _live_migration.archives values ($1, $2) on conflict (name) do update set content = excluded.content",
+            _NOTED_STARTS,
+            json.dumps(list(starts.items())).encode(),
+        )
+
+
+async def read_starts(source: asyncpg.Connection) -> dict[int, str]:
+    """Give when jobs are to run next, by id, of those that are not due."""
+    if await _places(source) is None:
+        return {}
+    return {row["id"]: row["start"] for row in await source.fetch(_STARTS)}
+
+
+async def _noted_starts(target: asyncpg.Connection) -> dict[int, str]:
+    content = await target.fetchval("select content from _live_migration.archives where name = $1", _NOTED_STARTS)
+    return dict(json.loads(content)) if content else {}
 
 
 async def _places(connection: asyncpg.Connection) -> _Places | None:

@@ -86,6 +86,7 @@ async def run_all(connection: asyncpg.Connection) -> list[str]:
     await hypertable_entries.read_entries_of_timescale(connection)
     await timescale_facts.read_source(connection)
     await source_jobs.read_jobs(connection)
+    await source_jobs.read_starts(connection)
     places = await source_jobs._places(connection)
     assert places is not None
     await connection.fetch(source_jobs._RUNNING.format(jobs=places.jobs), [1])
