@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Collection
 from pathlib import Path
 
 import asyncpg
@@ -16,7 +17,7 @@ from tests.e2e.migration import Migration
 from tests.fixtures.fix_postgres import database, execute
 from tests.fixtures.fix_timescale import timescale_database
 from tests.timescale import world
-from tests.timescale.acts import EVERYTHING
+from tests.timescale.acts import DELETED, EVERYTHING
 from tests.timescale.writer import Writer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.integration]
@@ -55,7 +56,15 @@ async def test_a_quiet_database_comes_over_whole(
 
 
 async def _under_load(
-    source: str, target: str, kafka: str, name: str, folder: Path, seed: int, *, crashes: bool
+    source: str,
+    target: str,
+    kafka: str,
+    name: str,
+    folder: Path,
+    seed: int,
+    *,
+    crashes: bool,
+    acts: Collection[str] = EVERYTHING,
 ) -> None:
     """None of the writer's statements fails; rows, aggregates, jobs and chunks are equal after the cutover, of what it made, too."""
     print(f"seed {seed}")
@@ -81,7 +90,7 @@ async def _under_load(
                 if crashes:
                     await _crash(migration, rng)
             async with asyncio.timeout(240):
-                while EVERYTHING - writer.seen.keys():
+                while set(acts) - writer.seen.keys():
                     await _go_on(migration, writer, 20)
             await migration.until("newcomers followed", _FOLLOWED)
         await writer.settle()
@@ -162,7 +171,9 @@ async def test_a_database_of_another_version_under_load_and_crashes(
     other_timescale: LocalPostgres, kafka_bootstrap: str, unique_name: str, tmp_path: Path
 ) -> None:
     async with timescale_database(other_timescale) as source, database(other_timescale) as target:
-        await _under_load(source, target, kafka_bootstrap, unique_name, tmp_path, 5, crashes=True)
+        # 2.24.0 takes the batches of this hypertable apart to delete their rows; it deletes whole ones in test_unwatched_batches.py.
+        acts = EVERYTHING - {DELETED}
+        await _under_load(source, target, kafka_bootstrap, unique_name, tmp_path, 5, crashes=True, acts=acts)
 
 
 async def test_a_source_whose_role_is_no_superuser(
