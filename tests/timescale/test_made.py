@@ -263,7 +263,7 @@ async def _check_refreshes(source: str, target: str) -> None:
     for uri in (source, target):
         await execute(
             uri,
-            "insert into metrics values ('2026-01-02 10:10:10.5', 3, 1000, 'late'), ('2026-01-07 10:10:10.5', 3, 1000, 'late')",
+            "insert into metrics values ('2026-01-02 10:10:10.5', 3, 1e7, 'late'), ('2026-01-07 10:10:10.5', 3, 1e7, 'late')",
         )
         assert not await _is_in(uri, "hourly", "2026-01-02 10:00")
         for name in world.AGGREGATE_NAMES:
@@ -278,7 +278,7 @@ async def _check_refreshes(source: str, target: str) -> None:
 async def _is_in(uri: str, aggregate: str, hour: str) -> bool:
     connection = await asyncpg.connect(uri)
     try:
-        query = f"select coalesce(max(avg), 0) > 30 from {aggregate} where hour = $1::text::timestamptz and device = 3"
+        query = f"select coalesce(max(avg), 0) > 10000 from {aggregate} where hour = $1::text::timestamptz and device = 3"
         return bool(await connection.fetchval(query, hour))
     finally:
         await connection.close()
