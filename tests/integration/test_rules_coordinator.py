@@ -79,7 +79,9 @@ async def test_the_first_snapshot_waits_for_a_commit_that_the_log_has_not_and_no
                     assert not preparing.done(), "a table could be copied now"
                     return any("the first table snapshot waits" in note for note in b.observer.notes)
 
-                await wait_for(is_told, seconds=90)  # a slot on an idle server takes up to 15 s, and more on a busy machine
+                await wait_for(
+                    is_told, seconds=90
+                )  # a slot on an idle server takes up to 15 s, and more on a busy machine
                 assert await watcher.fetch("select id from t") == []
             finally:
                 await watcher.execute("alter system reset synchronous_standby_names")

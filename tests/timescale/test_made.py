@@ -278,7 +278,9 @@ async def _check_refreshes(source: str, target: str) -> None:
 async def _is_in(uri: str, aggregate: str, hour: str) -> bool:
     connection = await asyncpg.connect(uri)
     try:
-        query = f"select coalesce(max(avg), 0) > 10000 from {aggregate} where hour = $1::text::timestamptz and device = 3"
+        query = (
+            f"select coalesce(max(avg), 0) > 10000 from {aggregate} where hour = $1::text::timestamptz and device = 3"
+        )
         return bool(await connection.fetchval(query, hour))
     finally:
         await connection.close()
