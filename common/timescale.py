@@ -145,6 +145,7 @@ class Layout:
         return oid in self.compressed or oid in self.compressed_roots
 
 
+IS_SUPERUSER = "select usesuper from pg_user where usename = current_user"
 FIRST_WATCHED_BY_OWNERS = (2, 29)
 """Before, TimescaleDB refuses a replica identity of a table of compressed rows to all but superusers, who get around it."""
 
@@ -152,6 +153,13 @@ FIRST_WATCHED_BY_OWNERS = (2, 29)
 def parse_version(version: str) -> tuple[int, ...]:
     """Give a version's numbers, for comparison; what follows a hyphen (`-dev`) is left out."""
     return tuple(int(part) for part in version.partition("-")[0].split(".") if part.isdigit())
+
+
+async def can_watch_compressed(source: asyncpg.Connection, version: str) -> bool:
+    """Tell whether our role may watch tables of compressed rows on a source with this TimescaleDB."""
+    if parse_version(version) >= FIRST_WATCHED_BY_OWNERS:
+        return True
+    return bool(await source.fetchval(IS_SUPERUSER))
 
 
 async def read_version(connection: asyncpg.Connection) -> str | None:

@@ -18,6 +18,7 @@ import asyncpg
 
 from live_migration.common.errors import ConnectionLost, LiveMigrationError, Retry
 from live_migration.common.postgres import CONNECTION_ERRORS, Side, is_of_a_closed_transport, server_error
+from live_migration.common.tasks import is_cancelled
 
 
 class CopyDeferred(LiveMigrationError):
@@ -70,8 +71,7 @@ def server_errors(side: Side, doing: str) -> Iterator[None]:
     except LiveMigrationError:
         raise
     except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
+        if is_cancelled():
             raise
         raise ConnectionLost(
             f"{side}: {doing}: the connection broke"

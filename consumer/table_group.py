@@ -141,7 +141,7 @@ async def _look(
 ) -> list[_Member]:
     """Lock the tables, take the snapshot, and give those that are as planned, small, and of the same shape on the target."""
     claims = [lease.claim for lease in group]
-    relations = ", only ".join(f"{claim.name.sql}" for claim in claims)
+    relations = ", only ".join(claim.name.sql for claim in claims)
     await begin_locked(source.connection, claims[0].name, context.settings.lock_timeout, f"only {relations}")
     oids = [claim.oid for claim in claims]
     with server_errors("source", f"looking at {_name(group)}"):

@@ -11,6 +11,7 @@ from live_migration.common.errors import TargetError
 from live_migration.common.postgres import asking
 from live_migration.common.progress import name_list
 from live_migration.common.relation import QualifiedName, quote_identifier, quote_literal
+from live_migration.coordinator import archives
 from live_migration.coordinator.aggregate_state import AggregateState
 from live_migration.coordinator.hypertable_definitions import ContinuousAggregate
 from live_migration.coordinator.hypertable_gaps import read_target
@@ -33,8 +34,8 @@ async def keep_watermarks(run: Run, state: AggregateState) -> None:
     """Remember that the aggregates must be refreshed, and up to where."""
     found = [[name.schema, name.name, value] for name, value in state.watermarks.items()]
     async with run.target_transaction("keeping the aggregates' watermarks") as target:
-        await target.execute(
-            "insert into _live_migration.archives values ($1, $2) on conflict (name) do update set content = excluded.content",
+        await archives.keep(
+            target,
             _ARCHIVE,
             json.dumps(found).encode(),
         )
@@ -47,7 +48,7 @@ async def keep_watermarks(run: Run, state: AggregateState) -> None:
 async def refresh_aggregates(run: Run) -> None:
     """Refresh what is to be refreshed, parents first; one that cannot be is named in a warning."""
     with asking("target", "reading the plan"):
-        content = await run.target.fetchval("select content from _live_migration.archives where name = $1", _ARCHIVE)
+        content = await archives.read(run.target, _ARCHIVE)
     if content is None:
         return
     watermarks = {QualifiedName(schema, name): value for schema, name, value in json.loads(content)}

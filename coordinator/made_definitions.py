@@ -15,7 +15,7 @@ from live_migration.common.postgres import asking
 from live_migration.common.relation import QualifiedName
 from live_migration.common.settings import Settings
 from live_migration.common.timescale import parse_version, read_layout, read_slices, read_version, read_version_to_be
-from live_migration.coordinator import hypertable_definitions
+from live_migration.coordinator import archives, hypertable_definitions
 from live_migration.coordinator.dump_script import PG_CLASS, PG_CONSTRAINT
 from live_migration.coordinator.flat_entries import read_flat_entries
 from live_migration.coordinator.hypertable_checks import incompatible_objects
@@ -148,5 +148,5 @@ def _types(spec: HypertableSpec, tables: dict[QualifiedName, Table]) -> dict[str
 async def load_made(target: asyncpg.Connection) -> Made | None:
     """Give what the state keeps of it; None where everything comes over as it is."""
     with asking("target", "reading the plan"):
-        content = await target.fetchval("select content from _live_migration.archives where name = $1", ARCHIVE)
+        content = await archives.read(target, ARCHIVE)
     return Made.decode(content) if content else None

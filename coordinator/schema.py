@@ -22,7 +22,7 @@ from live_migration.common.postgres import asking
 from live_migration.common.relation import QualifiedName
 from live_migration.common.settings import Settings
 from live_migration.common.state import Phase
-from live_migration.coordinator import client_programs, planning, steps
+from live_migration.coordinator import archives, client_programs, planning, steps
 from live_migration.coordinator.client_programs import ClientPrograms, ProgramError
 from live_migration.coordinator.dump_script import (
     PG_CLASS,
@@ -149,7 +149,8 @@ async def restore_schema(run: Run) -> None:
 async def read_entries(run: Run, programs: ClientPrograms, section: str) -> list[Entry]:
     """Give the entries of a section of the archive in the state."""
     with asking("target", "reading the schema's archive"):
-        content = await run.target.fetchval("select content from _live_migration.archives where name = $1", ARCHIVE)
+        content = await archives.read(run.target, ARCHIVE)
+    assert content is not None  # it is kept before this phase begins
     with private_folder(run.settings) as folder:
         archive = Path(folder, "schema.dump")
         await asyncio.to_thread(archive.write_bytes, content)
@@ -348,9 +349,8 @@ async def read_post_data(run: Run) -> PostData:
     """Give the archive's post-data entries, sorted by when they are run."""
     programs = await client_programs.find(run.settings, run.migration.source_version // 10_000)
     with asking("target", "reading the plan"):
-        content: bytes = await run.target.fetchval(
-            "select content from _live_migration.archives where name = $1", _KEYS
-        )
+        content = await archives.read(run.target, _KEYS)
+    assert content is not None  # it is kept together with the archive
     keys = EntryKeys.decode(content)
     entries = await read_entries(run, programs, "post-data")
     if (made := await load_made(run.target)) is not None:

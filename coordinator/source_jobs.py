@@ -21,6 +21,7 @@ from live_migration.common.progress import name_list
 from live_migration.common.relation import quote_identifier, quote_literal
 from live_migration.common.settings import Settings
 from live_migration.common.timescale import read_version, read_version_to_be
+from live_migration.coordinator import archives
 from live_migration.coordinator.run import APPLICATION, Run
 from live_migration.producer.publication import execute_politely
 
@@ -334,8 +335,8 @@ async def note_starts(run: Run, source: asyncpg.Connection) -> None:
     with asking("source", "reading when jobs are to run"):
         starts = await read_starts(source)
     async with run.target_transaction("noting when jobs are to run") as target:
-        await target.execute(
-            "insert into _live_migration.archives values ($1, $2) on conflict (name) do update set content = excluded.content",
+        await archives.keep(
+            target,
             _NOTED_STARTS,
             json.dumps(list(starts.items())).encode(),
         )
@@ -349,7 +350,7 @@ async def read_starts(source: asyncpg.Connection) -> dict[int, str]:
 
 
 async def _noted_starts(target: asyncpg.Connection) -> dict[int, str]:
-    content = await target.fetchval("select content from _live_migration.archives where name = $1", _NOTED_STARTS)
+    content = await archives.read(target, _NOTED_STARTS)
     return dict(json.loads(content)) if content else {}
 
 

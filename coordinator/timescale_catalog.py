@@ -17,7 +17,7 @@ from live_migration.common.errors import TargetError
 from live_migration.common.postgres import asking
 from live_migration.common.relation import QualifiedName, quote_identifier
 from live_migration.common.timescale import read_version
-from live_migration.coordinator import steps
+from live_migration.coordinator import archives, steps
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.source_jobs import hold_target_jobs
 
@@ -113,7 +113,7 @@ def _named(column: str) -> str:
 async def load_catalog(run: Run) -> Catalog | None:
     """Give what the state keeps of the source's catalog."""
     with asking("target", "reading the plan"):
-        content = await run.target.fetchval("select content from _live_migration.archives where name = $1", ARCHIVE)
+        content = await archives.read(run.target, ARCHIVE)
     return Catalog.decode(content) if content else None
 
 

@@ -19,6 +19,7 @@ from live_migration.consumer.chunk_marks import mark_chunk
 from live_migration.consumer.chunk_rebuild import ChunkToRebuild, all_due_chunks, find_chunk, rebuild_chunk
 from live_migration.consumer.hypertables import session_settings
 from live_migration.consumer.source_watch import write_flush_barrier
+from live_migration.coordinator import archives
 from live_migration.coordinator.aggregate_refresh import keep_watermarks
 from live_migration.coordinator.aggregate_state import AggregateState, read_state, write_state
 from live_migration.coordinator.run import APPLICATION, Run
@@ -108,8 +109,8 @@ async def keep_aggregates(run: Run, source: asyncpg.Connection) -> None:
     if state is None:
         return
     async with run.target_transaction("noting the aggregates' watermarks") as target:
-        await target.execute(
-            "insert into _live_migration.archives values ($1, $2) on conflict (name) do update set content = excluded.content",
+        await archives.keep(
+            target,
             _AGGREGATES,
             state.encode(),
         )
@@ -130,7 +131,7 @@ async def bring_watermarks(run: Run, source: asyncpg.Connection) -> None:
     now = await _read_aggregates(source)
     with asking("target", "reading the hypertables"):
         ours = await read_layout(run.target)
-        before = await run.target.fetchval("select content from _live_migration.archives where name = $1", _AGGREGATES)
+        before = await archives.read(run.target, _AGGREGATES)
     if now is None or ours is None or not now.watermarks:
         return
     wanted = now.since(AggregateState.decode(before)) if before else now
@@ -149,8 +150,8 @@ async def note_compression(run: Run, source: asyncpg.Connection) -> None:
     slices = await run.patiently("reading the hypertables", lambda: read_slices(source, theirs)) if theirs else {}
     found = _compression(theirs, slices) if theirs else {}
     async with run.target_transaction("noting which chunks are compressed") as target:
-        await target.execute(
-            "insert into _live_migration.archives values ($1, $2) on conflict (name) do update set content = excluded.content",
+        await archives.keep(
+            target,
             _COMPRESSION,
             json.dumps([[name.schema, name.name, bounds, flag] for (name, bounds), flag in found.items()]).encode(),
         )
@@ -159,9 +160,7 @@ async def note_compression(run: Run, source: asyncpg.Connection) -> None:
 async def compress_like_source(run: Run) -> None:
     """Compress and decompress the target's chunks as their twins on the source were at the cutover, each in a transaction of its own."""
     with asking("target", "reading the hypertables"):
-        content = await run.target.fetchval(
-            "select content from _live_migration.archives where name = $1", _COMPRESSION
-        )
+        content = await archives.read(run.target, _COMPRESSION)
         ours = await read_layout(run.target)
         slices = await read_slices(run.target, ours) if ours else {}
     if ours is None:

@@ -13,14 +13,13 @@ from collections.abc import Sequence
 
 import asyncpg
 
+from live_migration.common import timescale
 from live_migration.common.catalog import TableInfo
 from live_migration.common.postgres import asking
 from live_migration.common.relation import quote_identifier
 from live_migration.common.timescale import (
-    FIRST_WATCHED_BY_OWNERS,
     INTERNAL_SCHEMA,
     Layout,
-    parse_version,
     read_layout,
     read_version,
 )
@@ -31,7 +30,6 @@ from live_migration.producer.publication import execute_politely
 AUTO_PUBLICATION = "timescaledb.enable_chunk_auto_publication"
 _TABLES_IN_SCHEMA = 150_000
 
-_IS_SUPERUSER = "select usesuper from pg_user where usename = current_user"
 _HAS_SETTING = "select exists (select from pg_settings where name = $1)"
 _DATABASE_SETTING = """
     select split_part(s, '=', 2) from pg_db_role_setting r, unnest(r.setconfig) s
@@ -47,7 +45,7 @@ async def publish_inner(run: Run, source: asyncpg.Connection) -> None:
     if layout is None:
         return
     await _set_auto_publication(run, source)
-    if await source.fetchval(_IS_SUPERUSER):
+    if await source.fetchval(timescale.IS_SUPERUSER):
         await _publish_catalog(run, source, layout)
     else:
         run.reporter.note(
@@ -142,6 +140,4 @@ def compressed_tables(tables: Sequence[TableInfo]) -> list[TableInfo]:
 async def can_watch_compressed(source: asyncpg.Connection) -> bool:
     """Tell whether tables of compressed rows can be published: before 2.29 by superusers alone."""
     version = await read_version(source)
-    if version is None or parse_version(version) >= FIRST_WATCHED_BY_OWNERS:
-        return True
-    return bool(await source.fetchval(_IS_SUPERUSER))
+    return version is None or await timescale.can_watch_compressed(source, version)

@@ -14,7 +14,7 @@ from live_migration.common.errors import ConnectionLost
 from live_migration.common.home import Home
 from live_migration.common.postgres import asking, session
 from live_migration.common.relation import QualifiedName, Relation
-from live_migration.common.timescale import FIRST_WATCHED_BY_OWNERS, Layout, parse_version, read_layout
+from live_migration.common.timescale import Layout, can_watch_compressed, read_layout
 
 CATALOG_SCHEMA = "_timescaledb_catalog"
 CATALOG_TABLES = ("hypertable", "chunk", "compression_settings")
@@ -27,7 +27,6 @@ _IS_PUBLISHED = """
     select exists (select from pg_publication_tables
                    where pubname = any($1::text[]) and schemaname = '_timescaledb_catalog' and tablename = 'chunk')
 """
-_IS_SUPERUSER = "select coalesce((select usesuper from pg_user where usename = current_user), false)"
 _FIRST_WITH_SCHEMA_PUBLICATIONS = 15
 _RELATIONS = """
     select n.nspname::text, c.relname::text from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.relkind in ('r', 'p')
@@ -199,11 +198,10 @@ async def read_homes(
                 if layout is None:
                     return Homes(layout, learnt)
                 is_published = await connection.fetchval(_IS_PUBLISHED, list(publications))
-                is_superuser = await connection.fetchval(_IS_SUPERUSER)
+                can_watch = await can_watch_compressed(connection, layout.version)
                 rows = [] if is_published else await connection.fetch(_RELATIONS)
     # The schemas of chunks are published together with the catalog, where the server can. Where nobody may watch compressed rows
     # (`chunk_watch`) no copy would help for long.
     has_schemas = connection.get_server_version().major >= _FIRST_WITH_SCHEMA_PUBLICATIONS
-    can_watch = is_superuser or parse_version(layout.version) >= FIRST_WATCHED_BY_OWNERS
     known = None if is_published else {*(QualifiedName(*row) for row in rows), *gone}
     return Homes(layout, learnt, known, shows_compression=(is_published and has_schemas) or not can_watch)
