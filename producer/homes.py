@@ -15,6 +15,7 @@ from live_migration.common.home import Home
 from live_migration.common.postgres import asking, session
 from live_migration.common.relation import QualifiedName, Relation
 from live_migration.common.timescale import Layout, can_watch_compressed, read_layout
+from live_migration.producer.publication import FIRST_WITH_SCHEMA_PUBLICATIONS
 
 CATALOG_SCHEMA = "_timescaledb_catalog"
 CATALOG_TABLES = ("hypertable", "chunk", "compression_settings")
@@ -27,7 +28,6 @@ _IS_PUBLISHED = """
     select exists (select from pg_publication_tables
                    where pubname = any($1::text[]) and schemaname = '_timescaledb_catalog' and tablename = 'chunk')
 """
-_FIRST_WITH_SCHEMA_PUBLICATIONS = 15
 _RELATIONS = """
     select n.nspname::text, c.relname::text from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.relkind in ('r', 'p')
 """
@@ -202,6 +202,6 @@ async def read_homes(
                 rows = [] if is_published else await connection.fetch(_RELATIONS)
     # The schemas of chunks are published together with the catalog, where the server can. Where nobody may watch compressed rows
     # (`chunk_watch`) no copy would help for long.
-    has_schemas = connection.get_server_version().major >= _FIRST_WITH_SCHEMA_PUBLICATIONS
+    has_schemas = connection.get_server_version().major >= FIRST_WITH_SCHEMA_PUBLICATIONS
     known = None if is_published else {*(QualifiedName(*row) for row in rows), *gone}
     return Homes(layout, learnt, known, shows_compression=(is_published and has_schemas) or not can_watch)

@@ -20,8 +20,11 @@ from live_migration.common.relation import QualifiedName, ReplicaIdentity, quote
 Operations = Literal["insert, update, delete, truncate", "insert, truncate"]
 ALL_OPERATIONS: Operations = "insert, update, delete, truncate"
 INSERT_ONLY: Operations = "insert, truncate"
+FIRST_WITH_SCHEMA_PUBLICATIONS = 15
 _BATCH = 50
 _PATIENCE_SECONDS = 300.0
+_LOOKUP_SECONDS = 2.0
+_GONE = (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError, asyncpg.UndefinedObjectError)
 
 _LOST = """
     select c.oid, n.nspname as schema, c.relname as name
@@ -40,6 +43,17 @@ _LOST = """
                                   and a.attnum = any((i.indkey::int2[])[0:i.indnkeyatts - 1]))) end
 """
 # As `common.catalog` has it; pg_get_replica_identity_index itself would wait for whoever locks one of the tables.
+_SCHEMAS = """
+    select n.nspname::text
+    from pg_publication_namespace r join pg_publication p on p.oid = r.pnpubid join pg_namespace n on n.oid = r.pnnspid
+    where p.pubname = $1
+"""
+_WRITERS = """
+    select coalesce(array_agg(distinct virtualtransaction), '{}') from pg_locks
+    where locktype = 'relation' and granted and pid <> pg_backend_pid()
+      and database = (select oid from pg_database where datname = current_database())
+      and mode in ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
+"""
 _BLOCKERS = """
     select string_agg(distinct format('pid %s (%s)', a.pid, coalesce(nullif(a.application_name, ''), a.state)), ', ')
     from pg_locks l join pg_stat_activity a on a.pid = l.pid
@@ -124,12 +138,53 @@ async def renew_decoding_catalog(connection: asyncpg.Connection, name: str) -> N
 
 
 async def drop_publication(connection: asyncpg.Connection, name: str, *, lock_timeout: float) -> bool:
-    """Drop a publication; tell whether there was one."""
+    """Drop a publication once nothing is in it and nobody looks it up; tell whether there was one.
+
+    A statement that writes first lists the publications of its table, then looks each one up, and fails where one is gone by then
+    (`cache lookup failed for publication`): a publication that tables are in must never be dropped under somebody's writers.
+    """
     if not await publications_present(connection, [name]):
         return False
+    await _empty(connection, name, lock_timeout=lock_timeout)
+    await _await_writers(connection)
     statement = f"drop publication if exists {quote_identifier(name)}"
     await execute_politely(connection, [statement], lock_timeout=lock_timeout, doing=f"dropping publication {name}")
     return True
+
+
+async def _empty(connection: asyncpg.Connection, name: str, *, lock_timeout: float) -> None:
+    """Take everything out of a publication."""
+    publication = quote_identifier(name)
+    if connection.get_server_version().major >= FIRST_WITH_SCHEMA_PUBLICATIONS and (
+        schemas := await connection.fetch(_SCHEMAS, name)
+    ):
+        members = ", ".join(quote_identifier(row[0]) for row in schemas)
+        statement = f"alter publication {publication} drop tables in schema {members}"
+        doing = f"taking its schemas out of publication {name}"
+        await execute_politely(connection, [statement], lock_timeout=lock_timeout, doing=doing)
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while tables := await published_tables(connection, name):
+        oids = list(tables)[:_BATCH]
+        statement = f"alter publication {publication} drop table {', '.join(f'only {tables[oid].sql}' for oid in oids)}"
+        doing = f"taking {tables[oids[0]]} and {len(oids) - 1} more out of publication {name}"
+        try:
+            await execute_politely(connection, [statement], lock_timeout=lock_timeout, doing=doing, relations=oids)
+        except SourceError as error:
+            # Dropped, renamed or taken out by somebody else since: look again.
+            if not isinstance(error.__cause__, _GONE) or time.monotonic() >= deadline:
+                raise
+
+
+async def _await_writers(connection: asyncpg.Connection) -> None:
+    """Wait for the transactions that write now: they may have listed a publication before it was emptied, and look it up yet.
+
+    One that goes on beyond what a lookup takes by far idles, or is past it.
+    """
+    deadline = time.monotonic() + _LOOKUP_SECONDS
+    writers = set(await connection.fetchval(_WRITERS))
+    while writers and time.monotonic() < deadline:
+        await asyncio.sleep(0.02)
+        writers &= set(await connection.fetchval(_WRITERS))
 
 
 async def published_tables(connection: asyncpg.Connection, name: str) -> dict[int, QualifiedName]:

@@ -23,7 +23,14 @@ from live_migration.consumer.table_snapshot import import_snapshot, lock_table
 from live_migration.coordinator.planning import has_identity
 from live_migration.coordinator.prepare import prepare
 from live_migration.coordinator.schema import restore_schema
-from live_migration.producer.publication import PublishedTable, set_identity_full
+from live_migration.producer.publication import (
+    ALL_OPERATIONS,
+    PublishedTable,
+    add_tables,
+    create_publication,
+    drop_publication,
+    set_identity_full,
+)
 from tests.fixtures.fix_postgres import SETTINGS, DatabaseFactory, PostgresFactory
 from tests.integration.test_conductor import MakeSettings, bench, make_settings  # noqa: F401
 from tests.support.copying import consumers, contents, plan, run_sql, settings_for, until_ready
@@ -169,6 +176,60 @@ async def test_a_newcomer_is_planned_only_when_nobody_who_missed_its_publication
         await restoring
         assert await b.target("select table_name from _live_migration.tables") == [("late",)]
         await writer.close()
+
+
+# who was looking our publications up while they were dropped
+
+
+@pytest.mark.parametrize("membership", ["table public.t", "tables in schema public"])
+async def test_no_statement_of_the_source_fails_because_a_publication_goes(
+    source_database: str, membership: str
+) -> None:
+    """A writer lists its table's publications, then looks each one up: one that is gone in between fails the statement.
+
+    The writer is stopped between the two: it waits there for whoever has locked the catalog of publications.
+    """
+    async with (
+        session(source_database, "source") as ours,
+        session(source_database, "source") as watcher,
+        session(source_database, "source") as other,
+    ):
+        await other.execute("create table public.t (id int primary key, n int); insert into public.t values (1, 1)")
+        await create_publication(ours, "going", ALL_OPERATIONS)
+        await other.execute(f"alter publication going add {membership}")
+        writer = await asyncpg.connect(source_database)
+        pid = writer.get_server_pid()
+        await other.execute("begin; lock table pg_publication in access exclusive mode")
+        writing = asyncio.ensure_future(writer.execute("update public.t set n = 2"))
+        await until_waiting(source_database, pid)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            await other.execute("rollback")
+            dropping = asyncio.ensure_future(drop_publication(ours, "going", lock_timeout=1))
+            members = "select count(*) from pg_publication_tables where pubname = 'going'"
+            async with asyncio.timeout(30):
+                while await watcher.fetchval(members):
+                    await asyncio.sleep(0.01)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert await writing == "UPDATE 1"
+        assert await dropping
+        await writer.close()
+
+
+async def test_a_publication_is_dropped_beside_a_transaction_that_stays_open(source_database: str) -> None:
+    async with session(source_database, "source") as ours, session(source_database, "source") as other:
+        await other.execute(
+            'create schema "S"; create table "S"."T" (id int primary key); create table public.t (id int)'
+        )
+        await create_publication(ours, "going", ALL_OPERATIONS)
+        tables = [QualifiedName("S", "T"), QualifiedName("public", "t")]
+        published = [PublishedTable(await ours.fetchval("select $1::text::regclass::oid", t.sql), t) for t in tables]
+        await add_tables(ours, "going", published, lock_timeout=1)
+        await other.execute('begin; insert into "S"."T" values (1)')
+        assert await drop_publication(ours, "going", lock_timeout=1)
+        assert not await drop_publication(ours, "going", lock_timeout=1)
+        await other.execute('insert into "S"."T" values (2); commit')
 
 
 # locks
