@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support.docker import docker, require_images
 
 ROOT = Path(__file__).resolve().parents[2]
 COPYING_HOST = """
@@ -89,25 +90,16 @@ def stack() -> Iterator[Stack]:
 
 
 def _require_engine() -> None:
-    if shutil.which("docker") is None:
-        pytest.skip("there is no docker program here")
-    if (answer := _docker("info", "--format", "{{.ServerVersion}}")).returncode:
-        pytest.skip(f"no Docker engine answers: {answer.stderr.strip()}")
-    if _docker("compose", "version").returncode:
+    require_images()
+    if docker("compose", "version").returncode:
         pytest.skip("docker has no compose plugin")
     words = (ROOT / "Dockerfile").read_text() + (ROOT / "docker-compose.yml").read_text()
-    for image in sorted(set(re.findall(r"^(?:FROM| *image:) +([a-z/]+:[\w.-]+)", words, re.MULTILINE))):
-        if _docker("image", "inspect", image).returncode and (pulled := _docker("pull", "--quiet", image)).returncode:
-            pytest.skip(f"image {image} is neither here nor to be had: {pulled.stderr.strip()}")
-
-
-def _docker(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["docker", *words], capture_output=True, text=True, timeout=600, check=False)
+    require_images(*sorted(set(re.findall(r"^(?:FROM| *image:) +([a-z/]+:[\w.-]+)", words, re.MULTILINE))))
 
 
 def test_migration_ends_although_a_consumer_is_killed_while_it_copies(stack: Stack) -> None:
     host = stack.await_answer("target", COPYING_HOST)
-    assert _docker("kill", "--signal", "KILL", host).returncode == 0
+    assert docker("kill", "--signal", "KILL", host).returncode == 0
     stack.run("up", "--detach", "--no-recreate", "cutover")
     assert stack.await_exit("coordinator") == "0", stack.logs("coordinator")
     assert stack.query("source", "select writer_ended_at is not null from demo.run") == "t", "cut over under a writer"

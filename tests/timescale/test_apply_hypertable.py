@@ -10,8 +10,8 @@ import pytest
 
 from live_migration.common import state
 from live_migration.common.errors import LaneStopped
-from live_migration.common.local_postgres import LocalPostgres
 from live_migration.common.timescale import read_layout
+from tests.fixtures.fix_postgres import Server
 from tests.fixtures.fix_timescale import timescale_database
 from tests.integration.test_applier import Pair
 from tests.support.hypertables import (
@@ -112,7 +112,7 @@ async def test_a_random_workload_replays_exactly(
 @pytest.mark.parametrize("source_chunks", [False, True], ids=["plain source", "source of chunks"])
 @pytest.mark.parametrize("seed", range(2, 4))
 async def test_a_random_workload_replays_exactly_on_another_version(
-    other_timescale: LocalPostgres, unique_name: str, seed: int, source_chunks: bool
+    other_timescale: Server, unique_name: str, seed: int, source_chunks: bool
 ) -> None:
     async with timescale_database(other_timescale) as source, timescale_database(other_timescale) as target:
         await _random_workload(HypertablePair(source, target, unique_name), seed, source_chunks=source_chunks)
@@ -179,7 +179,7 @@ async def test_a_row_that_is_compressed_already_is_refused_and_one_that_is_gone_
 
 
 async def test_a_row_that_is_compressed_already_is_refused_on_another_version(
-    other_timescale: LocalPostgres, unique_name: str
+    other_timescale: Server, unique_name: str
 ) -> None:
     async with timescale_database(other_timescale) as source, timescale_database(other_timescale) as target:
         pair = await _metrics(source, target, unique_name)

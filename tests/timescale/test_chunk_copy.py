@@ -8,7 +8,6 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from live_migration.common.local_postgres import LocalPostgres
 from live_migration.common.postgres import session
 from live_migration.common.relation import QualifiedName
 from live_migration.common.timescale import compressed_table
@@ -16,7 +15,7 @@ from live_migration.consumer.claims import TableClaim
 from live_migration.consumer.service import run_consumer
 from live_migration.consumer.table_snapshot import lock_table
 from tests.e2e.migration import Migration, Service
-from tests.fixtures.fix_postgres import execute
+from tests.fixtures.fix_postgres import Server, execute
 from tests.fixtures.fix_timescale import timescale_database
 from tests.timescale import world
 
@@ -61,9 +60,7 @@ async def test_rows_that_move_between_a_chunk_and_its_compressed_rows_are_seen_u
 
 
 @pytest.mark.parametrize("move", ["decompress_chunk", "compress_chunk"])
-async def test_rows_that_move_are_seen_under_our_lock_on_another_version(
-    other_timescale: LocalPostgres, move: str
-) -> None:
+async def test_rows_that_move_are_seen_under_our_lock_on_another_version(other_timescale: Server, move: str) -> None:
     async with timescale_database(other_timescale) as source:
         await _move_under_lock(source, move)
 

@@ -9,13 +9,12 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from live_migration.common.local_postgres import LocalPostgres
 from live_migration.consumer.chunk_marks import NOT_KNOWN_YET
 from live_migration.consumer.service import run_consumer
 from live_migration.coordinator import chunk_watch
 from live_migration.producer.publication import PublishedTable
 from tests.e2e.migration import Migration, Service
-from tests.fixtures.fix_postgres import database, execute
+from tests.fixtures.fix_postgres import Server, database, execute
 from tests.fixtures.fix_timescale import timescale_database
 from tests.timescale import world
 
@@ -35,7 +34,7 @@ class Died(Exception):
 
 
 async def test_a_coordinator_that_dies_when_it_has_published_a_chunk_loses_nothing_of_it(
-    other_timescale: LocalPostgres,
+    other_timescale: Server,
     kafka_bootstrap: str,
     unique_name: str,
     tmp_path: Path,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncpg
 
-from live_migration.common.local_postgres import LocalPostgres
 from live_migration.coordinator.hypertable_definitions import Definitions, SparseIndex, decode, encode
 from live_migration.coordinator.hypertable_gaps import assess_definitions, read_absent, read_target
 from live_migration.coordinator.hypertable_source import read_definitions
@@ -18,7 +17,7 @@ from live_migration.coordinator.hypertable_sql import (
     refresh_statement,
     schedule_statement,
 )
-from tests.fixtures.fix_postgres import execute
+from tests.fixtures.fix_postgres import Server, execute
 from tests.fixtures.fix_timescale import timescale_database
 
 FUNCTIONS = """
@@ -168,7 +167,7 @@ async def _make(uri: str, definitions: Definitions) -> None:
         await connection.close()
 
 
-async def _carry(source: LocalPostgres, target: LocalPostgres) -> None:
+async def _carry(source: Server, target: Server) -> None:
     async with timescale_database(source) as source_uri, timescale_database(target) as target_uri:
         await _prepare(source_uri)
         there = decode(encode(await _read(source_uri)))
@@ -180,7 +179,7 @@ async def _carry(source: LocalPostgres, target: LocalPostgres) -> None:
         assert [job.name for job in here.jobs] == [job.name for job in there.jobs]
 
 
-async def test_sparse_indexes(timescale_source: LocalPostgres, other_timescale: LocalPostgres) -> None:
+async def test_sparse_indexes(timescale_source: Server, other_timescale: Server) -> None:
     """Those that the older release does not know are named and left out, the others come over."""
     table = 'create table t (time timestamptz not null, a int, "B" text, c int)'
     make = (
@@ -216,13 +215,13 @@ async def test_sparse_indexes(timescale_source: LocalPostgres, other_timescale: 
         assert other_none == none
 
 
-async def test_to_the_same_version(timescale_source: LocalPostgres) -> None:
+async def test_to_the_same_version(timescale_source: Server) -> None:
     await _carry(timescale_source, timescale_source)
 
 
-async def test_to_another_version(timescale_source: LocalPostgres, other_timescale: LocalPostgres) -> None:
+async def test_to_another_version(timescale_source: Server, other_timescale: Server) -> None:
     await _carry(timescale_source, other_timescale)
 
 
-async def test_from_another_version(timescale_source: LocalPostgres, other_timescale: LocalPostgres) -> None:
+async def test_from_another_version(timescale_source: Server, other_timescale: Server) -> None:
     await _carry(other_timescale, timescale_source)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
-from live_migration.common.local_postgres import LocalPostgres
 from tests.e2e.migration import Migration
-from tests.fixtures.fix_postgres import database, execute
-from tests.fixtures.fix_timescale import TIMESCALE_SETTINGS
+from tests.fixtures.fix_postgres import Server, database, execute
+from tests.fixtures.fix_timescale import TIMESCALE_SETTINGS, timescale_bin
 from tests.support.failover import Failover
 from tests.timescale import world
 
@@ -34,16 +32,15 @@ _INSTEAD = (
 @pytest.mark.parametrize("flatten", [False, True])
 async def test_chunks_copied_that_the_new_primary_never_had_are_copied_again(
     flatten: bool,
-    timescale_target: LocalPostgres,
-    target_server: LocalPostgres,
+    timescale_target: Server,
+    target_server: Server,
     kafka_bootstrap: str,
     unique_name: str,
     tmp_path: Path,
 ) -> None:
     """Nothing of what is lost is published: the horizons of the copies tell. Restoring mode is over, rows are routed."""
-    server = Path(os.environ["LIVE_MIGRATION_TEST_TIMESCALE_BIN"])
     async with (
-        Failover(server_bin=server, base_settings=TIMESCALE_SETTINGS) as source,
+        Failover(server_bin=timescale_bin(), base_settings=TIMESCALE_SETTINGS) as source,
         database(target_server if flatten else timescale_target) as target,
     ):
         await execute(source.primary_uri, "create extension timescaledb")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncpg
 import pytest
 
-from live_migration.common.local_postgres import LocalPostgres
 from live_migration.coordinator.hypertable_checks import assess_specs, incompatible_objects
 from live_migration.coordinator.hypertable_gaps import read_target
 from live_migration.coordinator.hypertable_spec import definition_of, parse_spec
 from live_migration.coordinator.hypertable_sql import Target, hypertable_statements
 from live_migration.coordinator.hypertable_tables import Table, read_tables
+from tests.fixtures.fix_postgres import Server
 from tests.fixtures.fix_timescale import timescale_database
 
 TRIGGER = "create function f() returns trigger language plpgsql as 'begin return new; end'"
@@ -97,7 +97,7 @@ async def _refused(connection: asyncpg.Connection, spec: str, tables: tuple[Tabl
     return None
 
 
-async def _check_all(server: LocalPostgres) -> None:
+async def _check_all(server: Server) -> None:
     async with timescale_database(server) as uri:
         connection = await asyncpg.connect(uri)
         target = await read_target(connection)
@@ -119,11 +119,11 @@ async def _check_all(server: LocalPostgres) -> None:
             await connection.close()
 
 
-async def test_checks_and_server_agree(timescale_target: LocalPostgres) -> None:
+async def test_checks_and_server_agree(timescale_target: Server) -> None:
     await _check_all(timescale_target)
 
 
-async def test_checks_and_another_version_agree(other_timescale: LocalPostgres) -> None:
+async def test_checks_and_another_version_agree(other_timescale: Server) -> None:
     await _check_all(other_timescale)
 
 

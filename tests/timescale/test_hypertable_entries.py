@@ -7,7 +7,6 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from live_migration.common.local_postgres import LocalPostgres
 from live_migration.coordinator import client_programs
 from live_migration.coordinator.dump_script import Entry, parse_script
 from live_migration.coordinator.hypertable_definitions import Definitions
@@ -27,6 +26,7 @@ from live_migration.coordinator.hypertable_sql import (
     job_statement,
     schedule_statement,
 )
+from tests.fixtures.fix_postgres import Server
 from tests.fixtures.fix_timescale import timescale_database
 
 SCRIPT = (
@@ -148,9 +148,7 @@ async def _restore(
 
 
 @pytest.mark.parametrize("turn", [1, -1])
-async def test_whole_schema(
-    timescale_source: LocalPostgres, other_timescale: LocalPostgres, tmp_path: Path, turn: int
-) -> None:
+async def test_whole_schema(timescale_source: Server, other_timescale: Server, tmp_path: Path, turn: int) -> None:
     source, target = [timescale_source, other_timescale][::turn]
     async with timescale_database(source) as source_uri, timescale_database(target) as target_uri:
         definitions, keys, sections, objects = await _dump(source_uri, tmp_path)

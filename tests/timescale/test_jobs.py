@@ -10,7 +10,6 @@ import asyncpg
 import pytest
 
 from live_migration.common.errors import SourceError
-from live_migration.common.local_postgres import LocalPostgres
 from live_migration.common.postgres import session
 from live_migration.common.settings import load_settings
 from live_migration.coordinator.clean import clean
@@ -24,7 +23,7 @@ from live_migration.coordinator.source_jobs import (
     release_target_jobs,
 )
 from tests.fixtures.change_log import wait_for
-from tests.fixtures.fix_postgres import execute
+from tests.fixtures.fix_postgres import Server, execute
 from tests.fixtures.fix_timescale import timescale_database
 from tests.support.begun import begin_state, begun
 
@@ -47,16 +46,15 @@ JOBS = """
 TABLE = "coalesce(to_regclass('_timescaledb_catalog.bgw_job'), to_regclass('_timescaledb_config.bgw_job'))"
 
 
-@pytest.fixture(scope="module", params=["LIVE_MIGRATION_TEST_TIMESCALE_BIN", "LIVE_MIGRATION_TEST_TIMESCALE_OTHER_BIN"])
-def either(request: pytest.FixtureRequest) -> LocalPostgres:
+@pytest.fixture(scope="module", params=["timescale_source", "other_timescale"])
+def either(request: pytest.FixtureRequest) -> Server:
     """A server of either version."""
-    name = "timescale_source" if "OTHER" not in request.param else "other_timescale"
-    server: LocalPostgres = request.getfixturevalue(name)
+    server: Server = request.getfixturevalue(request.param)
     return server
 
 
 @pytest.fixture
-async def source_uri(either: LocalPostgres) -> AsyncIterator[str]:
+async def source_uri(either: Server) -> AsyncIterator[str]:
     async with timescale_database(either) as uri:
         await execute(uri, SCHEMA, *JOBS.split(";")[:-1])
         yield uri
@@ -200,7 +198,7 @@ async def test_without_the_owners_rights_nothing_is_changed(source_uri: str, tar
 
 
 async def test_only_one_version_on_both_ends_needs_its_jobs_paused(
-    timescale_source_database: str, timescale_target_database: str, other_timescale: LocalPostgres, target_database: str
+    timescale_source_database: str, timescale_target_database: str, other_timescale: Server, target_database: str
 ) -> None:
     await execute(timescale_source_database, SCHEMA)
 
@@ -218,9 +216,7 @@ async def test_only_one_version_on_both_ends_needs_its_jobs_paused(
     assert await found(timescale_target_database) == [], "begun already"
 
 
-async def test_target_jobs_are_off_until_each_gets_its_flag_of_the_source(
-    source_uri: str, either: LocalPostgres
-) -> None:
+async def test_target_jobs_are_off_until_each_gets_its_flag_of_the_source(source_uri: str, either: Server) -> None:
     await execute(source_uri, each_job("policy_retention", "alter_job(job_id, scheduled => false)"))
     before = await jobs_of(source_uri)
     async with timescale_database(either) as target_uri:

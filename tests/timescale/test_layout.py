@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncpg
 import pytest
 
-from live_migration.common.local_postgres import LocalPostgres
 from live_migration.common.relation import QualifiedName
 from live_migration.common.timescale import Layout, read_layout, read_version
+from tests.fixtures.fix_postgres import Server
 from tests.fixtures.fix_timescale import timescale_database
 from tests.support.recorded_catalog import COLUMNS, record
 
@@ -81,7 +81,7 @@ async def test_parts_of_hypertables(timescale_source_database: str) -> None:
     await _check(timescale_source_database)
 
 
-async def test_parts_of_hypertables_of_another_version(other_timescale: LocalPostgres) -> None:
+async def test_parts_of_hypertables_of_another_version(other_timescale: Server) -> None:
     async with timescale_database(other_timescale) as uri:
         await _check(uri)
 
@@ -102,7 +102,7 @@ async def test_its_catalog_has_the_recorded_columns(timescale_source_database: s
     await _check_columns(timescale_source_database)
 
 
-async def test_the_catalog_of_another_version_has_the_recorded_columns(other_timescale: LocalPostgres) -> None:
+async def test_the_catalog_of_another_version_has_the_recorded_columns(other_timescale: Server) -> None:
     async with timescale_database(other_timescale) as uri:
         await _check_columns(uri)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from live_migration.common.local_postgres import LocalPostgres
 from live_migration.common.relation import QualifiedName
 from live_migration.common.timescale import read_layout
 from live_migration.consumer.service import run_consumer
@@ -19,7 +18,7 @@ from live_migration.coordinator.hypertable_definitions import Definitions
 from live_migration.coordinator.hypertable_source import read_definitions
 from live_migration.coordinator.verify import verify
 from tests.e2e.migration import Migration, Service
-from tests.fixtures.fix_postgres import execute
+from tests.fixtures.fix_postgres import Server, execute
 from tests.fixtures.fix_timescale import timescale_database
 from tests.timescale import world
 from tests.timescale.test_definitions import AFTER, AGGREGATES, FUNCTIONS, HYPERTABLES, TABLES
@@ -29,7 +28,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.integration]
 
 
 @pytest.fixture
-async def older(other_timescale: LocalPostgres) -> AsyncIterator[str]:
+async def older(other_timescale: Server) -> AsyncIterator[str]:
     async with timescale_database(other_timescale) as uri:
         yield uri
 

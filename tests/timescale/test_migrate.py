@@ -10,11 +10,10 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from live_migration.common.local_postgres import LocalPostgres
 from live_migration.coordinator.clean import clean
 from live_migration.coordinator.verify import verify
 from tests.e2e.migration import Migration
-from tests.fixtures.fix_postgres import database, execute
+from tests.fixtures.fix_postgres import Server, database, execute
 from tests.fixtures.fix_timescale import timescale_database
 from tests.timescale import world
 from tests.timescale.acts import DELETED, EVERYTHING
@@ -168,7 +167,7 @@ async def test_a_database_under_load_and_crashes_comes_over_exactly(
 
 
 async def test_a_database_of_another_version_under_load_and_crashes(
-    other_timescale: LocalPostgres, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+    other_timescale: Server, kafka_bootstrap: str, unique_name: str, tmp_path: Path
 ) -> None:
     async with timescale_database(other_timescale) as source, database(other_timescale) as target:
         # 2.24.0 takes the batches of this hypertable apart to delete their rows; it deletes whole ones in test_unwatched_batches.py.

@@ -7,10 +7,9 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from live_migration.common.local_postgres import LocalPostgres
 from live_migration.coordinator import chunk_watch
 from tests.e2e.migration import Migration
-from tests.fixtures.fix_postgres import database, execute
+from tests.fixtures.fix_postgres import Server, database, execute
 from tests.fixtures.fix_timescale import timescale_database
 from tests.timescale import world
 from tests.timescale.acts import COMPRESSED, DECOMPRESSED, DELETED, compress, decompress, watched
@@ -232,7 +231,7 @@ async def test_batches_deleted_on_a_source_whose_role_is_no_superuser(
 
 
 async def test_batches_deleted_on_a_source_of_another_version(
-    other_timescale: LocalPostgres,
+    other_timescale: Server,
     kafka_bootstrap: str,
     unique_name: str,
     tmp_path: Path,

@@ -7,13 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from live_migration.common.local_postgres import LocalPostgres
 from live_migration.common.postgres import session
 from live_migration.common.settings import load_settings
 from live_migration.coordinator.findings import Finding
 from live_migration.coordinator.preflight import validate
 from live_migration.coordinator.timescale_facts import HypertableFacts, read_source
-from tests.fixtures.fix_postgres import execute
+from tests.fixtures.fix_postgres import Server, execute
 from tests.fixtures.fix_timescale import timescale_database
 from tests.support.begun import begin_state
 
@@ -105,7 +104,7 @@ async def test_nothing_is_asked_again_of_a_migration_that_has_begun(
 
 
 async def test_an_older_source_and_an_older_target(
-    timescale_target_database: str, timescale_source: LocalPostgres, other_timescale: LocalPostgres
+    timescale_target_database: str, timescale_source: Server, other_timescale: Server
 ) -> None:
     async with timescale_database(other_timescale) as other:
         await execute(other, *SCHEMA)
