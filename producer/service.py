@@ -12,6 +12,7 @@ from aiokafka import errors as kafka_errors
 from live_migration.common.control import ProducerConfig
 from live_migration.common.errors import ConnectionLost, LiveMigrationError, Retry
 from live_migration.common.kafka import check_topics
+from live_migration.common.memory import collect
 from live_migration.common.relation import QualifiedName
 from live_migration.common.settings import Settings
 from live_migration.common.tasks import TaskGroup
@@ -95,6 +96,7 @@ class _Service:
                 if not isinstance(lost, ConnectionLost):
                     raise lost from error
                 await self._broker_backoff.pause(lost)
+            collect()
 
     async def _await_topics(self) -> bool:
         """Wait until the coordinator has made the topics; give False when told to stop."""
@@ -122,6 +124,7 @@ class _Service:
                 except ConnectionLost as error:
                     self._check_repetition(error, publisher, config)
                     await self._pause(publisher, error)
+                collect()  # the session's buffers, which its error held until here
                 config = await self._next_config(publisher)
         except LiveMigrationError as error:
             if error.retry is not Retry.STOP:
