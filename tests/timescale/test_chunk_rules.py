@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
@@ -131,6 +132,63 @@ async def test_a_chunk_made_after_the_plan_and_merged_into_a_planned_one(
         assert await world.differences(source, target) == []
 
 
+_UNPUBLISHED = "set timescaledb.enable_chunk_auto_publication = off"
+_MET = (
+    _UNPUBLISHED,
+    "insert into metrics select t, d, 7, 'm' from generate_series('2026-01-06'::timestamptz, '2026-01-06 09:00', '1 hour') t, generate_series(1, 3) d",
+    "insert into events select t, 'm', '{}' from generate_series('2026-01-05'::timestamptz, '2026-01-05 09:00', '1 hour') t",
+)
+_UNTOLD = (
+    _UNPUBLISHED,
+    "update metrics set temp = 8 where time >= '2026-01-06' and device = 1",
+    "delete from metrics where time >= '2026-01-06' and device = 2",
+    "insert into metrics select t, 3, 9, 'late' from generate_series('2026-01-06 10:00'::timestamptz, '2026-01-06 20:00', '1 hour') t",
+    "insert into events select t, 'late', '{}' from generate_series('2026-01-05 10:00'::timestamptz, '2026-01-05 20:00', '1 hour') t",
+)
+
+
+async def _nobody_looks(*_: object, **__: object) -> int:
+    return 0
+
+
+async def test_a_chunk_that_was_met_changed_untold_and_merged_before_anybody_looked(
+    timescale_source_database: str,
+    target_of_timescale: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only the range of what it was merged into tells of it; the copy of that holds rows which still stand in the stream under its name."""
+    source, target = timescale_source_database, target_of_timescale
+    has_looked, follow_chunks = asyncio.Event(), chunk_watch.follow_chunks
+
+    async def look(*arguments: Any, **options: Any) -> int:
+        found = await follow_chunks(*arguments, **options)
+        has_looked.set()
+        return found
+
+    await world.make(source)
+    monkeypatch.setattr(chunk_watch, "follow_chunks", _nobody_looks)
+    async with Migration(
+        source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True, consumers=1
+    ) as migration:
+        await migration.until_phase("replay", timeout=240)
+        await execute(source, *_MET)
+        await migration.until("rows applied", "select count(*) = 10 from events where kind = 'm'")
+        await migration.until("rows applied", "select count(*) = 30 from metrics where note = 'm'")
+        await migration.consumers[0].drain()
+        await execute(source, *_UNTOLD)
+        await _merge(source)
+        await migration.stop()
+        monkeypatch.setattr(chunk_watch, "follow_chunks", look)
+        migration.start_coordinator()
+        await asyncio.wait_for(has_looked.wait(), 120)
+        migration.consumers[0].start()
+        await migration.finish()
+        assert await world.differences(source, target) == []
+
+
 async def test_rows_that_come_to_a_compressed_chunk_between_plan_and_copy(
     timescale_source_database: str, target_of_timescale: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
 ) -> None:
@@ -235,3 +293,22 @@ async def _consume(migration: Migration) -> None:
     migration.consumers.append(Service(run_consumer, migration.settings))
     migration.consumers[0].start()
     await migration.until_phase("replay", timeout=240)
+
+
+async def test_rows_changed_in_a_new_chunk_without_identity(
+    timescale_source_database: str, target_of_timescale: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    """The stream has its inserts alone: what was updated and deleted is seen by a copy behind the last barrier."""
+    source, target = timescale_source_database, target_of_timescale
+    await world.make(source)
+    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
+        await migration.until_phase("replay", timeout=240)
+        await execute(source, *_NEW_ROWS)
+        await migration.until("rows applied", "select count(*) = 45 from events where kind = 'm'")
+        await execute(
+            source,
+            "update events set kind = 'changed' where ts between '2026-02-01' and '2026-02-01 05:00'",
+            "delete from events where ts >= '2026-02-02 10:00'",
+        )
+        await migration.finish()
+        assert await world.differences(source, target) == []

@@ -136,7 +136,7 @@ async def differences(
                 found.append(
                     f"{relation}: {len(ours)} rows here, {len(theirs)} there; missing {missing[:3]}, extra {extra[:3]}"
                 )
-        for query in (_HYPERTABLES, _FOREIGN_KEYS, _TRIGGERS):
+        for query in (_HYPERTABLES, _FOREIGN_KEYS, _TRIGGERS, _LACKING):
             ours, theirs = [[tuple(r) for r in await each.fetch(query)] for each in (source, target)]
             if ours != theirs:
                 found.append(
@@ -165,6 +165,12 @@ _TRIGGERS = """
     select tgrelid::regclass::text, tgname from pg_trigger
     where not tgisinternal and tgrelid::regclass::text in ('metrics', 'events', 'plain') order by 1, 2
 """
+_LACKING = """
+    select distinct r.tgrelid::regclass::text, r.tgname from pg_trigger r join pg_inherits i on i.inhparent = r.tgrelid
+    where not r.tgisinternal and r.tgtype & 1 = 1 and r.tgrelid::regclass::text in ('metrics', 'events')
+      and not exists (select from pg_trigger t where t.tgrelid = i.inhrelid and t.tgname = r.tgname) order by 1, 2
+"""
+"""Row triggers that chunks lack."""
 
 
 async def jobs(uri: str) -> list[tuple[Any, ...]]:
