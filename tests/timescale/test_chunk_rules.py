@@ -132,6 +132,28 @@ async def test_a_chunk_made_after_the_plan_and_merged_into_a_planned_one(
         assert await world.differences(source, target) == []
 
 
+async def test_a_planned_chunk_merged_into_an_earlier_one_made_after_the_plan(
+    timescale_source_database: str, target_of_timescale: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    """The later of two chunks is what goes: it is gone before its copy, and the stream has nothing of how its rows came into the other."""
+    source, target = timescale_source_database, target_of_timescale
+    await world.make(source)
+    async with Migration(
+        source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True, consumers=0
+    ) as migration:
+        await migration.until_phase("copy", timeout=240)
+        await execute(source, "insert into events values ('2025-12-31 12:00', 'm'), ('2025-12-31 13:00', 'm')")
+        new, planned = [
+            await world.value(source, _CHUNK_AT, "events", at) for at in ("2025-12-31 12:00", "2026-01-01 12:00")
+        ]
+        await execute(source, f"call merge_chunks('{planned}', '{new}')")
+        assert await world.value(source, _CHUNK_AT, "events", "2026-01-01 12:00") == new
+        await execute(source, "insert into events values ('2025-12-31 22:00', 'after'), ('2026-01-01 12:00', 'after')")
+        await _consume(migration)
+        await migration.finish()
+        assert await world.differences(source, target) == []
+
+
 _UNPUBLISHED = "set timescaledb.enable_chunk_auto_publication = off"
 _MET = (
     _UNPUBLISHED,
@@ -295,20 +317,29 @@ async def _consume(migration: Migration) -> None:
     await migration.until_phase("replay", timeout=240)
 
 
+@pytest.mark.parametrize("is_split", [False, True], ids=["whole", "split"])
 async def test_rows_changed_in_a_new_chunk_without_identity(
-    timescale_source_database: str, target_of_timescale: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+    is_split: bool,
+    timescale_source_database: str,
+    target_of_timescale: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
 ) -> None:
-    """The stream has its inserts alone: what was updated and deleted is seen by a copy behind the last barrier."""
+    """The stream has its inserts alone: what was updated and deleted is seen by a copy behind the last barrier. Of a new half it has nothing."""
     source, target = timescale_source_database, target_of_timescale
     await world.make(source)
     async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
         await migration.until_phase("replay", timeout=240)
         await execute(source, *_NEW_ROWS)
         await migration.until("rows applied", "select count(*) = 45 from events where kind = 'm'")
+        if is_split:
+            chunk = await world.value(source, _CHUNK_AT, "events", "2026-02-02 12:00")
+            await execute(source, f"call split_chunk('{chunk}', '2026-02-02 12:00'::timestamptz)")
         await execute(
             source,
-            "update events set kind = 'changed' where ts between '2026-02-01' and '2026-02-01 05:00'",
-            "delete from events where ts >= '2026-02-02 10:00'",
+            "update events set kind = 'changed' where ts between '2026-02-02 10:00' and '2026-02-02 14:00'",
+            "delete from events where ts >= '2026-02-02 16:00'",
         )
         await migration.finish()
         assert await world.differences(source, target) == []
