@@ -63,6 +63,8 @@ _JOBS = """
 """
 LATER = "select alter_job(job_id, next_start => '2100-01-01') from timescaledb_information.jobs where proc_name = 'policy_retention'"
 """Lets a policy wait, as one does that has run a moment ago."""
+CONSTRAINT_TRIGGER = "create constraint trigger stamped after insert on metrics for each row execute function stamp()"
+"""TimescaleDB replaces any other trigger of a chunk that is there already by its hypertable's, this kind it cannot."""
 NEXT_START = """
     select s.next_start from _timescaledb_internal.bgw_job_stat s join timescaledb_information.jobs j using (job_id)
     where j.proc_name = 'policy_retention' and s.next_start > now() + interval '1 hour'
