@@ -16,6 +16,7 @@ import uvloop
 from rich.console import Console
 
 from live_migration.common.errors import LiveMigrationError, TargetError, UsageError
+from live_migration.common.memory import keep_collected
 from live_migration.common.settings import Settings, load_settings
 from live_migration.common.telemetry import configure_logging
 from live_migration.consumer.service import run_consumer
@@ -107,7 +108,11 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
         task = asyncio.current_task()
         assert task is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-        return await work
+        collecting = asyncio.create_task(keep_collected())
+        try:
+            return await work
+        finally:
+            collecting.cancel()
 
     try:
         return uvloop.run(stoppable())

@@ -31,7 +31,7 @@ _SERVER = """
            pg_is_in_recovery() as is_standby, current_setting('default_transaction_read_only')::bool as is_read_only
 """
 
-_SOURCE = """
+_SOURCE = f"""
     select current_setting('wal_level') as wal_level,
            (select count(*) from pg_replication_slots)::int as slots,
            current_setting('max_replication_slots')::int as max_slots,
@@ -41,7 +41,10 @@ _SOURCE = """
             from pg_settings where name = 'max_slot_wal_keep_size') as max_slot_wal_keep_bytes,
            (select setting::bigint from pg_settings where name = 'wal_sender_timeout') as wal_sender_timeout_ms,
            coalesce(current_setting('idle_replication_slot_timeout', true), '') as idle_slot_timeout,
-           pg_database_size(current_database()) as database_bytes
+           pg_database_size(current_database()) as database_bytes,
+           (select count(*) from pg_class c join pg_namespace n on n.oid = c.relnamespace
+            where c.relkind in ('r', 'p') and n.nspname not in ('pg_catalog', 'pg_toast', 'information_schema')) as tables,
+           {timescale_facts.LOCKS} as locks
 """
 
 _ROLE = """

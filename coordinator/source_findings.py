@@ -27,6 +27,10 @@ class SourceFacts:
     wal_sender_timeout_ms: int
     idle_slot_timeout: str
     database_bytes: int
+    tables: int
+    """Chunks of hypertables and their compressed tables included."""
+    locks: int
+    """What all sessions can hold together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +88,21 @@ def assess_source(facts: SourceFacts, encoding: str, status_interval: float) -> 
                 "Dump it, find its true encoding, and load it into a database that has it.",
             )
         )
-    return found + _assess_slot_limits(facts, status_interval)
+    return found + assess_locks("source", facts.tables, facts.locks) + _assess_slot_limits(facts, status_interval)
+
+
+def assess_locks(side: str, tables: int, locks: int) -> list[Finding]:
+    """Judge a server's shared table of locks: pg_dump locks all tables at once, and a statement on a hypertable all of its chunks.
+
+    Who fills it has everybody's statements fail.
+    """
+    if tables * 2 <= locks:
+        return []
+    what = f"the source has {format_number_of(tables, 'table')}, chunks included; the {side}'s sessions can hold about {format_number_of(locks, 'lock')} together"
+    hint = f"Raise max_locks_per_transaction on the {side} and restart it."
+    if tables > locks:
+        return [error(f"{what}: locking all at once would fail, and others' statements beside it", hint)]
+    return [warning(f"{what}: that may not be enough beside other work", hint)]
 
 
 def _assess_slot_limits(facts: SourceFacts, status_interval: float) -> list[Finding]:

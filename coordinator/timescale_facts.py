@@ -9,7 +9,16 @@ import asyncpg
 from live_migration.common.timescale import Layout, read_layout
 from live_migration.coordinator.source_jobs import Job, read_jobs
 
-_SERVER = """
+LOCKS = """
+    current_setting('max_locks_per_transaction')::bigint
+        * (current_setting('max_connections')::int + current_setting('max_prepared_transactions')::int
+           + current_setting('autovacuum_max_workers')::int + current_setting('max_worker_processes')::int
+           + current_setting('max_wal_senders')::int)
+"""
+"""How many locks all sessions of a server can hold together, as SQL."""
+
+_SERVER = (
+    """
     select current_setting('server_version_num')::int / 10000 as major, current_user::text as role,
            (select rolsuper from pg_roles where rolname = current_user) as is_superuser,
            (select extversion::text from pg_extension where extname = 'timescaledb') as version,
@@ -20,11 +29,9 @@ _SERVER = """
            coalesce(current_setting('timescaledb.restoring', true), 'off') = 'on' as is_restoring,
            current_setting('timescaledb.max_background_workers', true)::int as background_workers,
            current_setting('max_worker_processes')::int as worker_processes,
-           current_setting('max_locks_per_transaction')::bigint
-               * (current_setting('max_connections')::int + current_setting('max_prepared_transactions')::int
-                  + current_setting('autovacuum_max_workers')::int + current_setting('max_worker_processes')::int
-                  + current_setting('max_wal_senders')::int) as locks
-"""
+    """
+    + f"{LOCKS} as locks"
+)
 
 _SOURCE = """
     select current_setting('timescaledb.enable_compression_wal_markers', true) = 'on' as has_markers,

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from live_migration.common.progress import format_number_of, name_list
 from live_migration.common.timescale import FIRST_WATCHED_BY_OWNERS, parse_version
 from live_migration.coordinator.findings import Finding, error, warning
+from live_migration.coordinator.source_findings import assess_locks
 from live_migration.coordinator.source_jobs import Job, rights_hint
 from live_migration.coordinator.timescale_facts import HypertableFacts, ServerFacts, SourceFacts, TargetFacts
 
@@ -44,7 +45,6 @@ def assess_source(source: SourceFacts) -> list[Finding]:
         *_assess_publication(source),
         *_assess_all_tables(source),
         *_assess_tiered(source.hypertables),
-        *_assess_locks("source", source.server, source.relations),
         *_assess_restoring("source", source.server),
     ]
 
@@ -68,7 +68,7 @@ def assess_target(
         *_assess_license(source, target.server),
         *_assess_preloading(target.server),
         *_assess_workers(source, target.server),
-        *_assess_locks("target", target.server, source.relations),
+        *assess_locks("target", source.relations, target.server.locks),
         *_assess_old_aggregates(source, target),
         *_assess_tablespaces(source, target),
         *_assess_catalog(source, target),
@@ -299,20 +299,6 @@ def _assess_restoring(side: str, server: ServerFacts) -> list[Finding]:
             f"Wait for whoever restores there, or end it: `select timescaledb_post_restore()` on the {side}.",
         )
     ]
-
-
-def _assess_locks(side: str, server: ServerFacts, relations: int) -> list[Finding]:
-    """Judge the shared table of locks: pg_dump locks all chunks at once, and so does a statement on a whole hypertable."""
-    if relations * 2 <= server.locks:
-        return []
-    what = (
-        f"the source has {format_number_of(relations, 'chunk')} and compressed tables, the {side}'s sessions can hold about "
-        f"{format_number_of(server.locks, 'lock')} together"
-    )
-    hint = f"Raise max_locks_per_transaction on the {side} and restart it."
-    if relations > server.locks:
-        return [error(f"{what}: reading or writing all at once would fail", hint)]
-    return [warning(f"{what}: that may not be enough beside other work", hint)]
 
 
 def _assess_preloading(target: ServerFacts) -> list[Finding]:

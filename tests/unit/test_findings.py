@@ -32,8 +32,19 @@ from live_migration.coordinator.source_findings import (
 )
 
 SERVER = ServerFacts(180_001, "7", "noon", "d", "UTF8", is_standby=False, is_read_only=False)
-SOURCE = SourceFacts("logical", 0, 10, 0, 10, -1, 60_000, "0", 1 << 30)
+SOURCE = SourceFacts("logical", 0, 10, 0, 10, -1, 60_000, "0", 1 << 30, tables=100, locks=10_000)
 ROLE = RoleFacts("app", False, True, True, (), (), ())
+
+
+def test_locks_for_all_tables_at_once() -> None:
+    assert assess_source(replace(SOURCE, tables=5_000), "UTF8", 5.0) == []
+    (finding,) = assess_source(replace(SOURCE, tables=5_001), "UTF8", 5.0)
+    assert finding.level == "warning"
+    assert "5,001 tables" in finding.what
+    assert "10,000 locks" in finding.what
+    (finding,) = assess_source(replace(SOURCE, tables=10_001), "UTF8", 5.0)
+    assert finding.level == "error"
+    assert "max_locks_per_transaction on the source" in finding.hint
 
 
 def levels(found: list[Finding]) -> list[str]:
