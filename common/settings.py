@@ -62,6 +62,8 @@ class Settings(BaseSettings):
     """Leave out keys and foreign keys that hypertables cannot have."""
     pause_source_jobs: bool = False
     """Pause TimescaleDB's jobs on the source that move data, given back by `clean`; else `migrate` asks on a terminal."""
+    accept_unseen_deletes: bool = False
+    """Begin though DELETEs of whole compressed batches cannot be noticed: before TimescaleDB 2.29 without a superuser on the source."""
     flatten: bool = False
     """Let hypertables become plain tables on a target without TimescaleDB."""
 

@@ -61,6 +61,7 @@ _HELP = {
     "hypertables_file": "File of such tables, one a line; # begins a comment line.",
     "skip_hypertable_incompatible_objects": "Leave out keys and foreign keys that hypertables cannot have.",
     "pause_source_jobs": "Pause TimescaleDB's jobs on the source that move data, until `clean`.",
+    "accept_unseen_deletes": "Begin though DELETEs of whole compressed batches cannot be noticed (TimescaleDB before 2.29, no superuser).",
     "flatten": "Let hypertables become plain tables on a target without TimescaleDB.",
     "partitions": "Lanes of the change log, applied in parallel.  [default: 8]",
     "lanes": "A hot table that gets several lanes of its own, rows by key: 'schema.table=number'; repeatable.",
@@ -118,6 +119,7 @@ CONDUCTOR = (
     "replica_identity_full",
     *HYPERTABLES,
     "pause_source_jobs",
+    "accept_unseen_deletes",
     "flatten",
     "partitions",
     "lanes",
@@ -154,6 +156,7 @@ def _option(field: str) -> Callable[[Command], Command]:
         "replica_identity_full",
         "skip_hypertable_incompatible_objects",
         "pause_source_jobs",
+        "accept_unseen_deletes",
         "flatten",
         "log_json",
     ):

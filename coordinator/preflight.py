@@ -331,7 +331,10 @@ class _Preflight:
             return []
         begun = self._migration
         pause = self._settings.pause_source_jobs or bool(begun and begun.settings.get("pause_source_jobs"))
-        return timescale_findings.assess_source(facts) + timescale_findings.assess_target(
+        accepts = self._settings.accept_unseen_deletes or begun is not None
+        return timescale_findings.assess_source(
+            facts, accept_unseen_deletes=accepts
+        ) + timescale_findings.assess_target(
             facts,
             await timescale_facts.read_target(target, facts),
             flatten=self._settings.flatten if begun is None else bool(begun.settings.get("flatten")),

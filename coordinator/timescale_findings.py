@@ -37,11 +37,11 @@ def can_watch_compressed(source: SourceFacts) -> bool:
     return source.server.is_superuser or parse_version(source.version) >= FIRST_WATCHED_BY_OWNERS
 
 
-def assess_source(source: SourceFacts) -> list[Finding]:
-    """Judge what holds for every target: whether all changes of the hypertables can be followed."""
+def assess_source(source: SourceFacts, *, accept_unseen_deletes: bool = False) -> list[Finding]:
+    """Judge what holds for every target: whether all changes of the hypertables can be followed, or the user does without."""
     return [
         *_assess_markers(source),
-        *_assess_compressed(source),
+        *_assess_compressed(source, accept_unseen_deletes),
         *_assess_publication(source),
         *_assess_all_tables(source),
         *_assess_tiered(source.hypertables),
@@ -165,23 +165,23 @@ def _assess_markers(source: SourceFacts) -> list[Finding]:
             )
         ]
     compressing = _compressing(source)
-    if source.has_markers or not compressing:
+    if source.has_markers or not source.hypertables:
         return []
+    where = f", and compression is enabled for {name_list(compressing)}" if compressing else ""
     return [
         error(
-            f"timescaledb.enable_compression_wal_markers is off on the source, and compression is enabled for {name_list(compressing)}: "
-            "what it moves could not be told from changes",
+            f"timescaledb.enable_compression_wal_markers is off on the source{where}: what compression moves could not be told from changes",
             "`alter system set timescaledb.enable_compression_wal_markers = on; select pg_reload_conf()` on the source.",
         )
     ]
 
 
-def _assess_compressed(source: SourceFacts) -> list[Finding]:
+def _assess_compressed(source: SourceFacts, accept_unseen_deletes: bool) -> list[Finding]:
     names = _compressing(source)
     if not names or parse_version(source.version) < _FIRST_WITH_MARKERS:
         return []
     if not can_watch_compressed(source):
-        return _assess_unwatched(source, names)
+        return _assess_unwatched(source, names, accept_unseen_deletes)
     found = [
         warning(
             f"compression is enabled for {name_list(names)}: a DELETE that removes whole compressed batches (by a segmentby column) "
@@ -200,15 +200,17 @@ def _assess_compressed(source: SourceFacts) -> list[Finding]:
     return found
 
 
-def _assess_unwatched(source: SourceFacts, names: list[str]) -> list[Finding]:
+def _assess_unwatched(source: SourceFacts, names: list[str], is_accepted: bool) -> list[Finding]:
     """Judge a source whose tables of compressed rows our role cannot watch: what changes these alone is neither in the stream nor noticed."""
     why = f"role {source.server.role} is no superuser, who alone can watch compressed rows before TimescaleDB 2.29 (the source has {source.version})"
     mend = "Use a superuser, or `alter extension timescaledb update` on the source, to 2.29 or newer."
+    judge = warning if is_accepted else error
+    consent = "" if is_accepted else " Or give --accept-unseen-deletes, where nobody deletes so."
     found = [
-        warning(
+        judge(
             f"compression is enabled for {name_list(names)}, and {why}: a DELETE that removes whole compressed batches (by a segmentby column) has no "
             "rows in the stream and is not noticed; what it deletes stays on the target, and only `verify` finds it",
-            f"Leave such DELETEs for after the cutover. {mend}",
+            f"Leave such DELETEs for after the cutover. {mend}{consent}",
         )
     ]
     if source.has_direct_compress:
@@ -431,6 +433,14 @@ def assess_jobs(source: SourceFacts, *, is_same: bool, pause: bool, is_flat: boo
             error(
                 f"{format_number_of(len(policies), 'job')} of the source move data, under which chunks cannot come over as they are: "
                 f"{name_list(policies)}",
+                "Give --pause-source-jobs: they are paused until `clean`, which gives each back as it was.",
+            )
+        )
+    elif policies and parse_version(source.version) < _FIRST_WITH_MARKERS and _compressing(source):
+        found.append(
+            error(
+                f"{format_number_of(len(policies), 'job')} of the source may compress chunks during the migration, which TimescaleDB "
+                f"{source.version} does not mark in its WAL: rows would be lost or stand twice: {name_list(policies)}",
                 "Give --pause-source-jobs: they are paused until `clean`, which gives each back as it was.",
             )
         )

@@ -154,13 +154,32 @@ def test_changes_of_compressed_rows_are_noticed_only_where_these_can_be_watched(
     server = replace(SERVER, is_superuser=is_superuser)
     found = of_source(version=version, server=server, hypertables=(COMPRESSED,), has_direct_compress=True)
     deletes, direct = found[:2]
+    assert deletes.level == ("warning" if is_noticed else "error")
     assert ("is not noticed" in deletes.what, "it is noticed" in deletes.what) == (not is_noticed, is_noticed)
     assert (direct.level == "warning") is is_noticed
     assert ("is copied again" in direct.what) is is_noticed
 
 
-def test_markers_that_are_off_are_an_error_where_something_is_compressed() -> None:
-    assert of_source(has_markers=False) == []
+def test_deletes_that_cannot_be_noticed_are_the_users_to_accept() -> None:
+    unwatched = replace(SOURCE, version="2.24.0", server=replace(SERVER, is_superuser=False), hypertables=(COMPRESSED,))
+    assert "--accept-unseen-deletes" in assess_source(unwatched)[0].hint
+    accepted = assess_source(unwatched, accept_unseen_deletes=True)[0]
+    assert accepted.level == "warning"
+    assert "is not noticed" in accepted.what
+
+
+def test_policies_may_not_compress_unmarked() -> None:
+    enabled = replace(COMPRESSED, has_compressed=False)
+    old = replace(SOURCE, version="2.15.3", has_markers=None, hypertables=(enabled,), jobs=(POLICY,))
+    (finding,) = assess_jobs(old, is_same=False, pause=False)
+    assert finding.level == "error"
+    assert "--pause-source-jobs" in finding.hint
+    assert [each.level for each in assess_jobs(old, is_same=False, pause=True)] == ["warning"]
+
+
+def test_markers_that_are_off_are_an_error() -> None:
+    assert "compression is enabled" not in only(of_source(has_markers=False), "error")
+    assert of_source(has_markers=False, hypertables=()) == []
     compressing = replace(COMPRESSED, has_compressed=False)
     off, _ = of_source(has_markers=False, hypertables=(compressing,))
     assert off.level == "error"
