@@ -66,6 +66,28 @@ CONNECTION_ERRORS = (
 """What a connection that broke, or a server that is (re)starting, looks like. A full disk of ours, an OSError too, does not."""
 
 
+_REPLICA_ROLE = "set local session_replication_role = replica"
+
+
+async def replica_role(connection: asyncpg.Connection) -> str:
+    """Give the statement that keeps triggers and rules from firing until the transaction ends; nothing where the role may not use it."""
+    attempt = connection.transaction()
+    await attempt.start()
+    try:
+        await connection.execute(_REPLICA_ROLE)
+    except asyncpg.InsufficientPrivilegeError:
+        return ""
+    finally:
+        await attempt.rollback()
+    return _REPLICA_ROLE
+
+
+async def enter_replica_role(connection: asyncpg.Connection) -> None:
+    """Keep triggers and rules from firing until the transaction ends, where the role may."""
+    if statement := await replica_role(connection):
+        await connection.execute(statement)
+
+
 async def connect(
     uri: str,
     side: Side,

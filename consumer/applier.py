@@ -17,7 +17,7 @@ import asyncpg
 
 from live_migration.common import pgoutput
 from live_migration.common.errors import FormatError
-from live_migration.common.postgres import CONNECTION_ERRORS, while_connected
+from live_migration.common.postgres import CONNECTION_ERRORS, replica_role, while_connected
 from live_migration.common.relation import QualifiedName
 from live_migration.consumer import hypertable_statements, statements
 from live_migration.consumer.decoder import Batch, TableRun, TruncateStep, all_runs
@@ -45,7 +45,7 @@ from live_migration.consumer.target_tables import TargetTable
 _MOST_STAGES = 64
 """Staging tables that a session keeps: the server locks and empties every one of them at each COMMIT."""
 _CLASHES = (asyncpg.UniqueViolationError, asyncpg.ExclusionViolationError)
-_SESSION = "set local session_replication_role = replica; set local synchronous_commit = off; set constraints all deferred; set local jit = off"
+_SESSION = "set local synchronous_commit = off; set constraints all deferred; set local jit = off"
 
 
 class Applier:
@@ -59,10 +59,10 @@ class Applier:
         self._settings: str | None = None
 
     async def begin(self) -> None:
-        """Begin a target transaction in which no trigger fires."""
+        """Begin a target transaction in which no trigger fires, where our role may have it so."""
         if self._settings is None:
-            timescale = await session_settings(self._connection)
-            self._settings = f"{_SESSION}; {timescale}" if timescale else _SESSION
+            more = (await replica_role(self._connection), await session_settings(self._connection))
+            self._settings = "; ".join([_SESSION, *filter(None, more)])
         self._used_stages.clear()
         if len(self._stages) > _MOST_STAGES:
             await self._connection.execute("discard temp")

@@ -12,7 +12,7 @@ from datetime import datetime
 import asyncpg
 
 from live_migration.common.errors import LiveMigrationError
-from live_migration.common.postgres import Side, connect
+from live_migration.common.postgres import Side, connect, replica_role
 from live_migration.common.telemetry import get_logger
 from live_migration.consumer.copy_errors import server_errors
 from live_migration.consumer.hypertables import session_settings
@@ -57,19 +57,8 @@ async def open_session(uri: str, side: Side) -> CopySession:
 
 
 async def _copy_settings(connection: asyncpg.Connection) -> tuple[str, ...]:
-    """Give the statement that keeps triggers from firing, where the role may use it, and what hypertables need.
-
-    There are none on the target while it is copied to; where the role may not, a provider's superuser made the schema.
-    """
-    replica = "set local session_replication_role = replica"
-    more = await session_settings(connection)
-    settings = (more,) if more else ()
-    try:
-        await connection.execute(f"begin; {replica}; rollback")
-    except asyncpg.InsufficientPrivilegeError:
-        await connection.execute("rollback")
-        return settings
-    return (replica, *settings)
+    """Give the statement that keeps triggers from firing, where the role may use it, and what hypertables need."""
+    return tuple(filter(None, (await replica_role(connection), await session_settings(connection))))
 
 
 class SessionPair:

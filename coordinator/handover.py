@@ -9,7 +9,7 @@ import asyncpg
 
 from live_migration.common.catalog import TableInfo
 from live_migration.common.errors import TargetError
-from live_migration.common.postgres import asking
+from live_migration.common.postgres import asking, enter_replica_role
 from live_migration.common.progress import format_bytes
 from live_migration.common.relation import QualifiedName, ReplicaIdentity, quote_identifier
 from live_migration.common.timescale import is_hypertable
@@ -119,7 +119,7 @@ async def _copy(run: Run, source: asyncpg.Connection, table: TableInfo) -> None:
     run.reporter.note(f"copying {table.name} ({format_bytes(table.size_bytes)}), which the stream does not carry")
     async with run.target_transaction(f"copying {table.name}") as target:
         # The target may be partitioned otherwise or have indexes of its own by now, but no trigger of the source's.
-        await target.execute("set local session_replication_role = replica")
+        await enter_replica_role(target)
         plan = CopyPlan(table.name, tuple(column.name for column in table.copied_columns), table.is_binary_safe)
         with asking("target", f"emptying {table.name}"):
             only = "" if await is_hypertable(target, table.name) else "only "
@@ -297,7 +297,7 @@ async def validate_foreign_keys(run: Run) -> None:
                 with asking("target", f"validating foreign key {key.name} of {key.table}"):
                     async with run.target.transaction():
                         # The source's event triggers are in force by now, and may refuse an ALTER TABLE.
-                        await run.target.execute("set local session_replication_role = replica")
+                        await enter_replica_role(run.target)
                         await run.target.execute(key.validate_statement)
             except TargetError as error:
                 if isinstance(error.__cause__, asyncpg.FeatureNotSupportedError):
@@ -317,7 +317,7 @@ async def _add_anew(run: Run, key: ForeignKey) -> str:
     """Make a foreign key valid that cannot be validated, as those of hypertables with compression; give its state then."""
     try:
         async with run.target_transaction(f"validating foreign key {key.name} of {key.table}") as target:
-            await target.execute("set local session_replication_role = replica")
+            await enter_replica_role(target)
             await target.execute(f"alter table {key.table.sql} drop constraint {quote_identifier(key.name)}")
             await target.execute(key.statement)
     except TargetError as error:

@@ -285,14 +285,12 @@ class _Preflight:
                     f"`grant create on database … to {role}`, or make it the owner.",
                 )
             )
-        try:
-            async with target.transaction(readonly=True):
-                await target.execute("set local session_replication_role = 'replica'")
-        except asyncpg.InsufficientPrivilegeError:
+        if not await postgres.replica_role(target):
             found.append(
-                findings.error(
-                    f"role {role} on the target may not set session_replication_role",
-                    f"From version 15: `grant set on parameter session_replication_role to {role}`; else use a superuser.",
+                findings.warning(
+                    f"role {role} on the target may not set session_replication_role: triggers and rules that somebody makes on the target's tables "
+                    "before the cutover fire for each row that is copied or applied; the source's own come after the last barrier",
+                    f"Make none, or from version 15: `grant set on parameter session_replication_role to {role}`; else use a superuser.",
                 )
             )
         return found

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 import asyncpg
 
 from live_migration.common.errors import TargetError
-from live_migration.common.postgres import asking
+from live_migration.common.postgres import asking, enter_replica_role
 from live_migration.common.relation import QualifiedName, quote_identifier
 from live_migration.common.timescale import read_version
 from live_migration.coordinator import archives, steps
@@ -149,7 +149,7 @@ async def restore_catalog(run: Run) -> None:
     if catalog is None or await steps.is_done(run.target, _RESTORED):
         return
     async with run.target_transaction("restoring TimescaleDB's catalog") as target:
-        await target.execute("set local session_replication_role = replica")
+        await enter_replica_role(target)
         for table in catalog.tables:
             await _write_rows(target, table)
         for name, value, is_called in catalog.sequences:

@@ -66,7 +66,7 @@ _ROLES = (
     "select rolname::text as name, pg_has_role(oid, 'usage') as is_ours from pg_roles where rolname = any($1::text[])"
 )
 _CATALOG = """
-    select bool_and(has_table_privilege(t, 'insert'))
+    select bool_and(has_table_privilege(t, 'insert') and has_table_privilege(t, 'update') and has_table_privilege(t, 'delete'))
     from pg_extension e, unnest(e.extconfig) t where e.extname = 'timescaledb' and (select relkind from pg_class where oid = t) = 'r'
 """
 _TABLESPACES = "select spcname::text from pg_tablespace where spcname = any($1::text[])"

@@ -11,7 +11,7 @@ import asyncpg
 from live_migration.common.catalog import TableInfo
 from live_migration.common.errors import TargetError
 from live_migration.common.home import Home
-from live_migration.common.postgres import asking, session
+from live_migration.common.postgres import asking, enter_replica_role, session
 from live_migration.common.progress import name_list
 from live_migration.common.relation import QualifiedName
 from live_migration.common.timescale import Chunk, Layout, chunk_range, read_layout, read_slices
@@ -55,7 +55,7 @@ async def _copy_chunks(run: Run, source: asyncpg.Connection, chunks: Sequence[Ch
     async with session(settings.source_uri(), "source", application=f"{APPLICATION} barrier") as other:
         for chunk in chunks:
             async with run.target_transaction(f"copying chunk {chunk.name}") as target:
-                await target.execute("set local session_replication_role = replica")
+                await enter_replica_role(target)
                 if more := await session_settings(target):
                     await target.execute(more)
                 await rebuild_chunk(

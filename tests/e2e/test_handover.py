@@ -140,16 +140,23 @@ async def test_a_write_after_the_last_barrier_is_never_silent(
     await source.close()
 
 
+@pytest.mark.parametrize("has_replica_role", [True, False])
 async def test_roles_that_are_no_superusers_migrate(
-    source_database: str, target_database: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+    has_replica_role: bool,
+    source_database: str,
+    target_database: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
 ) -> None:
+    """Without the right to session_replication_role, too: no trigger of the source's is there before the last barrier."""
     role, uris = f"role_{unique_name}", []
     for uri, attributes in ((source_database, "replication"), (target_database, "")):
         admin = await asyncpg.connect(uri)
         await admin.execute(f"create role {role} login {attributes} password 'pw'")
         await admin.execute(f"alter database {uri.rsplit('/', 1)[1]} owner to {role}")
         await admin.execute(f"alter schema public owner to {role}")
-        if not attributes:
+        if not attributes and has_replica_role:
             await admin.execute(f"grant set on parameter session_replication_role to {role}")
         await admin.close()
         uris.append(uri.replace("postgres@", f"{role}:pw@"))
@@ -160,7 +167,9 @@ async def test_roles_that_are_no_superusers_migrate(
            create table child (id int primary key, t int references t); insert into child select i, i from generate_series(1, 100) i;
            create unlogged table cache (id int primary key); insert into cache select generate_series(1, 100);
            create sequence s; select nextval('s'); select lo_from_bytea(0, 'large');
-           create materialized view m as select count(*) from t"""
+           create materialized view m as select count(*) from t;
+           create function never() returns trigger language plpgsql as $$begin raise 'fired'; end$$;
+           create trigger never before update or delete on child for each row execute function never()"""
     )
     try:
         async with Migration(uris[0], uris[1], kafka_bootstrap, unique_name, tmp_path, part_size=16384) as migration:
