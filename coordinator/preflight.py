@@ -254,7 +254,7 @@ class _Preflight:
                     "Check SOURCE, or `live-migration clean` first.",
                 )
             ]
-        names = [self._settings.publication, self._settings.insert_publication]
+        names = self._publications
         row = await source.fetchrow(_LEFTOVERS, self._settings.slot, names)
         return findings.assess_leftovers(self._settings.slot, **dict(row))
 
@@ -321,10 +321,14 @@ class _Preflight:
         ]
         return findings.assess_conflicts(sorted(ours & theirs))
 
+    @property
+    def _publications(self) -> list[str]:
+        return [self._settings.publication, self._settings.insert_publication]
+
     async def _check_timescale(self, source: asyncpg.Connection, target: asyncpg.Connection) -> list[Finding]:
         async with source.transaction(readonly=True):
             await source.execute(f"set local lock_timeout = {round(self._settings.lock_timeout * 1000)}")
-            facts = await timescale_facts.read_source(source)
+            facts = await timescale_facts.read_source(source, self._publications)
         if facts is None:
             return []
         begun = self._migration

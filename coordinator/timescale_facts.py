@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import asyncpg
@@ -39,6 +40,13 @@ _SOURCE = """
            (select pg_has_role(datdba, 'usage') from pg_database where datname = current_database()) as owns_database,
            coalesce((select array_agg(pubname::text order by pubname) from pg_publication where puballtables), '{}')
                as all_tables_publications,
+           coalesce((select array_agg(distinct p.pubname::text)
+                     from pg_publication_rel r join pg_publication p on p.oid = r.prpubid
+                     join pg_class c on c.oid = r.prrelid join pg_namespace n on n.oid = c.relnamespace
+                     join _timescaledb_catalog.hypertable h on (h.schema_name, h.table_name) = (n.nspname, c.relname)
+                     where p.pubname <> all($1::text[])
+                       and coalesce(current_setting('timescaledb.enable_chunk_auto_publication', true), '') <> 'on'), '{}')
+               as joined_publications,
            (select coalesce(bool_or(setting = 'on'), false) from pg_settings
             where name in ('timescaledb.enable_direct_compress_copy', 'timescaledb.enable_direct_compress_insert'))
            or exists (select from pg_db_role_setting s, unnest(s.setconfig) c
@@ -121,6 +129,8 @@ class SourceFacts:
     has_auto_publication: bool
     owns_database: bool
     all_tables_publications: tuple[str, ...]
+    joined_publications: tuple[str, ...]
+    """Other people's, that hypertables are in: new chunks will join them, too."""
     has_direct_compress: bool
     hypertables: tuple[HypertableFacts, ...]
     aggregates: tuple[str, ...]
@@ -144,13 +154,17 @@ class TargetFacts:
     can_write_catalog: bool | None
 
 
-async def read_source(source: asyncpg.Connection) -> SourceFacts | None:
-    """Give what is to be judged of a source; None where it has no TimescaleDB. Several queries, some of which may wait for locks."""
+async def read_source(source: asyncpg.Connection, ours: Sequence[str]) -> SourceFacts | None:
+    """Give what is to be judged of a source; None where it has no TimescaleDB. Several queries, some of which may wait for locks.
+
+    `ours`: the publications of this migration.
+    """
     layout = await read_layout(source)
     if layout is None:
         return None
-    row = dict(await source.fetchrow(_SOURCE))
-    row["all_tables_publications"] = tuple(row["all_tables_publications"])
+    row = dict(await source.fetchrow(_SOURCE, ours))
+    for name in ("all_tables_publications", "joined_publications"):
+        row[name] = tuple(row[name])
     aggregates = await source.fetch(_AGGREGATES)
     return SourceFacts(
         server=await _read_server(source),

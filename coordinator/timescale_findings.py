@@ -44,6 +44,7 @@ def assess_source(source: SourceFacts, *, accept_unseen_deletes: bool = False) -
         *_assess_compressed(source, accept_unseen_deletes),
         *_assess_publication(source),
         *_assess_all_tables(source),
+        *_assess_joined(source),
         *_assess_tiered(source.hypertables),
         *_assess_restoring("source", source.server),
     ]
@@ -276,6 +277,20 @@ def _assess_all_tables(source: SourceFacts) -> list[Finding]:
             f"the source has a publication FOR ALL TABLES, which is not ours: {name_list(source.all_tables_publications)}. While it is there, "
             "create_hypertable and the creation of a continuous aggregate fail on the source, and so may a refresh",
             "Drop it if nobody needs it; a migration makes none.",
+        )
+    ]
+
+
+def _assess_joined(source: SourceFacts) -> list[Finding]:
+    """Judge other people's publications, which new chunks join by the setting that has them join ours."""
+    if not source.joined_publications or not can_publish_new_chunks(source):
+        return []
+    return [
+        warning(
+            f"hypertables are in publications that are not ours: {name_list(source.joined_publications)}. During the migration their new chunks "
+            "join these, too (timescaledb.enable_chunk_auto_publication): whoever subscribes gets rows of tables that he may lack, and a chunk "
+            "without replica identity takes no UPDATE or DELETE there",
+            "Take the hypertables out of them, or drop what nobody needs.",
         )
     ]
 

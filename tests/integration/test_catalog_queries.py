@@ -84,7 +84,7 @@ async def run_all(connection: asyncpg.Connection) -> list[str]:
 
     assert await hypertable_source.read_definitions(connection)
     await hypertable_entries.read_entries_of_timescale(connection)
-    await timescale_facts.read_source(connection)
+    await timescale_facts.read_source(connection, [])
     await source_jobs.read_jobs(connection)
     await source_jobs.read_starts(connection)
     places = await source_jobs._places(connection)

@@ -53,7 +53,7 @@ def about(findings: list[Finding], text: str) -> Finding:
 async def test_a_source_as_validate_reads_it(timescale_source_database: str) -> None:
     await execute(timescale_source_database, *SCHEMA)
     async with session(timescale_source_database, "source") as connection:
-        facts = await read_source(connection)
+        facts = await read_source(connection, ["ours"])
         assert facts is not None
         assert facts.version == facts.server.version == facts.server.version_to_be("9.9")
         assert facts.version in facts.server.versions
@@ -75,7 +75,11 @@ async def test_a_source_as_validate_reads_it(timescale_source_database: str) -> 
         )
         assert facts.relations == chunks + compressed > chunks > 0
         await connection.execute("set timescaledb.enable_direct_compress_insert = on")
-        assert (await read_source(connection)) == replace(facts, has_direct_compress=True)
+        assert (await read_source(connection, ["ours"])) == replace(facts, has_direct_compress=True)
+        await connection.execute(
+            "create publication ours for table public.metrics; create publication theirs for table public.metrics"
+        )
+        assert (await read_source(connection, ["ours"])).joined_publications == ("theirs",)
 
 
 async def test_one_version_on_both_sides(timescale_source_database: str, timescale_target_database: str) -> None:

@@ -36,6 +36,7 @@ SOURCE = SourceFacts(
     has_auto_publication=True,
     owns_database=True,
     all_tables_publications=(),
+    joined_publications=(),
     has_direct_compress=False,
     hypertables=(PLAIN,),
     aggregates=(),
@@ -166,6 +167,12 @@ def test_deletes_that_cannot_be_noticed_are_the_users_to_accept() -> None:
     accepted = assess_source(unwatched, accept_unseen_deletes=True)[0]
     assert accepted.level == "warning"
     assert "is not noticed" in accepted.what
+
+
+def test_publications_of_others_that_new_chunks_join_are_named() -> None:
+    assert "not ours: theirs" in only(of_source(joined_publications=("theirs",)), "warning")
+    kept = of_source(joined_publications=("theirs",), has_auto_publication=False)
+    assert not [each for each in kept if "not ours" in each.what], "none joins by itself"
 
 
 def test_policies_may_not_compress_unmarked() -> None:
