@@ -193,12 +193,12 @@ async def planned_tables(target: asyncpg.Connection) -> frozenset[int] | None:
     return frozenset(row["oid"] for row in rows) or None
 
 
-async def adopt_memberships(target: asyncpg.Connection, members: Memberships) -> None:
+async def adopt_memberships(target: asyncpg.Connection, members: Memberships, statistics: str | None) -> None:
     """Bring a plan that is there up to date with the publications just made: what is followed, and from which count on."""
     for publication, tables in (("all", members.all), ("insert", members.insert)):
         await target.executemany(
-            "update _live_migration.tables set publication = $2, changed_row_count = $3 where oid = $1",
-            [(table.oid, publication, table.changed_row_count) for table in tables],
+            "update _live_migration.tables set publication = $2, changed_row_count = $3, statistics = $4 where oid = $1",
+            [(table.oid, publication, table.changed_row_count, statistics) for table in tables],
         )
 
 

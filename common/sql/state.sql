@@ -58,6 +58,7 @@ create table _live_migration.tables (
     row_estimate bigint not null default 0,
     size_bytes bigint not null default 0,
     changed_row_count bigint not null default 0,    -- rows that the source had ever updated or deleted, when planned
+    statistics text,                        -- which statistics that was counted in: of other ones it tells nothing
     state text not null default 'planned' check (state in ('planned', 'copying', 'copied', 'ready', 'stopped')),
     attempt integer not null default 0,
     snapshot_id text,                       -- exported by the holder, while state = 'copying'
