@@ -21,6 +21,7 @@ from live_migration.coordinator.dump_script import PG_CLASS
 from live_migration.coordinator.entries import run_entries
 from live_migration.coordinator.made_definitions import load_made
 from live_migration.coordinator.made_jobs import make_jobs
+from live_migration.coordinator.rewrites import mark_rewritten
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.schema import read_post_data
 from live_migration.coordinator.source_jobs import note_starts
@@ -86,6 +87,7 @@ async def _once(run: Run, step: str, act: Callable[[], Awaitable[None]]) -> None
 
 async def copy_outside_stream(run: Run, source: asyncpg.Connection) -> None:
     """Copy unlogged tables, and those whose changes were not all in the stream; each in a transaction of its own."""
+    await mark_rewritten(run, source, run.target)
     unfollowed = await mark_unfollowed(run, source, await run.list_tables(source))
     with asking("target", "reading the plan"):
         again = {r[0] for r in await run.target.fetch("select oid from _live_migration.tables where copy_again")}
@@ -106,7 +108,7 @@ async def _copy(run: Run, source: asyncpg.Connection, table: TableInfo) -> None:
             await target.execute(f"truncate {only}{table.name.sql}")
         copied = await stream_copy(source, target, plan, blocks=None, freeze=False, on_bytes=lambda _: None)
         await target.execute(
-            """update _live_migration.tables set copy_again = false, error = null, hint = null, row_count = $2
+            """update _live_migration.tables set copy_again = false, is_passed_over = false, error = null, hint = null, row_count = $2
                where oid = $1""",
             table.oid,
             copied.rows,

@@ -127,6 +127,7 @@ def table_row(
         moment.timeline if is_root else None,
         is_left_out,
         moment.statistics,
+        table.file_mark,
     )
 
 
@@ -134,5 +135,5 @@ TABLE_COLUMNS = (
     "oid", "schema_name", "table_name", "lane", "lanes", "publication", "columns", "binary_copy", "row_estimate", "size_bytes",
     "changed_row_count", "kind", "hypertable_oid", "compressed_oid", "compressed_name", "range", "root_schema", "root_name",
     "copies_to_root", "state", "snapshot", "horizon", "timeline", "is_left_out",
-    "statistics",
+    "statistics", "file_mark",
 )  # fmt: skip

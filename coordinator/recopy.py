@@ -34,7 +34,7 @@ LOCK_TABLES = "select from _live_migration.tables order by oid for no key update
 VOID = f"""
     {LOCK_TABLES};
     update _live_migration.tables
-    set state = 'stopped', started_at = null, copy_again = false, {FORGET_COPY}
+    set state = 'stopped', started_at = null, copy_again = false, is_passed_over = false, {FORGET_COPY}
     where kind <> 'hypertable' and newcomer is distinct from 'gone';
     update _live_migration.tables
     set newcomer = 'made', rebuild = 'every table is copied again', rebuild_lsn = null, snapshot = null, horizon = null, timeline = null
