@@ -107,7 +107,7 @@ async def _mark(run: Run, source: asyncpg.Connection, tables: Iterable[TableInfo
     await _copy_again(
         run,
         unknown,
-        "may have been updated or deleted on the source, whose statistics were discarded since the plan (a crash, a failover, a reset)",
+        "may have been updated or deleted on the source, whose statistics were discarded since the plan (a crash, a failover, a reset), or are off",
     )
     left = {table.oid for table in there} - doubtful - {table.oid for table in changed}
     # A chunk that came after the plan has no row in it: its hypertable stands for it.
