@@ -114,14 +114,9 @@ class Applier:
         table = run.table
         if not table.columns:
             await self._connection.execute(f"insert into {table.name.sql} select from generate_series(1, {run.count})")
-        elif table.kept is None:
+        else:
             rows, binary = _insert_rows(run)
             await self._copy(table.name, _names(table), rows, run.count, binary=binary)
-        else:
-            messages = run.messages()
-            changed = (decode_change(message).new or [] for message in messages)
-            kept = [[_whole(row[i]) for i in table.kept] for row in changed]
-            await self._copy_rows(table, kept, binary=_is_binary(messages))
 
     async def _copy_rows(self, table: TargetTable, rows: Sequence[Sequence[bytes | None]], *, binary: bool) -> None:
         if rows:
@@ -196,10 +191,7 @@ class Applier:
             await self._delete(run, map(encode, net.deletes), len(net.deletes), binary=binary)
         for present, updates in net.updates.items():
             await self._update(run, present, updates, binary=binary)
-        if table.kept is None:
-            await self._copy_rows(table, net.inserts, binary=binary)
-        else:
-            await self._copy_rows(table, [[row[i] for i in table.kept] for row in net.inserts], binary=binary)
+        await self._copy_rows(table, net.inserts, binary=binary)
 
     async def _delete(self, run: TableRun, keys: Iterable[CopyRow], count: int, *, binary: bool) -> None:
         table = run.table
@@ -290,13 +282,13 @@ class Applier:
         messages = run.messages()
         deletes, inserts = fold_whole_rows(messages)
         binary = _is_binary(messages)
-        written = table.written
         if deletes:
-            columns = [("seq", "int"), ("n", "int"), *statements.value_stage_columns(table, written)]
+            every_column = statements.value_stage_columns(table, range(len(table.columns)))
+            columns = [("seq", "int"), ("n", "int"), *every_column]
             stage = await self._stage(table, "w", columns)
             encode = binary_row if binary else text_row
             rows = (
-                encode([_integer(seq, binary=binary), _integer(n, binary=binary), *(row[i] for i in written)])
+                encode([_integer(seq, binary=binary), _integer(n, binary=binary), *row])
                 for seq, (row, n) in enumerate(deletes.items())
             )
             await self._copy(stage, None, rows, len(deletes), binary=binary)
@@ -306,7 +298,7 @@ class Applier:
             else:
                 hit = await (await self._hypertable_rows(table, table.hypertable)).delete_equal(stage.sql)
             self._expect_rows(run, "DELETE", hit, deletes.total())
-        await self._copy_rows(table, [[row[i] for i in written] for row in inserts.elements()], binary=binary)
+        await self._copy_rows(table, list(inserts.elements()), binary=binary)
 
     # source order
 
@@ -401,19 +393,19 @@ def _insert_rows(run: TableRun) -> tuple[Iterator[CopyRow], bool]:
 def _staged_change(table: TargetTable, number: int, message: Message, *, binary: bool) -> list[bytes | None]:
     """Give a change as a row of the source order stage."""
     kind, old, new = decode_change(message)
-    written = table.written
+    every = range(len(table.columns))
     before = old if old is not None else new
     assert before is not None
     if kind == pgoutput.INSERT:
-        identity: list[bytes | None] = [None] * (len(table.key) or len(written))
+        identity: list[bytes | None] = [None] * (len(table.key) or len(every))
     else:
-        identity = [_whole(before[i]) for i in ([column.index for column in table.key] or written)]
+        identity = [_whole(before[i]) for i in ([column.index for column in table.key] or every)]
     head = _integer(number, binary=binary)
-    nothing: list[bytes | None] = [None] * len(written)
+    nothing: list[bytes | None] = [None] * len(every)
     if new is None:
         return [head, b"D", None, *identity, *nothing]
-    values = [None if new[i] is UNCHANGED else _whole(new[i]) for i in written]
-    present = bytes([48 if new[i] is UNCHANGED else 49 for i in written])
+    values = [None if value is UNCHANGED else _whole(value) for value in new]
+    present = bytes([48 if value is UNCHANGED else 49 for value in new])
     return [head, b"I" if kind == pgoutput.INSERT else b"U", present, *identity, *values]
 
 
@@ -436,7 +428,7 @@ def _stages_whole_rows(table: TargetTable) -> bool:
 
 
 def _names(table: TargetTable) -> list[str]:
-    return [table.columns[i].name for i in table.written]
+    return [column.name for column in table.columns]
 
 
 def _is_binary(messages: Iterable[Message]) -> bool:

@@ -41,7 +41,7 @@ class HypertableRows:
         All of them are deleted, and the surplus put back: nothing tells them apart.
         """
         table = self._table
-        staged = {table.columns[i].name: f"c{i}" for i in table.written}
+        staged = {column.name: f"c{i}" for i, column in enumerate(table.columns)}
         deleted = kept = 0
         # a nested loop would compare each row's image with those of all staged rows of its time
         await self._connection.execute("set local enable_nestloop = off")

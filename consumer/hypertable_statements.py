@@ -57,9 +57,8 @@ def put_back(table: TargetTable, info: HypertableInfo, taken: str, condition: st
 
 def apply_in_source_order(table: TargetTable, info: HypertableInfo, stage: str, taken: str) -> str:
     """Apply the staged changes one by one, each to exactly one row."""
-    columns = [table.columns[i] for i in table.written]
-    names = ", ".join(quote_identifier(column.name) for column in columns)
-    values = ", ".join(f"s.c{i}" for i in table.written)
+    names = ", ".join(quote_identifier(column.name) for column in table.columns)
+    values = ", ".join(f"s.c{i}" for i in range(len(table.columns)))
     delete = f"delete from {table.sql} t where {key_matches(table)}; get diagnostics hit = row_count;"
     return do(f"""
         declare s record; hit bigint; mode text := pg_catalog.current_setting('plan_cache_mode');
@@ -103,9 +102,9 @@ def _image_matches(table: TargetTable, info: HypertableInfo, name: str) -> str:
 
 def _new_value(table: TargetTable, name: str, old: str) -> str:
     """Give a column's value after a change in source order, `old` where the change leaves it alone."""
-    for position, i in enumerate(table.written):
-        if table.columns[i].name == name:
-            return f"case substr(s.present, {position + 1}, 1) when '1' then s.c{i} else {old} end"
+    for i, column in enumerate(table.columns):
+        if column.name == name:
+            return f"case substr(s.present, {i + 1}, 1) when '1' then s.c{i} else {old} end"
     return old
 
 
@@ -143,7 +142,7 @@ def _update_one(table: TargetTable, info: HypertableInfo, taken: str) -> str:
 
 def _update_in_place(table: TargetTable, info: HypertableInfo) -> str:
     """Assign what an UPDATE may, to a row whose other columns stay as they are to the byte."""
-    written = [table.columns[i].name for i in table.written]
+    written = [column.name for column in table.columns]
     names = {name: f"t.{quote_identifier(name)}" for name in written}
     stay = [name for name in written if name in info.fixed]
     old, new = ", ".join(names[name] for name in stay), ", ".join(_new_value(table, name, names[name]) for name in stay)

@@ -32,7 +32,7 @@ from live_migration.consumer.memory_budget import MemoryBudget
 from live_migration.consumer.passed_over import pass_over
 from live_migration.consumer.refusal import ChangeRefused, is_of_a_change
 from live_migration.consumer.skips import LaneSkips
-from live_migration.consumer.source_watch import write_flush_barrier
+from live_migration.consumer.source_watch import giving_way, write_flush_barrier
 from live_migration.consumer.strangers import let_go_if_gone, meet_chunk
 from live_migration.consumer.target_tables import ChunkChangedUnseen, NotPlanned, RebuildFirst, TargetTables
 
@@ -190,7 +190,15 @@ class PartitionTask:
         settings, migration_id = self._settings, self._migration.id
         whole: set[QualifiedName] = set()
         async with session(settings.source_uri(), "source", application=f"live-migration lane {self._lane}") as source:
-            async with session(settings.source_uri(), "source", application="live-migration barrier") as other:
+            async with (
+                session(settings.source_uri(), "source", application="live-migration barrier") as other,
+                giving_way(
+                    settings.source_uri(),
+                    source.get_server_pid(),
+                    settings.lock_timeout,
+                    f"chunks of lane {self._lane}",
+                ),
+            ):
                 for chunk in chunks:
                     with asking("target", f"copying chunk {chunk.name}"):
                         applier = Applier(connection, self._lane)

@@ -41,10 +41,10 @@ def plain_changes(table: TargetTable, messages: Sequence[Message], *, binary: bo
     """Fold a run and encode it.
 
     None where it has to be folded by values: changed keys, values that the stream does not carry, keys that are not the first columns,
-    columns that the target does not take, and runs that cannot be folded.
+    and runs that cannot be folded.
     """
     keys = [column.index for column in table.key]
-    if not keys or keys != list(range(len(keys))) or table.kept is not None or table.has_always_identity:
+    if not keys or keys != list(range(len(keys))) or table.has_always_identity:
         return None
     alike = _updates_alike(messages) if binary and len(keys) == 1 else None
     if alike is not None:

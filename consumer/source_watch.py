@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from uuid import UUID, uuid4
 
 import asyncpg
 
 from live_migration.common.control import MESSAGE_PREFIX, WalMessage
 from live_migration.common.errors import LiveMigrationError, Retry
+from live_migration.common.postgres import asking, session
+from live_migration.common.telemetry import get_logger
 from live_migration.consumer.claims import Claim
 from live_migration.consumer.copy_errors import AttemptOver
 from live_migration.consumer.lease_keeper import Lease
 from live_migration.consumer.sessions import Backoff, SharedSession
+
+log = get_logger(__name__)
 
 LOOK_SECONDS = 1.0
 _LOOK_AGAIN_SECONDS = 0.05
@@ -51,6 +55,36 @@ async def await_committing(connection: asyncpg.Connection) -> None:
     while waiting:
         await asyncio.sleep(_LOOK_AGAIN_SECONDS)
         waiting &= {row[0] for row in await connection.fetch(_COMMITTING)}
+
+
+@asynccontextmanager
+async def giving_way(source_uri: str, pid: int, patience_seconds: float, what: str) -> AsyncIterator[None]:
+    """While inside, end the backend `pid` of ours as soon as somebody has waited for a lock of its for `patience_seconds`: all that come
+    after queue behind whoever waits. What it was at work on ends with a lost connection then, and is tried again."""
+    async with session(source_uri, "source", application="live-migration watch") as watcher:
+        watching = asyncio.create_task(_end_when_waited_for(watcher, pid, patience_seconds, what))
+        try:
+            yield
+        finally:
+            watching.cancel()
+            with suppress(asyncio.CancelledError, LiveMigrationError):  # where the source is away, so is the backend
+                await watching
+
+
+async def _end_when_waited_for(watcher: asyncpg.Connection, pid: int, patience_seconds: float, what: str) -> None:
+    while True:
+        await asyncio.sleep(LOOK_SECONDS)
+        with asking("source", "looking for those who wait behind us"):
+            if row := await watcher.fetchrow(_WAITERS, [pid], patience_seconds):
+                log.info("copy gives way", of=what, to=_waiter(row), seconds=round(row["seconds"], 1))
+                await watcher.fetchval("select pg_terminate_backend($1::int)", pid)
+                return
+
+
+def _waiter(row: asyncpg.Record) -> str:
+    return (
+        f"{row['application'] or 'a session'} (pid {row['pid']}, its statement began at {row['query_start']:%H:%M:%S})"
+    )
 
 
 class SourceWatch:
@@ -102,8 +136,9 @@ class SourceWatch:
         watched = dict(self._watched)
         for row in await connection.fetch(_WAITERS, list(watched), self._patience_seconds):
             lease, what = watched[row["blocker"]]
-            who = f"{row['application'] or 'a session'} (pid {row['pid']}, its statement began at {row['query_start']:%H:%M:%S})"
-            reason = f"copy of {what} gives way: on the source {who} waited {row['seconds']:.1f} s for its lock"
+            reason = (
+                f"copy of {what} gives way: on the source {_waiter(row)} waited {row['seconds']:.1f} s for its lock"
+            )
             lease.interrupt.trigger(AttemptOver(reason, is_news=True))
             # Closing our socket may not be noticed by a backend for a while; this is.
             await connection.fetchval("select pg_terminate_backend($1::int)", row["blocker"])

@@ -53,7 +53,7 @@ def key_matches(table: TargetTable) -> str:
 
 def assigned(table: TargetTable, present: Sequence[int]) -> list[int]:
     """Give those of the `present` columns that an UPDATE may assign."""
-    return [i for i in present if not table.columns[i].generated and table.columns[i].identity != "a"]
+    return [i for i in present if table.columns[i].identity != "a"]
 
 
 def _staged_match(table: TargetTable, present: Sequence[int]) -> str:
@@ -103,7 +103,8 @@ def count_staged(table: TargetTable, stage: str, present: Sequence[int]) -> str:
 def row_image(table: TargetTable, alias: str, name: str = "") -> str:
     """Give a row of `alias` as a record; its columns are the table's own, or those staged under `name`."""
     columns = ", ".join(
-        f"{alias}.{name}{i}" if name else f"{alias}.{quote_identifier(table.columns[i].name)}" for i in table.written
+        f"{alias}.{name}{i}" if name else f"{alias}.{quote_identifier(column.name)}"
+        for i, column in enumerate(table.columns)
     )
     return f"row({columns})::record"  # a bare row constructor would be compared column by column
 
@@ -123,23 +124,22 @@ def delete_whole_rows(table: TargetTable, stage: str) -> str:
 
 def source_order_columns(table: TargetTable) -> list[tuple[str, str]]:
     """Give the columns that hold any change: number, kind, which values are present, old key or row, new row."""
-    written = table.written
-    old = key_stage_columns(table) if table.key else value_stage_columns(table, written, "o")
-    return [("seq", "int"), ("op", "text"), ("present", "text"), *old, *value_stage_columns(table, written)]
+    every = range(len(table.columns))
+    old = key_stage_columns(table) if table.key else value_stage_columns(table, every, "o")
+    return [("seq", "int"), ("op", "text"), ("present", "text"), *old, *value_stage_columns(table, every)]
 
 
 def apply_in_source_order(table: TargetTable, stage: str) -> str:
     """Apply the staged changes one by one, each to exactly one row."""
-    written = table.written
-    names = [quote_identifier(table.columns[i].name) for i in written]
-    values = ", ".join(f"s.c{i}" for i in written)
+    names = [quote_identifier(column.name) for column in table.columns]
+    values = ", ".join(f"s.c{i}" for i in range(len(names)))
     # an identity column GENERATED ALWAYS takes no assignment: where it changes, the row is deleted and inserted
-    always = [i for i in written if table.columns[i].identity == "a"]
+    always = [i for i, column in enumerate(table.columns) if column.identity == "a"]
 
-    def value(position: int, row: str) -> str:
-        return f"case substr(s.present, {position + 1}, 1) when '1' then s.c{written[position]} else {row}.{names[position]} end"
+    def value(i: int, row: str) -> str:
+        return f"case substr(s.present, {i + 1}, 1) when '1' then s.c{i} else {row}.{names[i]} end"
 
-    assignments = ", ".join(f"{name} = {value(n, 't')}" for n, name in enumerate(names) if written[n] not in always)
+    assignments = ", ".join(f"{name} = {value(i, 't')}" for i, name in enumerate(names) if i not in always)
     if table.key:
         match = key_matches(table)
     else:
@@ -152,7 +152,7 @@ def apply_in_source_order(table: TargetTable, stage: str) -> str:
         else f"perform from {table.sql} t where {same};"
     )
     if always:
-        kept = ", ".join(value(n, "gone") for n in range(len(names)))
+        kept = ", ".join(value(i, "gone") for i in range(len(names)))
         update += f"""
                     get diagnostics hit = row_count;
                     if hit = 0 then

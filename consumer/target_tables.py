@@ -32,17 +32,15 @@ class KeyColumn:
 
 @dataclass(frozen=True, slots=True)
 class TargetTable:
-    """A table as the applier needs it. `columns` are those of the stream, in its order, as they are on the target.
+    """A table as the applier needs it. `columns` are those of the stream, in its order, as they are on the target; none is generated there.
 
-    `kept`: positions in the stream of the columns that are written; None when that is all of them (the target computes its
-    generated ones itself). `key` is empty where rows have no identity but themselves.
+    `key` is empty where rows have no identity but themselves.
     """
 
     source_oid: int
     name: QualifiedName
     relation: Relation
     columns: tuple[ColumnInfo, ...]
-    kept: tuple[int, ...] | None
     key: tuple[KeyColumn, ...]
     is_full: bool
     has_other_unique: bool
@@ -75,11 +73,6 @@ class TargetTable:
         """Whether a column beside the key is GENERATED ALWAYS AS IDENTITY: no UPDATE assigns it."""
         keys = {column.index for column in self.key}
         return any(column.identity == "a" and i not in keys for i, column in enumerate(self.columns))
-
-    @property
-    def written(self) -> tuple[int, ...]:
-        """Positions in the stream of the columns that are written."""
-        return tuple(range(len(self.columns))) if self.kept is None else self.kept
 
 
 _TABLE = """
@@ -277,13 +270,11 @@ class TargetTables:
         columns = await self._match_columns(relation, name, on_target)
         indexes = await self._connection.fetch(_UNIQUE_INDEXES, row["oid"])
         key_names = _key_names(relation, indexes)
-        kept = tuple(i for i, column in enumerate(columns) if not column.generated)
         table = TargetTable(
             relation.oid,
             name,
             relation,
             columns,
-            None if len(kept) == len(columns) else kept,
             await self._key(relation, row["oid"], key_names, indexes),
             relation.identity is ReplicaIdentity.FULL,
             any(set(index["columns"]) != set(key_names) or not index["is_identity"] for index in indexes),
@@ -326,6 +317,9 @@ class TargetTables:
                     f"column {column.name} of {relation.name} is {type_name} on the source and {target.type} on the target",
                     hint=f"Mend the target, the lane then goes on by itself: {alter}",
                 )
+            # The stream brings no generated column: this one's values are given on the source now.
+            if target.generated:
+                raise _generated_here(relation, name, target)
         return tuple(found[column.name] for column in relation.columns)
 
     async def _type_names(self, types: Sequence[tuple[int, int]]) -> list[str]:
@@ -363,6 +357,16 @@ class TargetTables:
                 hint="Give the target's table a unique index over the replica identity's columns.",
             )
         return operators
+
+
+def _generated_here(relation: Relation, name: QualifiedName, column: ColumnInfo) -> LaneStopped:
+    quoted = quote_identifier(column.name)
+    return LaneStopped(
+        f"column {column.name} of {relation.name} is generated on the target only",
+        hint="Mend the target as the source was altered, the lane then goes on by itself: "
+        f"ALTER TABLE {name.sql} ALTER COLUMN {quoted} DROP EXPRESSION; or, where it was dropped and added anew, "
+        f"ALTER TABLE {name.sql} DROP COLUMN {quoted}, ADD COLUMN {quoted} {column.type};",
+    )
 
 
 def _require_order_per_key(table: TargetTable, lane_count: int) -> None:

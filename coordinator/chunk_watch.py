@@ -140,15 +140,31 @@ async def follow_chunks(
     raise AssertionError
 
 
+async def unpublished_chunks(run: Run, source: asyncpg.Connection) -> list[QualifiedName]:
+    """Give the chunks whose changes the stream does not tell, for they were made since `follow_chunks`. Writes nothing."""
+    with asking("target", "reading the plan"):
+        known = _known(await run.target.fetch(_PLAN))
+    if not known.roots:
+        return []
+    tables = await run.list_tables(source)
+    return [each.chunk.name for each in find_missed(known, tables, *await _published(run, source))]
+
+
+async def _published(run: Run, source: asyncpg.Connection) -> tuple[frozenset[int], frozenset[int]]:
+    with asking("source", "reading the publications"):
+        return (
+            frozenset(await published_tables(source, run.settings.publication)),
+            frozenset(await published_tables(source, run.settings.insert_publication)),
+        )
+
+
 async def _follow_chunks(run: Run, source: asyncpg.Connection, target: asyncpg.Connection) -> int:
     settings = run.settings
     with asking("target", "reading the plan"):
         known = _known(await target.fetch(_PLAN))
         suspects = await read_suspects(target)
     tables = await run.list_tables(source)
-    with asking("source", "reading the publications"):
-        in_all = frozenset(await published_tables(source, settings.publication))
-        in_insert = frozenset(await published_tables(source, settings.insert_publication))
+    in_all, in_insert = await _published(run, source)
     missed = find_missed(known, tables, in_all, in_insert)
     watches = await can_watch_compressed(source)
     missed += find_unwatched(known, tables, in_all, set(suspects.values())) if watches else []

@@ -21,7 +21,7 @@ from live_migration.common.settings import Settings
 from live_migration.common.state import Phase
 from live_migration.coordinator import steps
 from live_migration.coordinator.barrier import Barrier, await_barrier, changes_between, emit_barrier, emit_heartbeat
-from live_migration.coordinator.chunk_watch import follow_chunks
+from live_migration.coordinator.chunk_watch import follow_chunks, unpublished_chunks
 from live_migration.coordinator.drift import find_drift, shape_differences
 from live_migration.coordinator.handover import hand_over
 from live_migration.coordinator.identity_watch import reconcile
@@ -167,6 +167,8 @@ async def _prove_everything_arrived(run: Run, source: asyncpg.Connection) -> Non
     changed = await changes_between(run.settings, {p.lane: p.next_offset for p in positions}, second)
     if changed:
         raise await _busy(source, f" to {name_list(changed)}")
+    if unpublished := await unpublished_chunks(run, source):
+        raise await _busy(source, f" to chunks that were made meanwhile: {name_list(unpublished)}")
     await _require_accounted_for(run, source)
     await reconcile(run, source)
     await _record_barrier(run, second)

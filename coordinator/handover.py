@@ -16,6 +16,7 @@ from live_migration.common.timescale import is_hypertable
 from live_migration.consumer.copy_stream import CopyPlan, stream_copy
 from live_migration.coordinator import steps
 from live_migration.coordinator.aggregate_refresh import refresh_aggregates
+from live_migration.coordinator.changed_definitions import follow_definitions
 from live_migration.coordinator.drift import read_sequences
 from live_migration.coordinator.dump_script import PG_CLASS
 from live_migration.coordinator.entries import run_entries
@@ -54,6 +55,7 @@ async def hand_over(run: Run, source: asyncpg.Connection) -> None:
     await _once(run, "replica identities", lambda: take_identities_back(run))
     await _once(run, "materialized views", lambda: refresh_materialized_views(run, source))
     await _once(run, "watermarks", lambda: bring_watermarks(run, source))
+    await _once(run, "changed definitions", lambda: follow_definitions(run, source))
     await _once(run, "noted compression", lambda: note_compression(run, source))
     await _once(run, "noted starts of jobs", lambda: note_starts(run, source))
     await make_jobs(run, source)

@@ -99,6 +99,33 @@ def compression_statements(hypertable: Hypertable, target: Target) -> list[str]:
     return statements
 
 
+def interval_statements(wanted: Hypertable, present: Hypertable, target: Target) -> list[str]:
+    """Give a hypertable the intervals that chunks to come have; dimensions are told apart by their column."""
+    intervals = {each.column: each.interval for each in present.dimensions}
+    return [
+        f"select {target.function('set_chunk_time_interval')}({_relation(wanted.name)}, {each.interval}::bigint, "
+        f"dimension_name => {quote_literal(each.column)}::name)"
+        for each in wanted.dimensions
+        if each.interval is not None and intervals.get(each.column, each.interval) != each.interval
+    ]
+
+
+def aggregate_setting_statements(
+    wanted: ContinuousAggregate, present: ContinuousAggregate, target: Target
+) -> list[str]:
+    """Give a continuous aggregate what may be set of it later: whether it is real-time, its chunks' interval, its compression."""
+    name, statements = wanted.name.sql, []
+    if wanted.materialized_only != present.materialized_only:
+        flag = str(wanted.materialized_only).lower()
+        statements.append(f"alter materialized view {name} set (timescaledb.materialized_only = {flag})")
+    if wanted.chunk_interval != present.chunk_interval:
+        interval = f"{_materialization(wanted.name)}, {wanted.chunk_interval}::bigint"
+        statements.append(f"select {target.function('set_chunk_time_interval')}({interval})")
+    if wanted.compression is not None and wanted.compression != present.compression:
+        statements.append(f"alter materialized view {name} set ({_compression_options(wanted.compression, target)})")
+    return statements
+
+
 def _compression_options(compression: Compression, target: Target) -> str:
     options = ["timescaledb.compress = true"]
     if compression.segment_by is not None:
@@ -198,6 +225,25 @@ def job_statement(job: Job, aggregates: Iterable[QualifiedName], target: Target)
         *([zone] if zone else []),  # alter_job takes it away where it is not given again
     ]
     return f"select job_id from {target.function('alter_job')}({', '.join(altered)})"
+
+
+def alter_job_statement(job_id: int, job: Job, aggregates: Iterable[QualifiedName], target: Target) -> str:
+    """Set all of a job but whether it runs; `job_id`: its id on the server that runs the statement."""
+    arguments = [
+        str(int(job_id)),
+        f"schedule_interval => {quote_literal(job.schedule_interval)}::interval",
+        f"max_runtime => {quote_literal(job.max_runtime)}::interval",
+        f"max_retries => {job.max_retries}",
+        f"retry_period => {quote_literal(job.retry_period)}::interval",
+        f"fixed_schedule => {str(job.is_fixed_schedule).lower()}",
+    ]
+    if job.config is not None:
+        arguments.append(f"config => {_config(job, job.relation in set(aggregates))}")
+    if job.initial_start is not None:
+        arguments.append(f"initial_start => {quote_literal(job.initial_start)}::timestamptz")
+    if job.timezone is not None:
+        arguments.append(f"timezone => {quote_literal(job.timezone)}")
+    return f"select {target.function('alter_job')}({', '.join(arguments)})"
 
 
 def schedule_statement(job_id: int, target: Target, *, is_scheduled: bool, timezone: str | None) -> str:

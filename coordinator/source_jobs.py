@@ -160,7 +160,7 @@ async def pause_source_jobs(run: Run, source: asyncpg.Connection) -> list[Job]:
         await _pause(run, source, places, job)
     if scheduled:
         run.reporter.note(f"paused on the source until `clean`: {name_list(scheduled)}")
-    await _await_runs(run, source, places, await _paused_ids(run.target))
+    await _await_runs(run, source, places, await paused_ids(run.target))
     return scheduled
 
 
@@ -226,7 +226,8 @@ async def _await_runs(run: Run, source: asyncpg.Connection, places: _Places, ids
         await asyncio.sleep(_LOOK_AGAIN_SECONDS)
 
 
-async def _paused_ids(target: asyncpg.Connection) -> list[int]:
+async def paused_ids(target: asyncpg.Connection) -> list[int]:
+    """Give the source's jobs that we paused and have not given back."""
     with asking("target", "reading what was changed on the source"):
         rows = await target.fetch(
             "select oid::int as id from _live_migration.source_changes where kind = 'job' and not restored order by 1"

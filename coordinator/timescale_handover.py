@@ -176,6 +176,7 @@ async def compress_like_source(run: Run) -> None:
     schema = await run.target.fetchval(
         "select extnamespace::regnamespace::text from pg_extension where extname = 'timescaledb'"
     )
+    refused: list[str] = []
     for names, doing, call in (
         (to_decompress, "decompressing", "decompress_chunk($1::text::regclass, if_compressed => true)"),
         (to_compress, "compressing", "compress_chunk($1::text::regclass, if_not_compressed => true)"),
@@ -183,8 +184,28 @@ async def compress_like_source(run: Run) -> None:
         if names:
             run.reporter.note(f"{doing} {len(names)} chunks as on the source")
         for name in names:
-            with asking("target", f"{doing} {name}"):
-                await run.target.execute(f"select {schema}.{call}", name.sql)
+            if problem := await _try(run, doing, name, f"select {schema}.{call}"):
+                refused.append(f"{doing} {name}: {problem}")
+    if refused:  # jobs must start all the same
+        run.reporter.warning(
+            f"chunks are not compressed as on the source, for the target refuses it: {name_list(refused)}. Do it by hand."
+        )
+    if strangers := _without_twin(theirs, ours, slices):
+        run.reporter.warning(
+            f"ranges that are compressed chunks on the source are cut otherwise on the target, and were left uncompressed: {name_list(strangers)}"
+        )
+
+
+async def _try(run: Run, doing: str, chunk: QualifiedName, statement: str) -> str | None:
+    """Run a statement on a chunk; give what the target says against it."""
+    try:
+        with asking("target", f"{doing} {chunk}"):
+            await run.target.execute(statement, chunk.sql)
+    except TargetError as error:
+        if not isinstance(error.__cause__, asyncpg.PostgresError):
+            raise
+        return str(error.__cause__)
+    return None
 
 
 _Twins = dict[tuple[QualifiedName, str], bool]
@@ -214,6 +235,17 @@ def _unlike(theirs: _Twins, ours: Layout, slices: dict[int, str]) -> tuple[list[
     return (
         sorted(name for name, (wanted, _) in twins.items() if wanted),
         sorted(name for name, (wanted, is_compressed) in twins.items() if is_compressed and not wanted),
+    )
+
+
+def _without_twin(theirs: _Twins, ours: Layout, slices: dict[int, str]) -> list[str]:
+    """Name what is compressed on the source in a range that no chunk of the target has, of hypertables that both have."""
+    names = {_called(ours, chunk) for chunk in ours.chunks.values()}
+    present = {(_called(ours, chunk), slices.get(chunk.oid, "")) for chunk in ours.chunks.values()}
+    return sorted(
+        f"{name} {bounds}"
+        for (name, bounds), flag in theirs.items()
+        if flag and name in names and (name, bounds) not in present
     )
 
 

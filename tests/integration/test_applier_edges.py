@@ -36,6 +36,10 @@ SCENARIOS = {
         "create table t (n int generated always as identity, v int); alter table t replica identity full",
         ["insert into t (v) select i from generate_series(1, 9) i", "update t set v = v + 1", "update t set n = default where v > 5"],
     ),
+    "identity generated always, one by one because of the key": (
+        "create table t (id numeric primary key, n bigint generated always as identity, v int)",
+        ["insert into t (id, v) select i, i from generate_series(1, 9) i; update t set v = v + 1", "update t set n = default where v > 5; insert into t (id, v) values (10, 0)"],
+    ),
     "zero columns": (
         "create table t (); alter table t replica identity full",
         ["insert into t default values", "insert into t default values", "delete from t where ctid = '(0,1)'"],

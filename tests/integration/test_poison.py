@@ -174,6 +174,11 @@ async def add_table(it: Replay, name: str, lane: int = 0) -> None:
             "column v of public.t0 is text on the source and integer on the target",
             'ALTER COLUMN "v" TYPE text',
         ),
+        (
+            "drop column v, add column v text generated always as (id::text) stored",
+            "column v of public.t0 is generated on the target only",
+            'ALTER COLUMN "v" DROP EXPRESSION',
+        ),
     ],
 )
 async def test_a_refused_shape_can_be_mended_or_skipped_change_by_change(

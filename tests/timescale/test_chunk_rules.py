@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
@@ -89,19 +90,16 @@ _ROWS_AFTER = (
 )
 
 
-async def _merge(source: str, *, is_turned: bool = False) -> None:
-    """Merge the plan's last chunk of either hypertable with the one made after it, or the other way round."""
+async def _merge(source: str, places: Mapping[str, Sequence[str]] = _DAYS) -> None:
+    """Merge two chunks of either hypertable, which hold these moments. The older one stays: in whatever order they are named (seen)."""
     connection = await asyncpg.connect(source)
-    for table, days in _DAYS.items():
-        planned, new = [await connection.fetchval(_CHUNK_AT, table, at) for at in days]
-        first, second = (new, planned) if is_turned else (planned, new)
+    for table, moments in places.items():
+        first, second = [await connection.fetchval(_CHUNK_AT, table, at) for at in moments]
         await connection.execute(f"call merge_chunks('{first}', '{second}')")
     await connection.close()
 
 
-@pytest.mark.parametrize(
-    "moment", ["before it is copied", "turned, before it is copied", "when both are applied", "at once"]
-)
+@pytest.mark.parametrize("moment", ["before it is copied", "when both are applied", "at once"])
 async def test_a_chunk_made_after_the_plan_and_merged_into_a_planned_one(
     moment: str,
     timescale_source_database: str,
@@ -121,12 +119,69 @@ async def test_a_chunk_made_after_the_plan_and_merged_into_a_planned_one(
         if moment == "when both are applied":
             await migration.until("rows applied", "select count(*) >= 21 from events where kind = 'm'")
             await migration.until("rows applied", "select count(*) >= 63 from metrics where note = 'm'")
-        await _merge(source, is_turned="turned" in moment)
+        await _merge(source)
         if is_early:
             migration.consumers.append(Service(run_consumer, migration.settings))
             migration.consumers[0].start()
             await migration.until_phase("replay", timeout=240)
         await execute(source, *_ROWS_AFTER)
+        await migration.finish()
+        assert await world.differences(source, target) == []
+
+
+_UNPUBLISHED = "set timescaledb.enable_chunk_auto_publication = off"
+_MET = (
+    _UNPUBLISHED,
+    "insert into metrics select t, d, 7, 'm' from generate_series('2026-01-06'::timestamptz, '2026-01-06 09:00', '1 hour') t, generate_series(1, 3) d",
+    "insert into events select t, 'm', '{}' from generate_series('2026-01-05'::timestamptz, '2026-01-05 09:00', '1 hour') t",
+)
+_UNTOLD = (
+    _UNPUBLISHED,
+    "update metrics set temp = 8 where time >= '2026-01-06' and device = 1",
+    "delete from metrics where time >= '2026-01-06' and device = 2",
+    "insert into metrics select t, 3, 9, 'late' from generate_series('2026-01-06 10:00'::timestamptz, '2026-01-06 20:00', '1 hour') t",
+    "insert into events select t, 'late', '{}' from generate_series('2026-01-05 10:00'::timestamptz, '2026-01-05 20:00', '1 hour') t",
+)
+
+
+async def _nobody_looks(*_: object, **__: object) -> int:
+    return 0
+
+
+async def test_a_chunk_that_was_met_changed_untold_and_merged_before_anybody_looked(
+    timescale_source_database: str,
+    target_of_timescale: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only the range of what it was merged into tells of it; the copy of that holds rows which still stand in the stream under its name."""
+    source, target = timescale_source_database, target_of_timescale
+    has_looked, follow_chunks = asyncio.Event(), chunk_watch.follow_chunks
+
+    async def look(*arguments: Any, **options: Any) -> int:
+        found = await follow_chunks(*arguments, **options)
+        has_looked.set()
+        return found
+
+    await world.make(source)
+    monkeypatch.setattr(chunk_watch, "follow_chunks", _nobody_looks)
+    async with Migration(
+        source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True, consumers=1
+    ) as migration:
+        await migration.until_phase("replay", timeout=240)
+        await execute(source, *_MET)
+        await migration.until("rows applied", "select count(*) = 10 from events where kind = 'm'")
+        await migration.until("rows applied", "select count(*) = 30 from metrics where note = 'm'")
+        await migration.consumers[0].drain()
+        await execute(source, *_UNTOLD)
+        await _merge(source)
+        await migration.stop()
+        monkeypatch.setattr(chunk_watch, "follow_chunks", look)
+        migration.start_coordinator()
+        await asyncio.wait_for(has_looked.wait(), 120)
+        migration.consumers[0].start()
         await migration.finish()
         assert await world.differences(source, target) == []
 
@@ -161,9 +216,7 @@ _NEW_ROWS_AFTER = (
 )
 
 
-@pytest.mark.parametrize("is_turned", [False, True], ids=["into the first", "into the second"])
 async def test_two_chunks_made_after_the_plan_and_merged_before_their_lane_met_them(
-    is_turned: bool,
     timescale_source_database: str,
     target_of_timescale: str,
     kafka_bootstrap: str,
@@ -178,14 +231,14 @@ async def test_two_chunks_made_after_the_plan_and_merged_before_their_lane_met_t
     ) as migration:
         await migration.until_phase("copy", timeout=240)
         await execute(source, *_NEW_ROWS)
-        await _merge_at(source, "2026-02-01 12:00", "2026-02-02 12:00", is_turned=is_turned)
+        await _merge(source, dict.fromkeys(_DAYS, ("2026-02-01 12:00", "2026-02-02 12:00")))
         await execute(source, *_NEW_ROWS_AFTER)
         await _consume(migration)
         await migration.finish()
         assert await world.differences(source, target) == []
 
 
-@pytest.mark.parametrize("then", ["nothing", "one half emptied", "merged the other way round"])
+@pytest.mark.parametrize("then", ["nothing", "one half emptied", "merged again"])
 async def test_a_chunk_that_is_split_before_it_is_copied(
     then: str,
     timescale_source_database: str,
@@ -208,8 +261,8 @@ async def test_a_chunk_that_is_split_before_it_is_copied(
         await connection.close()
         if then == "one half emptied":
             await execute(source, "delete from metrics where time between '2026-01-03 12:00' and '2026-01-03 23:59:59'")
-        if then == "merged the other way round":
-            await _merge_at(source, "2026-01-03 06:00", "2026-01-03 18:00", is_turned=True)
+        if then == "merged again":
+            await _merge(source, dict.fromkeys(_DAYS, ("2026-01-03 06:00", "2026-01-03 18:00")))
         await execute(
             source,
             "update metrics set temp = 8 where time between '2026-01-03 06:00' and '2026-01-03 18:00' and device = 1",
@@ -220,18 +273,36 @@ async def test_a_chunk_that_is_split_before_it_is_copied(
         assert await world.differences(source, target) == []
 
 
-async def _merge_at(source: str, first: str, second: str, *, is_turned: bool) -> None:
-    """Merge two chunks of either hypertable, which hold these moments, into the first, or else into the second."""
-    connection = await asyncpg.connect(source)
-    for table in _DAYS:
-        chunks = [await connection.fetchval(_CHUNK_AT, table, at) for at in (first, second)]
-        kept, gone = reversed(chunks) if is_turned else chunks
-        await connection.execute(f"call merge_chunks('{kept}', '{gone}')")
-    await connection.close()
-
-
 async def _consume(migration: Migration) -> None:
     """Let a consumer begin, and have it copy everything."""
     migration.consumers.append(Service(run_consumer, migration.settings))
     migration.consumers[0].start()
     await migration.until_phase("replay", timeout=240)
+
+
+@pytest.mark.parametrize("is_split", [False, True], ids=["whole", "split"])
+async def test_rows_changed_in_a_new_chunk_without_identity(
+    is_split: bool,
+    timescale_source_database: str,
+    target_of_timescale: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+) -> None:
+    """The stream has its inserts alone: what was updated and deleted is seen by a copy behind the last barrier. Of a new half it has nothing."""
+    source, target = timescale_source_database, target_of_timescale
+    await world.make(source)
+    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
+        await migration.until_phase("replay", timeout=240)
+        await execute(source, *_NEW_ROWS)
+        await migration.until("rows applied", "select count(*) = 45 from events where kind = 'm'")
+        if is_split:
+            chunk = await world.value(source, _CHUNK_AT, "events", "2026-02-02 12:00")
+            await execute(source, f"call split_chunk('{chunk}', '2026-02-02 12:00'::timestamptz)")
+        await execute(
+            source,
+            "update events set kind = 'changed' where ts between '2026-02-02 10:00' and '2026-02-02 14:00'",
+            "delete from events where ts >= '2026-02-02 16:00'",
+        )
+        await migration.finish()
+        assert await world.differences(source, target) == []

@@ -67,3 +67,6 @@ async def test_a_source_that_is_switched_off_after_the_hand_over_leaves_nothing_
         assert await world.value(target, _SCHEDULED)
         assert await world.compression(target) == await world.compression(source)
         assert await world.differences(source, target) == []
+        assert not [each for each in migration.observer.notes if "set as on the source now" in each], (
+            "nothing was altered"
+        )

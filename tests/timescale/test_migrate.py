@@ -27,7 +27,7 @@ async def test_a_quiet_database_comes_over_whole(
 ) -> None:
     source, target = timescale_source_database, target_of_timescale
     await world.make(source)
-    await execute(source, world.LATER)
+    await execute(source, world.LATER, world.CONSTRAINT_TRIGGER)
     jobs = await world.jobs(source)
     assert any(job[1] for job in jobs)
     async with Migration(

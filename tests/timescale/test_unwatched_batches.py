@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
 
+from live_migration.consumer import chunk_rebuild
 from live_migration.coordinator import chunk_watch
 from tests.e2e.migration import Migration
 from tests.fixtures.fix_postgres import Server, database, execute
@@ -27,6 +30,7 @@ _MORE_ROWS = """
 _AGAIN = """
     insert into metrics select t, 3, 9, 'again' from generate_series('2026-01-03 05:00'::timestamptz, '2026-01-03 05:20', '10 min') t
 """
+_FIRST_CHUNK = "select c::text from show_chunks('metrics', older_than => '2026-01-04'::timestamptz, newer_than => '2026-01-03'::timestamptz) c"
 _DELETE = "delete from metrics where device = {}"
 _RECOMPRESS = """
     select compress_chunk(c, recompress => true) from show_chunks('metrics', newer_than => '2026-01-03'::timestamptz) c
@@ -252,3 +256,37 @@ async def test_batches_deleted_on_a_source_of_another_version(
             await connection.close()
             await migration.finish()
             assert await world.value(source, _SUM) == await world.value(target, _SUM)
+
+
+async def test_a_chunk_that_is_copied_anew_gives_way_to_whoever_waits_for_it(
+    timescale_source_database: str,
+    target_of_timescale: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever wants the chunk for itself waits for the copy's lock, and all readers and writers of the chunk behind it."""
+    source, target = timescale_source_database, target_of_timescale
+    await world.make(source)
+    stream_copy = chunk_rebuild.stream_copy
+    chunk = str(await world.value(source, _FIRST_CHUNK))
+    has_waited = asyncio.Event()
+
+    async def copy_with_somebody_waiting(*arguments: Any, **options: Any) -> Any:
+        if not has_waited.is_set():
+            async with asyncio.timeout(60):
+                await execute(source, f"begin; lock table {chunk} in access exclusive mode; commit")
+            has_waited.set()
+        return await stream_copy(*arguments, **options)
+
+    monkeypatch.setattr(chunk_rebuild, "stream_copy", copy_with_somebody_waiting)
+    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
+        await migration.until_phase("replay", timeout=240)
+        await execute(source, f"select compress_chunk('{chunk}')")
+        async with asyncio.timeout(120):
+            while not has_waited.is_set():
+                migration.raise_failures()
+                await asyncio.sleep(0.1)
+        await migration.finish()
+        assert await world.differences(source, target) == []

@@ -63,6 +63,8 @@ _JOBS = """
 """
 LATER = "select alter_job(job_id, next_start => '2100-01-01') from timescaledb_information.jobs where proc_name = 'policy_retention'"
 """Lets a policy wait, as one does that has run a moment ago."""
+CONSTRAINT_TRIGGER = "create constraint trigger stamped after insert on metrics for each row execute function stamp()"
+"""TimescaleDB replaces any other trigger of a chunk that is there already by its hypertable's, this kind it cannot."""
 NEXT_START = """
     select s.next_start from _timescaledb_internal.bgw_job_stat s join timescaledb_information.jobs j using (job_id)
     where j.proc_name = 'policy_retention' and s.next_start > now() + interval '1 hour'
@@ -136,7 +138,7 @@ async def differences(
                 found.append(
                     f"{relation}: {len(ours)} rows here, {len(theirs)} there; missing {missing[:3]}, extra {extra[:3]}"
                 )
-        for query in (_HYPERTABLES, _FOREIGN_KEYS, _TRIGGERS):
+        for query in (_HYPERTABLES, _FOREIGN_KEYS, _TRIGGERS, _LACKING):
             ours, theirs = [[tuple(r) for r in await each.fetch(query)] for each in (source, target)]
             if ours != theirs:
                 found.append(
@@ -165,6 +167,12 @@ _TRIGGERS = """
     select tgrelid::regclass::text, tgname from pg_trigger
     where not tgisinternal and tgrelid::regclass::text in ('metrics', 'events', 'plain') order by 1, 2
 """
+_LACKING = """
+    select distinct r.tgrelid::regclass::text, r.tgname from pg_trigger r join pg_inherits i on i.inhparent = r.tgrelid
+    where not r.tgisinternal and r.tgtype & 1 = 1 and r.tgrelid::regclass::text in ('metrics', 'events')
+      and not exists (select from pg_trigger t where t.tgrelid = i.inhrelid and t.tgname = r.tgname) order by 1, 2
+"""
+"""Row triggers that chunks lack."""
 
 
 async def jobs(uri: str) -> list[tuple[Any, ...]]:

@@ -19,14 +19,14 @@ from tests.support.messages import put_delete, put_insert, put_tuple, put_update
 OID = 9
 
 
-def make_table(keys: tuple[int, ...] = (0,), *, kept: tuple[int, ...] | None = None, identity: str = "") -> TargetTable:
+def make_table(keys: tuple[int, ...] = (0,), *, identity: str = "") -> TargetTable:
     columns = tuple(Column(f"c{i}", type_oid, -1, i in keys) for i, type_oid in enumerate((23, 25, 25)))
     on_target = tuple(SimpleNamespace(name=c.name, type="text", generated="", identity="") for c in columns)
     on_target[2].identity = identity
     key = tuple(KeyColumn(i, f"c{i}", "=", True) for i in keys)
     name = QualifiedName("public", "t")
     relation = Relation(OID, name, ReplicaIdentity("d"), columns)
-    return TargetTable(OID, name, relation, cast(Any, on_target), kept, key, False, False, False, True)
+    return TargetTable(OID, name, relation, cast(Any, on_target), key, False, False, False, True)
 
 
 def update(row: list[Value], *, binary: bool) -> bytes:
@@ -116,5 +116,5 @@ def test_what_needs_care_is_left_to_folding(other: Message) -> None:
 
 def test_tables_whose_rows_are_not_staged_as_they_come_are_left_to_folding() -> None:
     messages = [update(WHOLE, binary=False)]
-    for table in (make_table(()), make_table((1,)), make_table(kept=(0, 1)), make_table(identity="a")):
+    for table in (make_table(()), make_table((1,)), make_table(identity="a")):
         assert plain_changes(table, cast(list[Message], messages), binary=False) is None

@@ -24,7 +24,7 @@ def make_table(types: tuple[int, ...], keys: tuple[int, ...]) -> TargetTable:
     name = QualifiedName("public", "t")
     relation = Relation(OID, name, ReplicaIdentity("d"), columns)
     key = tuple(KeyColumn(i, f"c{i}", "=", True) for i in keys)
-    return TargetTable(OID, name, relation, (), None, key, False, False, False, True)
+    return TargetTable(OID, name, relation, (), key, False, False, False, True)
 
 
 def delete(row: list[Value], *, kind: bytes = b"K", binary: bool = True) -> Message:

@@ -112,7 +112,7 @@ def test_what_is_left_of_a_segment_keeps_its_positions(gone: list[int]) -> None:
 def table(name: str) -> TargetTable:
     qualified = QualifiedName("public", name)
     described = Relation(oid_of(name), qualified, decoded([("k", INT4, True)]).identity, ())
-    return TargetTable(oid_of(name), qualified, described, (), None, (), False, False, False, True)
+    return TargetTable(oid_of(name), qualified, described, (), (), False, False, False, True)
 
 
 def test_a_batch_is_put_into_source_order_and_together_again() -> None:
