@@ -115,14 +115,15 @@ async def _mark(run: Run, source: asyncpg.Connection, tables: Iterable[TableInfo
 
 
 async def _copy_again(run: Run, tables: list[TableInfo], what: str) -> None:
+    if not tables:
+        return
     with asking("target", "marking tables to be copied again"):
         await run.target.execute(
             "update _live_migration.tables set copy_again = true where oid = any($1::oid[])", [t.oid for t in tables]
         )
-    for table in tables:
-        run.reporter.warning(
-            f"rows of {table.name} {what}, and without a replica identity that is not in the stream: the table is copied once more"
-        )
+    run.reporter.warning(
+        f"rows of {name_list(table.name for table in tables)} {what}, and without a replica identity that is not in the stream: copied once more"
+    )
 
 
 async def _await_statistics(run: Run, source: asyncpg.Connection) -> list[str]:

@@ -24,7 +24,7 @@ ROWS = """
     insert into bare select '{0}'::timestamptz + i * interval '1 minute', i from generate_series(1, 100) i;
     insert into keyed select '{0}'::timestamptz + i * interval '1 minute', i, i from generate_series(1, 100) i;
 """
-COUNTED = "select coalesce(sum(n_tup_upd), 0) = $1 from pg_stat_all_tables where schemaname = '_timescaledb_internal'"
+COUNTED = "select coalesce(sum(n_tup_upd), 0) = $1 from pg_stat_all_tables where relname like '\\_hyper%'"
 
 
 async def read(uri: str, table: str) -> list[tuple[object, ...]]:
