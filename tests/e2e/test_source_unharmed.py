@@ -9,6 +9,7 @@ import pytest
 
 from live_migration.common.errors import LiveMigrationError
 from live_migration.common.local_postgres import LocalPostgres
+from live_migration.coordinator import statistics
 from live_migration.coordinator.clean import clean
 from tests.e2e.migration import Migration
 from tests.fixtures.fix_postgres import SETTINGS, execute
@@ -214,6 +215,29 @@ async def test_a_change_that_its_session_reports_late_is_waited_for(
         await source.execute(CHANGE)
         assert not await fetch_value(source_database, COUNTED, 2)
         await assert_copied_once_more(migration)
+    await source.close()
+
+
+async def test_a_change_that_its_session_does_not_report_is_taken_for_granted(
+    source_database: str,
+    target_database: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A session hands in nothing while a transaction of its own is open."""
+    monkeypatch.setattr(statistics, "_MOST_SECONDS", 2.0)
+    await execute(source_database, UNFOLLOWED)
+    source = await asyncpg.connect(source_database)
+    async with Migration(source_database, target_database, kafka_bootstrap, unique_name, tmp_path) as migration:
+        await migration.until_phase("replay")
+        await source.execute("select pg_stat_force_next_flush()")
+        await source.execute(CHANGE)
+        await source.execute("begin; select 1")
+        await assert_copied_once_more(migration)
+        assert not await fetch_value(source_database, COUNTED, 2)
+    assert any("idle in transaction" in warning for warning in migration.observer.warnings)
     await source.close()
 
 
