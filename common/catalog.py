@@ -9,6 +9,7 @@ from typing import Literal
 import asyncpg
 
 from live_migration.common.relation import QualifiedName, ReplicaIdentity
+from live_migration.common.rewriting import FILE_MARK
 from live_migration.common.timescale import Layout, read_layout
 
 Part = Literal["table", "hypertable", "chunk", "compressed", "compressed root"]
@@ -52,7 +53,7 @@ class TableInfo:
     (`pg_get_replica_identity_index`), else None; None too where a generated column is in it: the stream lacks those, and
     from 18 on the server refuses UPDATE and DELETE then. `persistence`: 'p' permanent, 'u' unlogged. Of a chunk, and of a table of
     compressed rows: the oid of its `hypertable`; of a chunk: the condition that its rows fulfil, and the oid of the table that
-    holds its compressed rows.
+    holds its compressed rows. `file_mark`: see `rewriting`.
     """
 
     oid: int
@@ -68,6 +69,7 @@ class TableInfo:
     hypertable: int | None = None
     range: str | None = None
     compressed: int | None = None
+    file_mark: str | None = None
 
     @property
     def is_users(self) -> bool:
@@ -98,7 +100,7 @@ _COLUMNS = """
     order by a.attrelid, a.attnum
 """
 
-_TABLES = """
+_TABLES = f"""
     select c.oid, n.nspname as schema, c.relname as name, c.relpersistence::text as persistence,
            c.relreplident::text as identity,
            (select i.indexrelid from pg_index i
@@ -107,7 +109,8 @@ _TABLES = """
                 where a.attrelid = c.oid and a.attgenerated <> '' and a.attnum = any((i.indkey::int2[])[0:i.indnkeyatts - 1]))
            ) as identity_index,
            coalesce(pg_relation_size(c.oid), 0) as size, greatest(c.reltuples, 0)::bigint as rows,
-           pg_stat_get_tuples_updated(c.oid) + pg_stat_get_tuples_deleted(c.oid) as changed_rows
+           pg_stat_get_tuples_updated(c.oid) + pg_stat_get_tuples_deleted(c.oid) as changed_rows,
+           {FILE_MARK} as file_mark
     from pg_class c join pg_namespace n on n.oid = c.relnamespace
     where c.relkind = 'r' and c.relpersistence in ('p', 'u')
       and n.nspname !~ '^pg_' and n.nspname not in ('information_schema', '_live_migration')
@@ -147,6 +150,7 @@ async def list_tables(connection: asyncpg.Connection) -> list[TableInfo]:
             row["rows"],
             row["changed_rows"],
             *_part(layout, row["oid"]),
+            file_mark=row["file_mark"],
         )
         for row in rows
     ]

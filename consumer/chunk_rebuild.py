@@ -61,7 +61,7 @@ _DONE = """
     update _live_migration.tables
     set rebuild = case when coalesce(rebuild_lsn <= $9, true) and coalesce(unseen_lsn <= $3, true) then null else rebuild end,
         snapshot = $2, horizon = $3, timeline = $4, columns = $5, binary_copy = $6, row_count = $7,
-        byte_count = $8, copied_at = clock_timestamp(), error = null, hint = null, copy_again = false
+        byte_count = $8, file_mark = $10, copied_at = clock_timestamp(), error = null, hint = null, copy_again = false
     where oid = $1
 """
 
@@ -247,6 +247,7 @@ async def _finish(
             count.rows,
             count.bytes,
             applied_lsn,
+            origin.file_mark,
         )
     if status != "UPDATE 1":
         raise Fenced(f"{chunk.name} is not part of the plan any more")

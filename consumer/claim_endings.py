@@ -26,7 +26,7 @@ _STATE_AFTER_COPY = """case when exists (select from _live_migration.indexes i w
 _FINISH_TABLE = f"""
     update _live_migration.tables t
     set state = {_STATE_AFTER_COPY}, snapshot = $4, horizon = $5, columns = $6, binary_copy = $7, row_count = $8, byte_count = $9,
-        timeline = $10, rebuild = coalesce($11, t.rebuild), copied_at = clock_timestamp(), error = null, hint = null, {_FREE_SOURCE}
+        timeline = $10, rebuild = coalesce($11, t.rebuild), file_mark = $12, copied_at = clock_timestamp(), error = null, hint = null, {_FREE_SOURCE}
     where oid = $1 and attempt = $2 and owner = $3 and state = 'copying'
 """
 
@@ -44,8 +44,9 @@ _FINISH_GROUP_INDEXES = f"""
 _FINISH_GROUP = f"""
     update _live_migration.tables t
     set state = {_STATE_AFTER_COPY}, snapshot = $4, horizon = $5, timeline = $6, columns = h.columns::jsonb, binary_copy = h.is_binary,
-        row_count = h.rows, byte_count = h.bytes, copied_at = clock_timestamp(), error = null, hint = null, {_FREE_SOURCE}
-    from unnest($1::oid[], $2::int[], $7::text[], $8::bool[], $9::bigint[], $10::bigint[]) as h (oid, attempt, columns, is_binary, rows, bytes)
+        row_count = h.rows, byte_count = h.bytes, file_mark = h.file_mark, copied_at = clock_timestamp(), error = null, hint = null, {_FREE_SOURCE}
+    from unnest($1::oid[], $2::int[], $7::text[], $8::bool[], $9::bigint[], $10::bigint[], $11::text[])
+        as h (oid, attempt, columns, is_binary, rows, bytes, file_mark)
     where t.oid = h.oid and t.attempt = h.attempt and t.owner = $3 and t.state = 'copying'
 """
 
@@ -58,7 +59,7 @@ _GIVE_GROUP_BACK = f"""
 
 _SHARE_SNAPSHOT = """
     update _live_migration.tables t
-    set snapshot = $4, horizon = $5, columns = $6, binary_copy = $7, snapshot_id = $8, timeline = $9, error = null, hint = null
+    set snapshot = $4, horizon = $5, columns = $6, binary_copy = $7, snapshot_id = $8, timeline = $9, file_mark = $10, error = null, hint = null
     where oid = $1 and attempt = $2 and owner = $3 and state = 'copying'
 """
 
@@ -99,6 +100,7 @@ class CopyOrigin:
     is_binary: bool
     rebuild: str | None = None
     """Why a chunk's lane has to copy it anew: it has no snapshot then."""
+    file_mark: str | None = None
 
 
 async def finish_table(
@@ -118,6 +120,7 @@ async def finish_table(
         count.bytes,
         origin.timeline,
         origin.rebuild,
+        origin.file_mark,
     )
     _require_one(status, claim)
 
@@ -170,6 +173,7 @@ async def finish_group(
         [each.origin.is_binary for each in copied],
         [each.count.rows for each in copied],
         [each.count.bytes for each in copied],
+        [each.origin.file_mark for each in copied],
     )
     if status != f"UPDATE {len(claims)}":
         raise Fenced(f"{what}: the claim of one was taken over by somebody else")
@@ -202,6 +206,7 @@ async def share_snapshot(
         origin.is_binary,
         snapshot_id,
         origin.timeline,
+        origin.file_mark,
     )
     _require_one(status, claim)
     await connection.execute("delete from _live_migration.parts where oid = $1", claim.oid)

@@ -29,6 +29,7 @@ from live_migration.consumer.lane_meeting import LanesMeet, has_met, meet
 from live_migration.consumer.lane_pipeline import ChunksDue, LanePipeline
 from live_migration.consumer.log_reader import LogReader
 from live_migration.consumer.memory_budget import MemoryBudget
+from live_migration.consumer.passed_over import pass_over
 from live_migration.consumer.refusal import ChangeRefused, is_of_a_change
 from live_migration.consumer.skips import LaneSkips
 from live_migration.consumer.source_watch import giving_way, write_flush_barrier
@@ -103,7 +104,9 @@ class PartitionTask:
                 if not await self._let_go(error):
                     await self._pause(error)
             except LiveMigrationError as error:
-                if isinstance(error, ChangeRefused) and await self._has_chunks_to_copy(error):
+                if isinstance(error, ChangeRefused) and (
+                    await self._has_chunks_to_copy(error) or await self._passes_over(error)
+                ):
                     continue
                 if is_of_a_change(error):
                     self._log.info("lane looks for the refused change", reason=error.message)
@@ -230,6 +233,18 @@ class PartitionTask:
             self._refused_at = refused.position
             self._log.info("chunks are copied early", reason=refused.message, chunks=len(chunks))
         return bool(chunks)
+
+    async def _passes_over(self, refused: ChangeRefused) -> bool:
+        """Tell whether the lane goes on without the refused change's table, which is copied once more at the cutover."""
+        try:
+            async with session(self._settings.target_uri(), "target", application="live-migration lane") as target:
+                with asking("target", f"passing over what lane {self._lane} has of {refused.relation}"):
+                    is_passed_over = await pass_over(target, refused)
+        except LiveMigrationError:
+            return False
+        if is_passed_over:
+            self._log.warning("table is copied once more at the cutover, and passed over", reason=refused.message)
+        return is_passed_over
 
     async def _mark_suspects(self) -> None:
         """Mark the lane's suspects to be copied early, and again behind what was decoded: what stands there may undo it."""

@@ -56,10 +56,19 @@ class ChangeRefused(LaneStopped):
     """The target refuses this one change.
 
     `operation`: INSERT, UPDATE, DELETE or TRUNCATE; `reason`: what the target said; `hint`: how to mend it. To skip it is always a way.
+    `obstructed`: the table's oid on the source where it is a row on the target that is in this one's way.
     """
 
     def __init__(
-        self, place: Place, position: Position, relation: str, operation: str, key: str, reason: str, hint: str
+        self,
+        place: Place,
+        position: Position,
+        relation: str,
+        operation: str,
+        key: str,
+        reason: str,
+        hint: str,
+        obstructed: int | None = None,
     ) -> None:
         command = f"live-migration skip --lane {place.lane} --position '{position}'"
         super().__init__(
@@ -70,6 +79,7 @@ class ChangeRefused(LaneStopped):
         self.relation = relation
         self.operation = operation
         self.reason = reason
+        self.obstructed = obstructed
 
     def as_json(self) -> str:
         """Give what the checkpoint keeps of it."""

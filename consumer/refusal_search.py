@@ -78,7 +78,9 @@ def _refused(change: BatchedChange, error: BatchRefused, place: Place) -> Change
     table = change.of.table
     key = describe_key(change.message, table.relation, table)
     operation = OPERATIONS[change.message[0]]
-    return ChangeRefused(place, change.position, str(table.name), operation, key, error.reason, hint)
+    is_obstructed = isinstance(error.__cause__, asyncpg.UniqueViolationError | asyncpg.ExclusionViolationError)
+    obstructed = table.source_oid if is_obstructed else None
+    return ChangeRefused(place, change.position, str(table.name), operation, key, error.reason, hint, obstructed)
 
 
 def flatten(batch: Batch) -> list[BatchedChange]:

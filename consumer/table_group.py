@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from live_migration.common.errors import Fenced, LiveMigrationError, Retry
 from live_migration.common.postgres import terminate_backend
 from live_migration.common.relation import QualifiedName
+from live_migration.common.rewriting import FILE_MARK
 from live_migration.common.state import record_event
 from live_migration.common.telemetry import get_logger
 from live_migration.consumer.claim_endings import CopiedTable, CopyOrigin, finish_group, give_group_back, lock_group
@@ -39,13 +40,13 @@ _MOST_BYTES = 1 << 20
 _LOCK_TIMEOUT_SECONDS = 2.0
 """For any lock on the target: the group gives up soon, and whoever waits does so alone."""
 
-_UNDER_LOCK = """
+_UNDER_LOCK = f"""
     select c.oid, n.nspname, c.relname, c.relkind::text as kind, pg_relation_size(c.oid) as size_bytes,
            pg_table_size(c.oid) <= $2 as is_small, coalesce(m.amname = 'heap', false) as is_heap,
            c.oid = any(array(select l.relation from pg_locks l
                              where l.pid = pg_backend_pid() and l.locktype = 'relation' and l.granted and l.mode = 'AccessShareLock'
                                and l.database = (select d.oid from pg_database d where d.datname = current_database()))) as is_locked,
-           current_setting('block_size')::int as block_size
+           current_setting('block_size')::int as block_size, {FILE_MARK} as file_mark
     from pg_class c join pg_namespace n on n.oid = c.relnamespace left join pg_am m on m.oid = c.relam
     where c.oid = any($1::oid[])
 """
@@ -165,7 +166,10 @@ async def _look(
         if find_differences(here, its):
             continue
         table = LockedTable(
-            claim.name, **dict(moment), **{k: row[k] for k in ("size_bytes", "is_heap", "block_size")}, columns=here
+            claim.name,
+            **dict(moment),
+            **{k: row[k] for k in ("size_bytes", "is_heap", "block_size", "file_mark")},
+            columns=here,
         )
         # No transaction that the snapshot sees has written into a file without a block; our lock keeps it from being cut.
         has_none = table.is_heap and table.size_bytes == 0

@@ -12,6 +12,7 @@ import asyncpg
 from live_migration.common.catalog import CURRENT_TIMELINE, ColumnInfo
 from live_migration.common.postgres import terminate_backend
 from live_migration.common.relation import QualifiedName, quote_literal
+from live_migration.common.rewriting import FILE_MARK
 from live_migration.consumer.claim_endings import CopyOrigin, copying_backends
 from live_migration.consumer.claims import PartClaim, TableClaim
 from live_migration.consumer.copy_errors import AttemptOver, CopyDeferred, TableStopped, server_errors
@@ -39,7 +40,8 @@ _UNDER_LOCK = f"""
                   ) as is_locked,
            (select pg_relation_size(c.oid) from pg_class c where c.oid = $1) as size_bytes,
            (select m.amname = 'heap' from pg_class c join pg_am m on m.oid = c.relam where c.oid = $1) as is_heap,
-           current_setting('block_size')::int as block_size
+           current_setting('block_size')::int as block_size,
+           (select {FILE_MARK} from pg_class c where c.oid = $1) as file_mark
 """
 
 _DEFINITIONS = """
@@ -86,6 +88,7 @@ class LockedTable:
     size_bytes: int
     is_heap: bool
     block_size: int
+    file_mark: str | None
     columns: tuple[ColumnDefinition, ...]
 
     def parts(self, part_size: int) -> tuple[BlockRange, ...]:
@@ -126,6 +129,7 @@ async def lock_table(
         seen["size_bytes"],
         seen["is_heap"],
         seen["block_size"],
+        seen["file_mark"],
         columns,
     )
 
@@ -299,7 +303,14 @@ def plan_copy(
     """Give how a table's rows travel into columns that can take them, and what is kept of it."""
     is_binary = travels_binary(table.columns, target)
     columns = tuple(column.name for column in copied_columns(table.columns))
-    origin = CopyOrigin(table.snapshot, table.horizon, table.timeline, _columns_json(table.columns), is_binary)
+    origin = CopyOrigin(
+        table.snapshot,
+        table.horizon,
+        table.timeline,
+        _columns_json(table.columns),
+        is_binary,
+        file_mark=table.file_mark,
+    )
     return CopyPlan(table.name, columns, is_binary, target=root, decompresses=decompresses), origin
 
 

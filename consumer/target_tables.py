@@ -77,7 +77,7 @@ class TargetTable:
 
 _TABLE = """
     select coalesce(t.root_schema, t.schema_name) as schema_name, coalesce(t.root_name, t.table_name) as table_name,
-           t.lane, t.lanes, t.is_left_out, t.snapshot, t.horizon - '0/0'::pg_lsn as horizon, c.oid, c.relkind::text as kind,
+           t.lane, t.lanes, t.is_left_out, t.is_passed_over and t.copy_again as is_passed_over, t.snapshot, t.horizon - '0/0'::pg_lsn as horizon, c.oid, c.relkind::text as kind,
            to_regclass('_timescaledb_catalog.dimension') is not null as has_timescale,
            t.rebuild is not null and t.kind <> 'chunk'
                or exists (select from _live_migration.tables h where h.oid = t.hypertable_oid and h.rebuild is not null) as is_due
@@ -210,6 +210,10 @@ class TargetTables:
         if row["is_left_out"]:
             name = home.hypertable if home else relation.name
             raise RelationRefused(LaneStopped(f"{name} is not carried over to the target"), relation, EVERYTHING)
+        if row["is_passed_over"]:
+            raise RelationRefused(
+                LaneStopped(f"{relation.name} is copied once more at the cutover"), relation, EVERYTHING
+            )
         snapshot = CopySnapshot.parse(row["snapshot"], int(row["horizon"])) if row["snapshot"] else None
         if row["is_due"]:
             raise RebuildFirst(relation, snapshot)

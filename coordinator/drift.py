@@ -14,6 +14,7 @@ from live_migration.common.progress import name_list
 from live_migration.common.relation import QualifiedName
 from live_migration.common.timescale import INTERNAL_SCHEMA
 from live_migration.coordinator.observer import Reporter
+from live_migration.coordinator.rewrites import mark_rewritten
 from live_migration.coordinator.run import Run
 
 _INTERVAL_SECONDS = 60.0
@@ -91,13 +92,14 @@ async def find_drift(run: Run, source: asyncpg.Connection, target: asyncpg.Conne
 
 
 async def watch_drift(run: Run) -> None:
-    """Name tables that go or change their name, each change once; never returns."""
+    """Name tables that go, change their name or are written anew, each change once; never returns."""
     async with run.source_session("drift") as source, run.target_session("drift") as target:
         while True:
             drift = await find_drift(run, source, target)
             # What was created is brought, or named, by `newcomers`.
             for kind, names in (("renamed", drift.renamed), ("dropped", drift.dropped)):
                 _name_each(run.reporter, kind, names)
+            await mark_rewritten(run, source, target)
             await asyncio.sleep(_INTERVAL_SECONDS)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import asyncpg
@@ -22,9 +22,11 @@ from live_migration.coordinator.dump_script import PG_CLASS
 from live_migration.coordinator.entries import run_entries
 from live_migration.coordinator.made_definitions import load_made
 from live_migration.coordinator.made_jobs import make_jobs
+from live_migration.coordinator.rewrites import mark_rewritten
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.schema import read_post_data
 from live_migration.coordinator.source_jobs import note_starts
+from live_migration.coordinator.statistics import mark_unfollowed
 from live_migration.coordinator.timescale_handover import (
     bring_watermarks,
     compress_like_source,
@@ -87,32 +89,14 @@ async def _once(run: Run, step: str, act: Callable[[], Awaitable[None]]) -> None
 
 async def copy_outside_stream(run: Run, source: asyncpg.Connection) -> None:
     """Copy unlogged tables, and those whose changes were not all in the stream; each in a transaction of its own."""
-    tables = await run.list_tables(source)
-    await _mark_unfollowed(run, tables)
+    await mark_rewritten(run, source, run.target)
+    unfollowed = await mark_unfollowed(run, source, await run.list_tables(source))
     with asking("target", "reading the plan"):
         again = {r[0] for r in await run.target.fetch("select oid from _live_migration.tables where copy_again")}
-    for table in tables:
+    for table in unfollowed.tables:
         if table.is_users and (table.persistence == "u" or table.oid in again):
             await _copy(run, source, table)
-    await copy_unfollowed_chunks(run, source, tables)
-
-
-async def _mark_unfollowed(run: Run, tables: Iterable[TableInfo]) -> None:
-    """Mark tables without replica identity in which rows were updated or deleted since the plan, as far as the source knows."""
-    with asking("target", "reading the plan"):
-        rows = await run.target.fetch(
-            "select oid, changed_row_count from _live_migration.tables where publication = 'insert'"
-        )
-        planned = {row["oid"]: row["changed_row_count"] for row in rows}
-        changed = [t for t in tables if t.changed_row_count != planned.get(t.oid, t.changed_row_count)]
-        await run.target.execute(
-            "update _live_migration.tables set copy_again = true where oid = any($1::oid[])", [t.oid for t in changed]
-        )
-    for table in changed:
-        run.reporter.warning(
-            f"rows of {table.name} were updated or deleted on the source, and without a replica identity that is not in the "
-            "stream: the table is copied once more"
-        )
+    await copy_unfollowed_chunks(run, source, unfollowed)
 
 
 async def _copy(run: Run, source: asyncpg.Connection, table: TableInfo) -> None:
@@ -126,7 +110,7 @@ async def _copy(run: Run, source: asyncpg.Connection, table: TableInfo) -> None:
             await target.execute(f"truncate {only}{table.name.sql}")
         copied = await stream_copy(source, target, plan, blocks=None, freeze=False, on_bytes=lambda _: None)
         await target.execute(
-            """update _live_migration.tables set copy_again = false, error = null, hint = null, row_count = $2
+            """update _live_migration.tables set copy_again = false, is_passed_over = false, error = null, hint = null, row_count = $2
                where oid = $1""",
             table.oid,
             copied.rows,

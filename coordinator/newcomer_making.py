@@ -37,7 +37,7 @@ Kind = Literal["table", "hypertable", "aggregate"]
 REASON = "it was made on the source after the plan"
 _LATE = frozenset({"TRIGGER", "RULE", "POLICY", "ROW SECURITY"})
 _LATE_COMMENTS = ("CONSTRAINT ", "TRIGGER ", "RULE ", "POLICY ")
-_NOWHERE = Moment("", 0, 0)
+_NOWHERE = Moment("", 0, 0, None)
 
 _MATERIALIZATION = """
     select materialization_hypertable_schema::text as schema, materialization_hypertable_name::text as name

@@ -45,7 +45,7 @@ _KNOWN = "select oid, schema_name, table_name, newcomer from _live_migration.tab
 _FOLLOW = """
     update _live_migration.tables
     set newcomer = 'followed', publication = $2, columns = $3, binary_copy = $4, row_estimate = $5, size_bytes = $6,
-        changed_row_count = $7, snapshot = $8, horizon = $9, timeline = $10
+        changed_row_count = $7, snapshot = $8, horizon = $9, timeline = $10, statistics = $11
     where oid = $1 and newcomer = 'made'
 """
 _LET_GO = """
@@ -227,6 +227,7 @@ async def _save(
                     moment.snapshot,
                     moment.horizon,
                     moment.timeline,
+                    moment.statistics,
                 )
             await steps.require_role(target, run.epoch)
     return [table.name for table in tables]

@@ -67,11 +67,12 @@ def columns_json(columns: Iterable[ColumnInfo]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """The snapshot that a plan is of, where the WAL then ended, and the timeline."""
+    """The snapshot that a plan is of, where the WAL then ended, the timeline, and which statistics the source then counted in."""
 
     snapshot: str
     horizon: int
     timeline: int
+    statistics: str | None
 
 
 def table_row(
@@ -125,6 +126,8 @@ def table_row(
         moment.horizon if is_root else None,
         moment.timeline if is_root else None,
         is_left_out,
+        moment.statistics,
+        table.file_mark,
     )
 
 
@@ -132,4 +135,5 @@ TABLE_COLUMNS = (
     "oid", "schema_name", "table_name", "lane", "lanes", "publication", "columns", "binary_copy", "row_estimate", "size_bytes",
     "changed_row_count", "kind", "hypertable_oid", "compressed_oid", "compressed_name", "range", "root_schema", "root_name",
     "copies_to_root", "state", "snapshot", "horizon", "timeline", "is_left_out",
+    "statistics", "file_mark",
 )  # fmt: skip

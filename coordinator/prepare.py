@@ -31,6 +31,7 @@ from live_migration.coordinator.planning import Memberships
 from live_migration.coordinator.recopy import adopt_memberships, drop_built_indexes, planned_tables
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.source_jobs import pause_source_jobs
+from live_migration.coordinator.statistics import read_statistics
 from live_migration.coordinator.timescale_source import compressed_tables, publish_inner
 from live_migration.producer.publication import (
     ALL_OPERATIONS,
@@ -126,10 +127,13 @@ async def _begin_change_log(run: Run, source: asyncpg.Connection, timeline: int,
     await outwait("the first table snapshot")  # what committed below stands in the WAL, but may not be visible yet
     with asking("source", "looking for TimescaleDB"):
         has_timescale = await read_version(source) is not None
-    await _enter_schema(run, lsn, timeline, members, has_timescale)
+    statistics = await read_statistics(source)
+    await _enter_schema(run, lsn, timeline, members, statistics, has_timescale=has_timescale)
 
 
-async def _enter_schema(run: Run, start_lsn: int, timeline: int, members: Memberships, has_timescale: bool) -> None:
+async def _enter_schema(
+    run: Run, start_lsn: int, timeline: int, members: Memberships, statistics: str | None, *, has_timescale: bool
+) -> None:
     # TimescaleDB's catalog is read from the stream as text, and a walsender cannot send compressed rows in binary form.
     binary = not has_timescale and all(table.is_binary_safe for table in (*members.all, *members.insert))
     async with run.target_transaction("leaving phase prepare") as target:
@@ -141,7 +145,7 @@ async def _enter_schema(run: Run, start_lsn: int, timeline: int, members: Member
             timeline,
             binary,
         )
-        await adopt_memberships(target, members)
+        await adopt_memberships(target, members, statistics)
         await steps.finish(target, run.epoch, _STEP)
         await run.enter(Phase.SCHEMA)
     await run.reload()

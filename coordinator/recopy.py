@@ -34,7 +34,7 @@ LOCK_TABLES = "select from _live_migration.tables order by oid for no key update
 VOID = f"""
     {LOCK_TABLES};
     update _live_migration.tables
-    set state = 'stopped', started_at = null, copy_again = false, {FORGET_COPY}
+    set state = 'stopped', started_at = null, copy_again = false, is_passed_over = false, {FORGET_COPY}
     where kind <> 'hypertable' and newcomer is distinct from 'gone';
     update _live_migration.tables
     set newcomer = 'made', rebuild = 'every table is copied again', rebuild_lsn = null, snapshot = null, horizon = null, timeline = null
@@ -193,12 +193,12 @@ async def planned_tables(target: asyncpg.Connection) -> frozenset[int] | None:
     return frozenset(row["oid"] for row in rows) or None
 
 
-async def adopt_memberships(target: asyncpg.Connection, members: Memberships) -> None:
+async def adopt_memberships(target: asyncpg.Connection, members: Memberships, statistics: str | None) -> None:
     """Bring a plan that is there up to date with the publications just made: what is followed, and from which count on."""
     for publication, tables in (("all", members.all), ("insert", members.insert)):
         await target.executemany(
-            "update _live_migration.tables set publication = $2, changed_row_count = $3 where oid = $1",
-            [(table.oid, publication, table.changed_row_count) for table in tables],
+            "update _live_migration.tables set publication = $2, changed_row_count = $3, statistics = $4 where oid = $1",
+            [(table.oid, publication, table.changed_row_count, statistics) for table in tables],
         )
 
 

@@ -44,6 +44,7 @@ from live_migration.coordinator.post_data import PostData, sort_post_data
 from live_migration.coordinator.prepare import publish_tables
 from live_migration.coordinator.recopy import release_tables
 from live_migration.coordinator.run import Run
+from live_migration.coordinator.statistics import STATISTICS
 from live_migration.coordinator.timescale_catalog import ARCHIVE as CATALOG_ARCHIVE
 from live_migration.coordinator.timescale_catalog import Catalog, begin_restoring, read_catalog, restore_catalog
 from live_migration.coordinator.timescale_source import can_watch_compressed
@@ -74,7 +75,7 @@ _TABLES_IN_SCHEMA = 150_000
 _SCHEMA_MEMBERS = "select oid from pg_publication_namespace where pnpubid = any($1::oid[])"
 _TRIGGERS = "select oid, tgrelid as table_oid from pg_trigger where not tgisinternal"
 MOMENT = f"""
-    select pg_current_snapshot()::text as snapshot, pg_current_wal_insert_lsn() as horizon, {CURRENT_TIMELINE} as timeline
+    select pg_current_snapshot()::text as snapshot, pg_current_wal_insert_lsn() as horizon, {CURRENT_TIMELINE} as timeline, {STATISTICS} as statistics
 """
 _OUR_PUBLICATIONS = """
     select p.oid, (select array_agg(r.oid) from pg_publication_rel r where r.prpubid = p.oid) as members

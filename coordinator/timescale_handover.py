@@ -4,11 +4,10 @@ compression as on the source, and at last the jobs."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import asyncpg
 
-from live_migration.common.catalog import TableInfo
 from live_migration.common.errors import TargetError
 from live_migration.common.home import Home
 from live_migration.common.postgres import asking, enter_replica_role, session
@@ -24,19 +23,20 @@ from live_migration.coordinator.aggregate_refresh import keep_watermarks
 from live_migration.coordinator.aggregate_state import AggregateState, read_state, write_state
 from live_migration.coordinator.run import APPLICATION, Run
 from live_migration.coordinator.source_jobs import release_target_jobs
+from live_migration.coordinator.statistics import Unfollowed, read_statistics
 
 _EVERYTHING = 2**63 - 1
 """An LSN: behind the last barrier all is applied."""
 _AGGREGATES = "aggregates before the barriers"
 _COMPRESSION = "compression at the cutover"
 _INSERT_ONLY = """
-    select oid, schema_name, table_name from _live_migration.tables where kind = 'hypertable' and publication = 'insert'
+    select oid, schema_name, table_name, statistics from _live_migration.tables where kind = 'hypertable' and publication = 'insert'
 """
 
 
-async def copy_unfollowed_chunks(run: Run, source: asyncpg.Connection, tables: Iterable[TableInfo]) -> None:
+async def copy_unfollowed_chunks(run: Run, source: asyncpg.Connection, unfollowed: Unfollowed) -> None:
     """Copy the chunks anew that wait for it, and those in which rows were changed that the stream does not tell of."""
-    await _mark_new_unfollowed(run, tables)
+    await _mark_new_unfollowed(run, source, unfollowed)
     await _mark_suspects(run, source)
     done: set[int] = set()
     while True:  # a chunk that was split has its new neighbours copied, too
@@ -69,17 +69,20 @@ async def _copy_chunks(run: Run, source: asyncpg.Connection, chunks: Sequence[Ch
                 )
 
 
-async def _mark_new_unfollowed(run: Run, tables: Iterable[TableInfo]) -> None:
-    """Mark chunks made since the plan, of hypertables without identity, in which rows were updated or deleted."""
+async def _mark_new_unfollowed(run: Run, source: asyncpg.Connection, unfollowed: Unfollowed) -> None:
+    """Mark chunks made since the plan, of hypertables without identity, in which rows were, or may have been, updated or deleted."""
+    now = await read_statistics(source)
     with asking("target", "reading the plan"):
         roots = {
-            row["oid"]: QualifiedName(row["schema_name"], row["table_name"])
+            row["oid"]: (QualifiedName(row["schema_name"], row["table_name"]), row["statistics"])
             for row in await run.target.fetch(_INSERT_ONLY)
         }
         known = {row[0] for row in await run.target.fetch("select oid from _live_migration.tables")}
-        for table in tables:
-            root = roots.get(table.hypertable or 0)
-            if table.part == "chunk" and root is not None and table.oid not in known and table.changed_row_count:
+        for table in unfollowed.tables:
+            if table.part != "chunk" or table.oid in known or (found := roots.get(table.hypertable or 0)) is None:
+                continue
+            root, statistics = found
+            if table.changed_row_count or unfollowed.is_doubtful or now is None or statistics != now:
                 reason, home = "rows changed, and it has no replica identity", Home(root, table.name)
                 await mark_chunk(run.target, table.oid, home, reason=reason, is_new=True, condition=table.range)
 

@@ -32,7 +32,7 @@ _UNREADY = """
 """
 _TROUBLES = """
     select 'table ' || schema_name || '.' || table_name as about, error, hint from _live_migration.tables
-    where error is not null and not copy_again
+    where error is not null and (not copy_again or is_passed_over)
     union all
     select 'index ' || name, error, null from _live_migration.indexes where error is not null
     union all

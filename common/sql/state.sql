@@ -58,12 +58,14 @@ create table _live_migration.tables (
     row_estimate bigint not null default 0,
     size_bytes bigint not null default 0,
     changed_row_count bigint not null default 0,    -- rows that the source had ever updated or deleted, when planned
+    statistics text,                        -- which statistics that was counted in: of other ones it tells nothing
     state text not null default 'planned' check (state in ('planned', 'copying', 'copied', 'ready', 'stopped')),
     attempt integer not null default 0,
     snapshot_id text,                       -- exported by the holder, while state = 'copying'
     snapshot text,                          -- pg_current_snapshot() of the copy
     horizon pg_lsn,                         -- insert position right after the snapshot
     timeline integer,                       -- on which both were taken
+    file_mark text,                         -- which file and column definitions the copy saw: of others, its rows may have got new values
     row_count bigint not null default 0,    -- copied
     byte_count bigint not null default 0,
     started_at timestamptz,
@@ -72,6 +74,7 @@ create table _live_migration.tables (
     hint text,
     retry_at timestamptz,
     copy_again boolean not null default false,  -- has changes that the stream does not carry: copied once more at the cutover
+    is_passed_over boolean not null default false,      -- while copy_again: a row stands in the way of a newer one, and lanes pass its changes over
     -- the lease of the snapshot's holder
     owner text,
     backend_pid integer,                    -- the holder's target backend

@@ -8,8 +8,13 @@ import asyncpg
 import pytest
 
 from live_migration.common.errors import LiveMigrationError
+from live_migration.common.local_postgres import LocalPostgres
+from live_migration.coordinator import statistics
 from live_migration.coordinator.clean import clean
 from tests.e2e.migration import Migration
+from tests.fixtures.fix_postgres import SETTINGS, execute
+from tests.support.copying import fetch_value
+from tests.support.crashing import crash, kept_server
 from tests.support.workload import differences, read_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.integration]
@@ -112,7 +117,8 @@ async def test_every_table_arrives_whole_those_without_identity_by_a_second_copy
     everything = tuple(f"app.{table}" for table in WRITTEN)
     found = differences(await read_rows(source_database, everything), await read_rows(target_database, everything))
     assert not found
-    assert any("app.no_identity were updated or deleted" in warning for warning in migration.observer.warnings)
+    warnings = [each for each in migration.observer.warnings if "were updated or deleted on the source" in each]
+    assert any("app.no_identity" in warning for warning in warnings)
 
 
 async def test_tables_get_full_identity_on_request_and_clean_gives_it_back(
@@ -135,3 +141,114 @@ async def test_tables_get_full_identity_on_request_and_clean_gives_it_back(
     await clean(migration.settings, prune=False, note=print)
     assert await source.fetch(identities) == before
     await source.close()
+
+
+UNFOLLOWED = """
+create schema app;
+create table app.touched (id int, v int);
+insert into app.touched select i, 0 from generate_series(1, 100) i;
+"""
+CHANGE = "update app.touched set v = 1 where id = 1; delete from app.touched where id = 2; insert into app.touched values (101, 0)"
+COUNTED = "select n_tup_upd + n_tup_del = $1 from pg_stat_user_tables where relname = 'touched'"
+
+
+async def assert_copied_once_more(migration: Migration) -> None:
+    """Finish, and compare the table that has no identity."""
+    await migration.finish()
+    found = differences(*[await read_rows(uri, ("app.touched",)) for uri in (migration.source, migration.target)])
+    assert not found
+    assert [w for w in migration.observer.warnings if "rows of app.touched" in w and "copied once more" in w]
+
+
+async def test_a_table_without_identity_is_copied_once_more_after_a_crash_of_the_source(
+    target_database: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    """The crash takes the only sign that rows were changed."""
+    async with LocalPostgres(settings=SETTINGS) as server:
+        await execute(server.uri(), UNFOLLOWED)
+        async with Migration(server.uri(), target_database, kafka_bootstrap, unique_name, tmp_path) as migration:
+            await migration.until_phase("replay")
+            await execute(server.uri(), CHANGE)
+            await migration.until("statistics", COUNTED, 2, where="source")
+            await crash(server.uri())
+            await migration.until("statistics without what was changed", COUNTED, 0, where="source")
+            await assert_copied_once_more(migration)
+
+
+@pytest.mark.parametrize(
+    ("reset", "before"), [("pg_stat_reset()", 0), ("pg_stat_reset_single_table_counters('app.touched'::regclass)", 2)]
+)
+async def test_a_table_without_identity_is_copied_once_more_after_its_statistics_were_reset(
+    reset: str,
+    before: int,
+    source_database: str,
+    target_database: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+) -> None:
+    """What is counted at the end is what was counted at the plan."""
+    await execute(source_database, UNFOLLOWED)
+    if before:
+        await execute(source_database, CHANGE)
+    async with Migration(source_database, target_database, kafka_bootstrap, unique_name, tmp_path) as migration:
+        await migration.until("statistics", COUNTED, before, where="source")
+        await migration.until_phase("replay")
+        if not before:
+            await execute(source_database, CHANGE)
+            await migration.until("statistics", COUNTED, 2, where="source")
+        await execute(source_database, f"select {reset}")
+        if before:
+            await execute(source_database, "update app.touched set v = 2 where id in (3, 4)")
+        await migration.until("statistics as at the plan", COUNTED, before, where="source")
+        await assert_copied_once_more(migration)
+
+
+async def test_a_change_that_its_session_reports_late_is_waited_for(
+    source_database: str, target_database: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    await execute(source_database, UNFOLLOWED)
+    source = await asyncpg.connect(source_database)
+    async with Migration(source_database, target_database, kafka_bootstrap, unique_name, tmp_path) as migration:
+        await migration.until_phase("replay")
+        await source.execute("select pg_stat_force_next_flush()")  # the next but one is 10 s later
+        await source.execute(CHANGE)
+        assert not await fetch_value(source_database, COUNTED, 2)
+        await assert_copied_once_more(migration)
+    await source.close()
+
+
+async def test_a_change_that_its_session_does_not_report_is_taken_for_granted(
+    source_database: str,
+    target_database: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A session hands in nothing while a transaction of its own is open."""
+    monkeypatch.setattr(statistics, "_MOST_SECONDS", 2.0)
+    await execute(source_database, UNFOLLOWED)
+    source = await asyncpg.connect(source_database)
+    async with Migration(source_database, target_database, kafka_bootstrap, unique_name, tmp_path) as migration:
+        await migration.until_phase("replay")
+        await source.execute("select pg_stat_force_next_flush()")
+        await source.execute(CHANGE)
+        await source.execute("begin; select 1")
+        await assert_copied_once_more(migration)
+        assert not await fetch_value(source_database, COUNTED, 2)
+    assert any("idle in transaction" in warning for warning in migration.observer.warnings)
+    await source.close()
+
+
+async def test_a_table_that_was_not_touched_is_not_copied_once_more_although_the_source_was_restarted(
+    target_database: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    async with kept_server(18) as server:
+        await execute(server.uri(), UNFOLLOWED)
+        async with Migration(server.uri(), target_database, kafka_bootstrap, unique_name, tmp_path) as migration:
+            await migration.until_phase("replay")
+            await server.stop()
+            await server.start()
+            await migration.finish()
+        assert not [each for each in migration.observer.warnings if "rows of app.touched" in each]

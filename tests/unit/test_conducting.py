@@ -58,7 +58,7 @@ def test_unlogged_tables_go_into_no_publication() -> None:
 
 
 def test_a_table_row_has_a_value_for_each_column() -> None:
-    values = planning.table_row(put_table(DEFAULT, 7), LaneMap(8), "all", {}, planning.Moment("1:1:", 5, 1))
+    values = planning.table_row(put_table(DEFAULT, 7), LaneMap(8), "all", {}, planning.Moment("1:1:", 5, 1, "1/2"))
     row = dict(zip(planning.TABLE_COLUMNS, values, strict=True))
     assert (row["kind"], row["state"], row["snapshot"], row["root_name"]) == ("table", "planned", None, None)
     assert row["lane"] == lane_of(QualifiedName("app", "t"), 8)

@@ -1,0 +1,44 @@
+"""Tables whose rows DDL on the source gave new values, which no stream tells: they are copied once more behind the last barrier."""
+
+from __future__ import annotations
+
+import asyncpg
+
+from live_migration.common.postgres import asking
+from live_migration.common.progress import format_bytes
+from live_migration.common.rewriting import is_rewritten
+from live_migration.coordinator.run import Run
+
+# A chunk that nobody copied, for it came after the plan, has its hypertable's mark.
+_COPIED = """
+    select t.oid, t.file_mark, coalesce(t.file_mark, h.file_mark) as mark,
+           case when t.file_mark is null then h.oid else t.oid end as marked
+    from _live_migration.tables t left join _live_migration.tables h on h.oid = t.hypertable_oid
+    where t.state in ('copied', 'ready') and t.kind <> 'hypertable' and t.newcomer is distinct from 'gone'
+      and not t.copy_again and not t.is_left_out
+"""
+_COPY_AGAIN = """
+    update _live_migration.tables
+    set copy_again = true, error = 'was written anew on the source by DDL, whose values are not in the stream',
+        hint = 'It is copied again at the cutover; keep that in mind if it is big.'
+    where oid = $1 and file_mark is not distinct from $2 and not copy_again
+"""
+
+
+async def mark_rewritten(run: Run, source: asyncpg.Connection, target: asyncpg.Connection) -> None:
+    """Mark and name tables that were written anew since they were copied."""
+    with asking("target", "reading the plan"):
+        copied = await target.fetch(_COPIED)  # before the source: what is copied anew meanwhile has a newer mark
+    tables = {table.oid: table for table in await run.list_tables(source)}
+    for row in copied:
+        table, marked = tables.get(row["oid"]), tables.get(row["marked"] or 0)
+        if table is None or marked is None or not is_rewritten(row["mark"], marked.file_mark):
+            continue
+        with asking("target", f"marking {table.name} to be copied again"):
+            if await target.execute(_COPY_AGAIN, table.oid, row["file_mark"]) != "UPDATE 1":
+                continue
+        run.reporter.warning(
+            f"{table.name} was written anew on the source by DDL that may have given its rows new values (ALTER TYPE … USING, ADD COLUMN "
+            f"with a volatile default), which are not in the stream: it is copied once more at the cutover, in the downtime "
+            f"({format_bytes(table.size_bytes)})"
+        )
