@@ -28,9 +28,13 @@ async def walsender_pid(source: str, slot: str) -> int | None:
 
 @asynccontextmanager
 async def watched_walsender(source: str, slot: str) -> AsyncIterator[set[int | None]]:
-    """Give a set of whoever reads a slot meanwhile: a single one, if it was never ended."""
+    """Give a set of whoever reads a slot meanwhile, from the first one on: a single one, if it was never ended."""
     connection = await asyncpg.connect(source)
-    pids: set[int | None] = {await connection.fetchval(_PID, slot)}
+    pids: set[int | None] = set()
+    async with asyncio.timeout(60):
+        while (first := await connection.fetchval(_PID, slot)) is None:
+            await asyncio.sleep(0.05)
+    pids.add(first)
 
     async def watch() -> None:
         while True:
