@@ -1,7 +1,7 @@
 """Run rounds: `python -m tests.chaos --rounds 10 --seed 1`, or `make chaos ROUNDS=10 SEED=1`.
 
 Prints each round's seed, its faults and their moments, its verdict and seconds; appends a JSON line for each to the log, and
-leaves out seeds that stand there as passed. A round that fails leaves its folder with the logs of all processes.
+leaves out seeds that stand there as passed. A round that fails leaves its folder with the logs of all processes and the migration's state.
 """
 
 from __future__ import annotations
@@ -72,11 +72,13 @@ async def _soak(arguments: argparse.Namespace) -> int:
     plan = replace(
         make_plan(arguments.seed),
         steps=(),
+        possible=(),
         options={},
         partitions=4,
         own_workers=False,
         consumers=arguments.consumers,
         latency=0.0,
+        unfollowed=0.0,
         has_clocks=False,
         verifies=True,
     )

@@ -8,7 +8,7 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,9 +164,9 @@ class Fleet:
                             found.append(child)
         return found
 
-    def choose(self, kind: Kind, rng: random.Random) -> psutil.Process | None:
-        """Give one of the live processes of a kind, if there is one; the oldest of a spared kind is none."""
-        found = self.processes(kind)
+    def choose(self, kind: Kind, rng: random.Random, *, but: Collection[int] = ()) -> psutil.Process | None:
+        """Give one of the live processes of a kind but those with these pids, if there is one; the oldest of a spared kind is none."""
+        found = [process for process in self.processes(kind) if process.pid not in but]
         if kind in self.spared and found:
             found.remove(min(found, key=lambda process: process.create_time()))
         return rng.choice(found) if found else None

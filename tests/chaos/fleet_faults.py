@@ -6,7 +6,7 @@ import asyncio
 import random
 import signal
 
-from tests.chaos.faults import Fault, Scene
+from tests.chaos.fault import Fault, Missed, Scene
 
 
 class ComeAndGo(Fault):
@@ -38,7 +38,7 @@ class Terminate(Fault):
         kind = self.rng.choice(("producer", "consumer", "migrate"))
         victim = scene.fleet.choose(kind, self.rng)
         if victim is None:
-            return f"nobody there ({kind})"
+            raise Missed(f"nobody there ({kind})")
         scene.fleet.kill(victim, signal.SIGTERM)
         return f"{kind} pid {victim.pid}"
 
@@ -56,7 +56,7 @@ class ClockJump(Fault):
     async def inject(self, scene: Scene) -> str:
         clocks = scene.fleet.clocks()
         if not clocks:
-            return f"skipped: {scene.fleet.no_clocks}"
+            raise Missed(f"skipped: {scene.fleet.no_clocks or 'no command of its own runs'}")
         clock = self.rng.choice(sorted(clocks))
         for offset in self.offsets:
             clocks[clock].set(offset)

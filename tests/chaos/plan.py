@@ -6,13 +6,16 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tests.chaos.faults import FAULTS, Fault
+from tests.chaos.fault import Fault
+from tests.chaos.faults import FAULTS
 from tests.chaos.fleet_faults import FLEET_FAULTS, ClockJump
 from tests.chaos.server_faults import SERVER_FAULTS
 from tests.support.workload import lanes_by_key
 
 ALL_FAULTS = (*FAULTS, *SERVER_FAULTS, *FLEET_FAULTS)
 PHASES = ("start", "prepare", "schema", "copy", "replay", "cutover")
+UNFOLLOWED_SHARE = 0.3
+"""Share of the rounds that update and delete rows of a table without identity, which is copied again behind the last barrier."""
 _SPREAD_SECONDS = {"start": 2.0, "prepare": 0.5, "schema": 0.5, "copy": 1.5, "replay": 2.5, "cutover": 0.7}
 """A fault comes within so many seconds after its phase began, or after the fault before it in the phase."""
 
@@ -46,7 +49,23 @@ class Plan:
     verifies: bool
     has_clocks: bool
     """Whether the processes' clocks can jump."""
+    unfollowed: float
+    """Share of transactions that update or delete a row of a table without identity."""
+    possible: tuple[type[Fault], ...]
+    """Faults that a missed one is replaced from; none are: it is not replaced."""
     steps: tuple[Step, ...]
+
+
+def draw(rng: random.Random, possible: Sequence[type[Fault]]) -> Fault:
+    """Choose a fault by weight, and make it with choices of its own."""
+    kind = rng.choices(possible, weights=[fault.weight for fault in possible])[0]
+    return kind(random.Random(rng.getrandbits(64)))
+
+
+def _unfollowed(seed: int) -> float:
+    """Give the share of transactions; drawn apart, so that the rest of a seed's plan is what it was without."""
+    rng = random.Random(f"unfollowed {seed}")
+    return rng.choice((0.002, 0.02)) if rng.random() < UNFOLLOWED_SHARE else 0.0
 
 
 def make_plan(seed: int, faults: Sequence[type[Fault]] = ALL_FAULTS, *, brief: bool = False) -> Plan:
@@ -59,7 +78,7 @@ def make_plan(seed: int, faults: Sequence[type[Fault]] = ALL_FAULTS, *, brief: b
     """
     rng = random.Random(seed)
     has_clocks = ClockJump in faults and rng.random() < 0.25
-    possible = [fault for fault in faults if has_clocks or fault is not ClockJump]
+    possible = tuple(fault for fault in faults if has_clocks or fault is not ClockJump)
     phases = [
         *PHASES,
         "replay",
@@ -67,8 +86,7 @@ def make_plan(seed: int, faults: Sequence[type[Fault]] = ALL_FAULTS, *, brief: b
     ]
     steps = []
     for phase in sorted(phases, key=PHASES.index):
-        kind = rng.choices(possible, weights=[fault.weight for fault in possible])[0]
-        fault = kind(random.Random(rng.getrandbits(64)))
+        fault = draw(rng, possible)
         steps.append(Step(phase, rng.random() * _SPREAD_SECONDS[phase], fault, rng.random() < 0.4))
     return Plan(
         seed=seed,
@@ -89,5 +107,7 @@ def make_plan(seed: int, faults: Sequence[type[Fault]] = ALL_FAULTS, *, brief: b
         },
         verifies=rng.random() < 0.3,
         has_clocks=has_clocks,
+        unfollowed=_unfollowed(seed),
+        possible=possible,
         steps=tuple(steps),
     )

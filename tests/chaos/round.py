@@ -13,14 +13,17 @@ from typing import Any
 import asyncpg
 
 from tests.chaos import checks
-from tests.chaos.faults import Scene
+from tests.chaos.fault import Fault, Missed, Scene
 from tests.chaos.fleet import Fleet
-from tests.chaos.plan import PHASES, Plan, Step
+from tests.chaos.plan import PHASES, Plan, Step, draw
+from tests.chaos.state import keep_state
 from tests.chaos.world import GONE, World
 from tests.support.workload import Workload
 
 _LEAVING_SECONDS = 10.0
 _STUCK_SECONDS = 240.0
+_DRAWS = 4
+"""So many faults are tried until one hits something."""
 _ORDER = (*PHASES, "done")
 
 
@@ -38,10 +41,13 @@ class Happened:
     phase: str
     what: str
     seconds: float
+    hit: bool
+    """Whether it met somebody and healed; one that did not is none of the round's faults."""
 
     def __str__(self) -> str:
         planned = "" if self.planned == self.phase else f" (planned for {self.planned})"
-        return f"{self.at:6.1f} s  {self.phase:8} {self.fault}: {self.what} [{self.seconds:.1f} s]{planned}"
+        missed = "" if self.hit else "missed, "
+        return f"{self.at:6.1f} s  {self.phase:8} {self.fault}: {missed}{self.what} [{self.seconds:.1f} s]{planned}"
 
 
 @dataclass(slots=True)
@@ -59,6 +65,10 @@ class Outcome:
     phases: dict[str, float] = field(default_factory=dict)
     folder: str = ""
     revision: str = ""
+
+    @property
+    def hits(self) -> int:
+        return sum(each.hit for each in self.faults)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,6 +98,7 @@ class Round:
             self.outcome.verdict = "ok"
         except RoundFailed as error:
             self.outcome.why = str(error)
+            await keep_state(self.source, self.target, self.folder / "state")
         finally:
             self.outcome.seconds = round(time.monotonic() - self._began, 1)
         return self.outcome
@@ -103,7 +114,13 @@ class Round:
     async def _migrate(self) -> None:
         plan = self.plan
         workload = Workload(
-            self.source, plan.seed, connections=plan.writers, pause=plan.pause, reconnects=True, wild=True
+            self.source,
+            plan.seed,
+            connections=plan.writers,
+            pause=plan.pause,
+            reconnects=True,
+            wild=True,
+            unfollowed=plan.unfollowed,
         )
         await workload.create(rows=plan.rows)
         await self._prepare()
@@ -196,6 +213,7 @@ class Round:
             if step.phase == "cutover":
                 await self._until_phase("cutover")
                 await self._inject(scene, step)
+        await self._join_faults()
 
     async def _inject(self, scene: Scene, step: Step) -> None:
         await asyncio.sleep(step.delay)
@@ -205,14 +223,26 @@ class Round:
             await self._join_faults()
 
     async def _run_fault(self, scene: Scene, step: Step) -> None:
+        """Inject a step's fault, or one that is drawn for it where it hits nothing; what is drawn comes from the seed, too."""
+        fault = step.fault
+        for _ in range(_DRAWS):
+            if await self._hits(scene, step, fault) or not self.plan.possible or self._phase == "done":
+                return
+            fault = draw(fault.rng, self.plan.possible)
+
+    async def _hits(self, scene: Scene, step: Step, fault: Fault) -> bool:
         began, phase = time.monotonic(), self._phase
-        what = "did not end"
+        scene.phase = phase
+        what, hit = "did not end", False
         try:
-            what = await step.fault.inject(scene)
+            what, hit = await fault.inject(scene), True
+        except Missed as missed:
+            what = str(missed)
         finally:
             seconds = round(time.monotonic() - began, 1)
             at = round(began - self._began, 1)
-            self.outcome.faults.append(Happened(at, step.fault.name, step.phase, phase, what, seconds))
+            self.outcome.faults.append(Happened(at, fault.name, step.phase, phase, what, seconds, hit))
+        return hit
 
     async def _join_faults(self) -> None:
         faults, self._faults = self._faults, set()
@@ -314,4 +344,5 @@ def _summary(plan: Plan) -> dict[str, Any]:
         "options": plan.options,
         "verify": plan.verifies,
         "clocks": plan.has_clocks,
+        "unfollowed": plan.unfollowed,
     }

@@ -5,32 +5,15 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import ClassVar
 
 import asyncpg
 
-from tests.chaos.faults import Fault, Scene, to_its_end
+from tests.chaos.fault import Fault, Missed, Scene, direct, to_its_end
 from tests.chaos.world import GONE, Disk, Side
 from tests.support.workload import TABLES
-
-
-@asynccontextmanager
-async def direct(scene: Scene, side: Side, database: str | None = None) -> AsyncIterator[asyncpg.Connection]:
-    """Open a session past the proxy, to the round's database by default; waits for a server that just starts."""
-    async with asyncio.timeout(60):
-        while True:
-            try:
-                connection = await asyncpg.connect(scene.world.uri(side, database or scene.database), timeout=5)
-                break
-            except GONE:
-                await asyncio.sleep(0.1)
-    try:
-        yield connection
-    finally:
-        connection.terminate()
 
 
 class _Lock(Fault):
@@ -47,6 +30,8 @@ class _Lock(Fault):
                 await connection.execute(f"begin; set local lock_timeout = '4s'; lock table {table} in {mode} mode")
                 await asyncio.sleep(seconds)
                 await connection.execute("rollback")
+        except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError) as error:
+            raise Missed(f"{table} is not there") from error
         except GONE as error:
             return f"{table}: {type(error).__name__}"
         return f"{table} in {mode} mode for {seconds:.1f} s"
@@ -87,6 +72,8 @@ class NoConnections(Fault):
                     await asyncio.sleep(0.05)
                 except GONE:
                     await asyncio.sleep(0.1)
+        if not most:
+            raise Missed("none could be taken")
         return f"{most} taken for {seconds:.1f} s"
 
 
@@ -155,6 +142,8 @@ class EndSessions(Fault):
                         share,
                     )
             await asyncio.sleep(self.rng.random())
+        if not hit:
+            raise Missed(f"{function} on {side}, 0 in {times} blows")
         return f"{function} on {side}, {hit} in {times} blows"
 
 
@@ -164,7 +153,7 @@ class _Full(Fault):
     async def inject(self, scene: Scene) -> str:
         folder = scene.world.disks.get(self.disk)
         if folder is None:
-            return f"skipped: {scene.world.no_disks}"
+            raise Missed(f"skipped: {scene.world.no_disks}")
         spare, seconds = round(10 ** self.rng.uniform(3, 6)), self.rng.uniform(0.5, 6)
         filler = folder / "filler"
         async with scene.world.busy[self.disk]:

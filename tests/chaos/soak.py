@@ -16,17 +16,10 @@ import asyncpg
 import psutil
 
 from tests.chaos import checks
-from tests.chaos.faults import (
-    Cut,
-    CutAfterBytes,
-    Fault,
-    KillConsumer,
-    KillCoordinator,
-    KillProducer,
-    LoseCommitAnswer,
-    Scene,
-)
+from tests.chaos.fault import Fault, Scene
+from tests.chaos.faults import KillConsumer, KillCoordinator, KillProducer
 from tests.chaos.fleet import Kind
+from tests.chaos.net_faults import Cut, CutAfterBytes, LoseCommitAnswer
 from tests.chaos.plan import Plan, Step
 from tests.chaos.round import Round
 from tests.chaos.world import World

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -120,6 +120,8 @@ class LaneWatch:
         self._moved: dict[int, float] = {}
         self._positions: dict[int, object] = {}
         self._longest: dict[int, float] = defaultdict(float)
+        self.moves: Counter[int] = Counter()
+        """How often each lane was seen to have moved since the last `forget`."""
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -137,6 +139,7 @@ class LaneWatch:
     def forget(self) -> None:
         """Begin to measure anew."""
         self._longest.clear()
+        self.moves.clear()
         now = time.monotonic()
         self._moved = dict.fromkeys(self._moved, now)
 
@@ -153,6 +156,7 @@ class LaneWatch:
                 now = time.monotonic()
                 for lane, *position in rows:
                     if self._positions.get(lane) != position:
+                        self.moves[lane] += 1
                         self._longest[lane] = max(self._longest[lane], now - self._moved.get(lane, now))
                         self._positions[lane], self._moved[lane] = position, now
                 await asyncio.sleep(0.05)

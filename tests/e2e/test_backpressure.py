@@ -21,6 +21,7 @@ from tests.e2e.processes import Cli, Migrate
 from tests.fixtures.change_log import wait_for
 from tests.fixtures.fix_postgres import SETTINGS
 from tests.support.memory import MIB, watched_memory
+from tests.support.walsender import PATIENCE, STATUS_SECONDS, TIMEOUT_MESSAGE, walsender_pid, watched_walsender
 from tests.support.workload import TABLES, Workload, differences, read_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.integration]
@@ -72,17 +73,6 @@ async def create_bulk(source: str) -> None:
     await connection.execute(f"create table {BULK} (id bigserial primary key, v text, n int)")
     await connection.execute(f"alter table {BULK} alter v set storage external")
     await connection.close()
-
-
-async def walsender(source: str, slot: str) -> int | None:
-    connection = await asyncpg.connect(source)
-    try:
-        pid: int | None = await connection.fetchval(
-            "select active_pid from pg_replication_slots where slot_name = $1", slot
-        )
-        return pid
-    finally:
-        await connection.close()
 
 
 async def applied(target: str, rows: int, *, seconds: float = 120) -> None:
@@ -151,12 +141,12 @@ async def test_a_broker_away_for_longer_than_the_walsenders_patience(
         async with workload, migrating(cli) as migrate, watched_memory(migrate) as peaks:
             async with BulkWriter(source.uri(), pause=AWAY_SECONDS / 100) as bulk:
                 await applied(target_database, 3 * 1024)
-                before, written = await walsender(source.uri(), unique_name), bulk.transactions
+                before, written = await walsender_pid(source.uri(), unique_name), bulk.transactions
                 assert before is not None
                 seen, began = set(), time.monotonic()
                 async with away(broker, how):
                     while (passed := time.monotonic() - began) < AWAY_SECONDS:
-                        seen.add(await walsender(source.uri(), unique_name))
+                        seen.add(await walsender_pid(source.uri(), unique_name))
                         if passed < CLIENT_SECONDS:
                             assert seen == {before}
                         await asyncio.sleep(AWAY_SECONDS / 100)
@@ -168,7 +158,7 @@ async def test_a_broker_away_for_longer_than_the_walsenders_patience(
         # Once Kafka's client has given up, the producer leaves in order, and comes back when the broker does.
         assert seen <= {before, None}
         assert written * MIB > 24 * MIB, "more than the producer holds"
-        assert "due to replication timeout" not in source.log_path.read_text()
+        assert TIMEOUT_MESSAGE not in source.log_path.read_text()
         assert peaks["producer"] < 160 * MIB
         assert peaks["consumer"] < 200 * MIB
         await assert_equal(source.uri(), target_database)
@@ -198,40 +188,50 @@ async def make_slow(target: str, tables: list[str]) -> None:
 
 
 async def test_a_target_that_crawls(
-    source_database: str, target_database: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+    target_database: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
 ) -> None:
-    """A backlog of many times what consumers may hold, at twenty rows a second and lane instead of thousands."""
+    """A backlog of many times what consumers may hold, at twenty rows a second and lane instead of thousands.
+
+    It lasts for longer than the walsender would wait for an answer, and the walsender has one all the while.
+    """
     tables = [f"public.slow_{number}" for number in range(8)]
-    source = await asyncpg.connect(source_database)
-    for table in tables:
-        await source.execute(f"create table {table} (id bigserial primary key, v text)")
-        await source.execute(f"alter table {table} alter v set storage external")
-    cli = Cli(source_database, target_database, kafka_bootstrap, unique_name, tmp_path / "data")
-    options = ("--memory", str(32 * MIB), "--batch-bytes", str(4 * MIB))
-    async with migrating(cli, *options) as migrate, watched_memory(migrate) as peaks:
-        await make_slow(target_database, tables)
-        for _ in range(2):
-            for table in tables:
-                await source.execute(
-                    f"insert into {table} (v) select repeat(md5(i::text), 32) from generate_series(1, 5000) i"
+    options = ("--memory", str(32 * MIB), "--batch-bytes", str(4 * MIB), "--status-interval", str(STATUS_SECONDS))
+    async with LocalPostgres(settings=SETTINGS | {"wal_sender_timeout": f"{PATIENCE}s"}) as server:
+        source = await asyncpg.connect(server.uri())
+        for table in tables:
+            await source.execute(f"create table {table} (id bigserial primary key, v text)")
+            await source.execute(f"alter table {table} alter v set storage external")
+        cli = Cli(server.uri(), target_database, kafka_bootstrap, unique_name, tmp_path / "data")
+        async with migrating(cli, *options) as migrate, watched_memory(migrate) as peaks:
+            await make_slow(target_database, tables)
+            async with watched_walsender(server.uri(), unique_name) as pids:
+                for _ in range(2):
+                    for table in tables:
+                        await source.execute(
+                            f"insert into {table} (v) select repeat(md5(i::text), 32) from generate_series(1, 5000) i"
+                        )
+                await lag_of(cli, 64 * MIB)
+                await asyncio.sleep(3 * PATIENCE)  # its patience is what is tried
+                lag = await lag_of(cli, 64 * MIB)
+                assert lag["state"] != "caught up", lag
+                slot = await source.fetchrow(
+                    "select active, pg_current_wal_lsn() - confirmed_flush_lsn as behind from pg_replication_slots where slot_name = $1",
+                    unique_name,
                 )
-        lag = await lag_of(cli, 64 * MIB)
-        assert lag["state"] != "caught up", lag
-        slot = await source.fetchrow(
-            "select active, pg_current_wal_lsn() - confirmed_flush_lsn as behind from pg_replication_slots where slot_name = $1",
-            unique_name,
-        )
-        assert slot["active"]
-        assert slot["behind"] < 32 * MIB, "the backlog is Kafka's, not the source's"
-        target = await asyncpg.connect(target_database)
-        await target.execute("delete from public.slowness")
-        await target.close()
-        await finish(cli, migrate)
-    await source.close()
-    assert peaks["producer"] < 160 * MIB
-    assert peaks["consumer"] < 200 * MIB
-    columns = tuple(f"(select count(*), sum(hashtextextended(x::text, 0)) from {table} x)" for table in tables)
-    assert not differences(await read_rows(source_database, columns), await read_rows(target_database, columns))
+                assert slot["active"]
+                assert slot["behind"] < 32 * MIB, "the backlog is Kafka's, not the source's"
+            target = await asyncpg.connect(target_database)
+            await target.execute("delete from public.slowness")
+            await target.close()
+            await finish(cli, migrate)
+        await source.close()
+        assert len(pids) == 1, pids
+        assert TIMEOUT_MESSAGE not in server.log_path.read_text()
+        assert peaks["coordinator"] < 160 * MIB
+        assert peaks["producer"] < 160 * MIB
+        assert peaks["consumer"] < 200 * MIB
+        columns = tuple(f"(select count(*), sum(hashtextextended(x::text, 0)) from {table} x)" for table in tables)
+        assert not differences(await read_rows(server.uri(), columns), await read_rows(target_database, columns))
 
 
 async def lag_of(cli: Cli, least_bytes: int) -> dict[str, Any]:

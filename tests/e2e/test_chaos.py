@@ -32,5 +32,5 @@ async def test_every_row_is_there_once_whatever_broke(world: World, tmp_path: Pa
         told = "\n".join(map(str, outcome.faults))
         print(f"seed {seed}: {outcome.seconds} s\n{told}")
         assert outcome.verdict == "ok", f"seed {seed}: {outcome.why}\n{told}\nlogs: {outcome.folder}"
-        assert len(outcome.faults) >= 7
+        assert outcome.hits >= 6  # the last of seven may find the migration done
         assert outcome.commits > 50

@@ -2,66 +2,59 @@
 
 from __future__ import annotations
 
-import asyncio
-from contextlib import suppress
 from pathlib import Path
 
 import asyncpg
-import psutil
 import pytest
 
-from tests.e2e.processes import Cli, Migrate
+from live_migration.common.local_postgres import LocalPostgres
+from tests.e2e.processes import Cli
+from tests.fixtures.fix_postgres import SETTINGS
+from tests.support.memory import MIB, watched_memory
+from tests.support.walsender import PATIENCE, STATUS_SECONDS, TIMEOUT_MESSAGE
 from tests.support.workload import differences, read_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.integration]
 
-MIB = 1024 * 1024
 
-
-async def watch_memory(migrate: Migrate, peaks: dict[str, int]) -> None:
-    """Keep the highest resident memory of each worker until cancelled."""
-    while True:
-        for kind in ("producer", "consumer"):
-            for worker in migrate.children(kind):
-                with suppress(psutil.NoSuchProcess):
-                    peaks[kind] = max(peaks.get(kind, 0), worker.memory_info().rss)
-        await asyncio.sleep(0.1)
-
-
-async def _migrate_with(source: str, target: str, cli: Cli, change: str) -> dict[str, int]:
-    migrate = await cli.migrate("--consumers", "2")
-    peaks: dict[str, int] = {}
-    watcher = asyncio.ensure_future(watch_memory(migrate, peaks))
+async def _migrate_with(source: str, target: str, cli: Cli, change: str, *options: str) -> dict[str, int]:
+    migrate = await cli.migrate("--consumers", "2", *options)
     try:
-        await migrate.until_phase("replay")
-        connection = await asyncpg.connect(source)
-        await connection.execute(change, timeout=300)
-        await connection.close()
-        code, _, err = await cli.run("cutover")
-        assert code == 0, err
-        assert await migrate.wait(timeout=400) == 0, migrate.log()
+        async with watched_memory(migrate) as peaks:
+            await migrate.until_phase("replay")
+            connection = await asyncpg.connect(source)
+            await connection.execute(change, timeout=300)
+            await connection.close()
+            code, _, err = await cli.run("cutover")
+            assert code == 0, err
+            assert await migrate.wait(timeout=400) == 0, migrate.log()
     finally:
-        watcher.cancel()
         await migrate.close()
     return peaks
 
 
 async def test_a_transaction_of_3_million_rows_passes_within_400_mib(
-    source_database: str, target_database: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+    target_database: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
 ) -> None:
-    connection = await asyncpg.connect(source_database)
-    await connection.execute("create table public.huge (id bigint primary key, a int, b text)")
-    await connection.close()
-    cli = Cli(source_database, target_database, kafka_bootstrap, unique_name, tmp_path / "data")
-    change = "insert into public.huge select i, i % 1000, 'row ' || i from generate_series(1, 3000000) i"
-    peaks = await _migrate_with(source_database, target_database, cli, change)
-    count = "select (count(*), sum(hashtextextended(t::text, 0)))::text from public.huge t"
-    results = []
-    for uri in (source_database, target_database):
-        connection = await asyncpg.connect(uri)
-        results.append(await connection.fetchval(count))
+    """And the source's walsender, which waits for an answer for a few seconds only, has one all the while."""
+    async with LocalPostgres(settings=SETTINGS | {"wal_sender_timeout": f"{PATIENCE}s"}) as server:
+        connection = await asyncpg.connect(server.uri())
+        await connection.execute("create table public.huge (id bigint primary key, a int, b text)")
         await connection.close()
+        cli = Cli(server.uri(), target_database, kafka_bootstrap, unique_name, tmp_path / "data")
+        change = "insert into public.huge select i, i % 1000, 'row ' || i from generate_series(1, 3000000) i"
+        peaks = await _migrate_with(
+            server.uri(), target_database, cli, change, "--status-interval", str(STATUS_SECONDS)
+        )
+        assert TIMEOUT_MESSAGE not in server.log_path.read_text()
+        count = "select (count(*), sum(hashtextextended(t::text, 0)))::text from public.huge t"
+        results = []
+        for uri in (server.uri(), target_database):
+            connection = await asyncpg.connect(uri)
+            results.append(await connection.fetchval(count))
+            await connection.close()
     assert results[0] == results[1]
+    assert peaks["coordinator"] < 160 * MIB, peaks
     assert peaks["producer"] < 400 * MIB, peaks
     assert peaks["consumer"] < 400 * MIB, peaks
 
@@ -85,7 +78,8 @@ async def test_a_value_of_200_mb_passes_in_copy_and_stream(
     peaks = await _migrate_with(source_database, target_database, cli, change)
     tables = ("(select id, md5(v), length(v), n from public.large)",)
     assert not differences(await read_rows(source_database, tables), await read_rows(target_database, tables))
-    for kind, peak in peaks.items():
+    assert peaks["coordinator"] < 160 * MIB, peaks
+    for kind in ("producer", "consumer"):
         # in text form a bytea value is twice as long
-        assert peak < (400 + 3 * (400 if form == "text" else 200)) * MIB, (kind, peaks)
+        assert peaks[kind] < (400 + 3 * (400 if form == "text" else 200)) * MIB, (kind, peaks)
     print(form, peaks)

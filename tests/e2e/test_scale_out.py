@@ -1,7 +1,7 @@
 """Consumers as separate commands that join, leave, die and hang while the others go on; then every row is compared.
 
-The settings are the defaults, and the one time limit that is asserted is the promise itself: what a dead or stopped consumer
-was at is in the hands of another within 30 s.
+The settings are the defaults. Two time limits are asserted: the promise itself, that what a dead or stopped consumer was at is in the
+hands of another within 30 s; and that nobody else waits for it meanwhile, as the lanes of all would for the session of a dead member.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Self
 import asyncpg
 import pytest
 
+from live_migration.consumer.assignment import SESSION_SECONDS
 from tests.e2e.processes import Cli
 from tests.e2e.services import LaneWatch, Service, Services
 from tests.support.workload import Workload, differences, read_rows
@@ -165,6 +166,9 @@ REPLAY_SCHEMA = f"""
 """
 OWNERS = "select count(distinct owner) = $1 and bool_and(owner is not null) from _live_migration.checkpoints"
 NO_LANE_IS_HELD_BY = "select count(*) = 0 from _live_migration.checkpoints where owner like any($1)"
+LANES_OF_OTHERS = "select array_agg(lane) from _live_migration.checkpoints where owner not like $1"
+FEW_MOVES = 5
+"""Of the hundred and more that a lane makes while the group waits for a dead member."""
 
 
 class Writer:
@@ -234,27 +238,40 @@ async def test_replay_goes_on_whoever_dies_or_hangs(
             stopped.send(signal.SIGSTOP)
             joined = await services.consumers(1)
             seconds = await services.seconds_until(NO_LANE_IS_HELD_BY, [stopped.owner])
-            pauses = watch.longest_pauses()
+            pauses, moves = watch.longest_pauses(), dict(watch.moves)
             print(
                 f"lanes of a stopped consumer taken over after {seconds:.1f} s; longest pauses {pauses}, lanes of the others {kept}"
             )
             # the group waits that long for the stopped one; nobody else may
+            assert min(moves.get(lane, 0) for lane in kept) >= FEW_MOVES
             assert max(pauses[lane] for lane in kept) < seconds / 2
             assert seconds < PROMISED_SECONDS
             await open_gate(gate, 1, 5)
             stopped.send(signal.SIGCONT)
             await services.until(OWNERS, 4)
 
-            # one leaves in order, one dies
+            # one leaves in order
+            kept = await services.target.fetchval(LANES_OF_OTHERS, others[0].owner)
             watch.forget()
             assert await others[0].terminate() == 0
             await services.until(NO_LANE_IS_HELD_BY, [others[0].owner])
-            print(f"longest pauses while one leaves: {watch.longest_pauses()}")
+            await services.until(OWNERS, 3)
+            pauses = watch.longest_pauses()
+            print(f"longest pauses while one leaves: {pauses}, lanes of the others {kept}")
+            assert max(pauses[lane] for lane in kept) < SESSION_SECONDS / 2
+
+            # one dies
+            kept = await services.target.fetchval(LANES_OF_OTHERS, others[1].owner)
             watch.forget()
             others[1].send(signal.SIGKILL)
             seconds = await services.seconds_until(NO_LANE_IS_HELD_BY, [others[1].owner])
-            print(f"lanes of a killed consumer taken over after {seconds:.1f} s, pauses {watch.longest_pauses()}")
+            pauses, moves = watch.longest_pauses(), dict(watch.moves)
+            print(
+                f"lanes of a killed consumer taken over after {seconds:.1f} s; longest pauses {pauses}, moves {moves}, lanes of the others {kept}"
+            )
             assert seconds < PROMISED_SECONDS
+            assert min(moves.get(lane, 0) for lane in kept) >= FEW_MOVES
+            assert max(pauses[lane] for lane in kept) < SESSION_SECONDS / 2
 
             # all are dead; replay goes on when there is one again
             for consumer in (stopped, *joined):

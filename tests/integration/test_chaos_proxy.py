@@ -9,7 +9,7 @@ from urllib.parse import urlsplit, urlunsplit
 import asyncpg
 import pytest
 
-from tests.support.proxy import Proxy, is_commit
+from tests.support.proxy import Proxy, is_commit, is_source_commit
 
 pytestmark = pytest.mark.integration
 
@@ -121,4 +121,31 @@ async def test_a_commit_whose_answer_is_lost_has_happened(source_database: str) 
         connection = await asyncpg.connect(behind)
         assert await connection.fetchval("select count(*) from committed") == 1
         assert proxy.losses == 1
+        await connection.close()
+
+
+async def test_a_commit_that_wrote_nothing_is_not_the_one(source_database: str) -> None:
+    parts = urlsplit(source_database)
+    async with Proxy(lambda: parts.port or 0) as proxy:
+        connection = await asyncpg.connect(urlunsplit(parts._replace(netloc=f"postgres@127.0.0.1:{proxy.port}")))
+        proxy.lose_answer(is_commit)
+        async with connection.transaction(isolation="repeatable_read", readonly=True):
+            await connection.fetchval("select 1")
+        assert proxy.is_pending
+        with pytest.raises((OSError, asyncpg.PostgresConnectionError, asyncpg.InterfaceError)):
+            async with connection.transaction():
+                await connection.execute("create table committed (id int)")
+        assert proxy.losses == 1
+
+
+async def test_a_publication_that_is_made_commits_by_itself(source_database: str) -> None:
+    parts = urlsplit(source_database)
+    async with Proxy(lambda: parts.port or 0) as proxy:
+        behind = urlunsplit(parts._replace(netloc=f"postgres@127.0.0.1:{proxy.port}"))
+        connection = await asyncpg.connect(behind)
+        proxy.lose_answer(is_source_commit)
+        with pytest.raises((OSError, asyncpg.PostgresConnectionError, asyncpg.InterfaceError)):
+            await connection.execute("create publication made with (publish = 'insert')")
+        connection = await asyncpg.connect(behind)
+        assert await connection.fetchval("select count(*) from pg_publication where pubname = 'made'") == 1
         await connection.close()

@@ -14,6 +14,9 @@ Direction = Literal["up", "down"]
 Matcher = Callable[[bytes], bool]
 
 _COMMIT = re.compile(rb"Q....commit;?\0", re.IGNORECASE | re.DOTALL)  # a query of this word alone, as drivers send it
+_SOURCE_COMMIT = re.compile(rb"Q....(commit;?|create publication [^\0]*)\0", re.IGNORECASE | re.DOTALL)
+_READ_ONLY = re.compile(rb"Q....begin[^\0]* read only;?\0", re.IGNORECASE | re.DOTALL)
+_ROLLBACK = re.compile(rb"Q....rollback;?\0", re.IGNORECASE | re.DOTALL)
 _CHUNK = 65_536
 _SLOW_CHUNK = 2_048
 
@@ -21,6 +24,11 @@ _SLOW_CHUNK = 2_048
 def is_commit(chunk: bytes) -> bool:
     """Tell whether a PostgreSQL client sends COMMIT in this chunk."""
     return _COMMIT.search(chunk) is not None
+
+
+def is_source_commit(chunk: bytes) -> bool:
+    """Tell whether COMMIT is sent in this chunk, or what we let commit by itself on the source."""
+    return _SOURCE_COMMIT.search(chunk) is not None
 
 
 def is_end_of_transaction(chunk: bytes) -> bool:
@@ -37,6 +45,8 @@ class _Connection:
         self._port = port
         self._writers = [client[1]]
         self._is_answer_lost = False
+        self._is_read_only = False
+        """Whether the client's transaction writes nothing, so that it does not matter who hears of its commit."""
         self.task: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
@@ -72,6 +82,7 @@ class _Connection:
                 pause = proxy.latency + (len(chunk) / proxy.bytes_per_second if proxy.bytes_per_second else 0)
                 if pause:
                     await asyncio.sleep(pause)
+                proxy.chunks += 1
                 await proxy.flowing[direction].wait()
                 if direction == "down" and self._is_answer_lost:
                     proxy.losses += 1
@@ -81,8 +92,16 @@ class _Connection:
                 await writer.drain()
                 if allowed < len(chunk):
                     return
-                if direction == "up" and proxy.takes_as_lost(chunk):
+                if direction == "up" and self._may_be_lost(chunk) and proxy.takes_as_lost(chunk):
                     self._is_answer_lost = True
+
+    def _may_be_lost(self, chunk: bytes) -> bool:
+        was_read_only = self._is_read_only
+        if _READ_ONLY.match(chunk):
+            self._is_read_only = True
+        elif _COMMIT.match(chunk) or _ROLLBACK.match(chunk):
+            self._is_read_only = False
+        return not was_read_only
 
 
 class Proxy:
@@ -95,6 +114,8 @@ class Proxy:
         self.latency = 0.0
         """Seconds that each piece of data is held up; not a fault, `heal` leaves it."""
         self.flowing = {"up": asyncio.Event(), "down": asyncio.Event()}
+        self.chunks = 0
+        """Pieces of data that came from either side."""
         self.losses = 0
         self.cuts = 0
         self._budget: int | None = None

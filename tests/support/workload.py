@@ -82,6 +82,7 @@ class Workload:
 
     With `reconnects`, writers outlive crashes of the server; every third one then commits asynchronously, so that a
     crash undoes what others have seen. With `wild`, there are transactions of thousands of rows, and some that stay open for seconds.
+    `unfollowed` is the share of transactions that update or delete a row of a table without replica identity.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Workload:
         pause: float = 0.01,
         reconnects: bool = False,
         wild: bool = False,
+        unfollowed: float = 0.0,
     ) -> None:
         self.uri = uri
         self.seed = seed
@@ -100,6 +102,7 @@ class Workload:
         self.lost_connections = 0
         self._reconnects = reconnects
         self._wild = wild
+        self._unfollowed = unfollowed
         self._connections = connections
         self._pause = pause
         self._stop = asyncio.Event()
@@ -182,6 +185,8 @@ class Workload:
             await _large_statement(connection, rng)
         if self._wild and rng.random() < 0.01:
             await connection.execute("select pg_sleep($1)", rng.random() * 3)
+        if self._unfollowed and rng.random() < self._unfollowed:  # else nothing is drawn: a seed is what it was
+            await _unfollowed_statement(connection, rng)
         for _ in range(rng.choice((1, 1, 2, 4, 12))):
             if rng.random() < 0.2:
                 savepoint = connection.transaction()
@@ -304,6 +309,15 @@ async def _large_statement(c: asyncpg.Connection, rng: random.Random) -> None:
             await c.execute("delete from app.by_key where id > 20000000 and id % 2 = 0")
         case 4:
             await c.execute("update app.child set doc = doc || $1::jsonb where id % 4 = 1", f'{{"n": {first}}}')
+
+
+async def _unfollowed_statement(c: asyncpg.Connection, rng: random.Random) -> None:
+    """Change or delete a row that no stream can name."""
+    one = "ctid = (select ctid from app.insert_only offset $1 limit 1)"
+    if rng.random() < 0.5:
+        await c.execute(f"update app.insert_only set line = line || '.' where {one}", rng.randrange(100))
+    else:
+        await c.execute(f"delete from app.insert_only where {one}", rng.randrange(100))
 
 
 async def read_rows(uri: str, tables: tuple[str, ...] = TABLES) -> dict[str, Counter[str]]:

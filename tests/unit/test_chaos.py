@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
-from tests.chaos.journal import append, passed_seeds, read, summary
-from tests.chaos.plan import ALL_FAULTS, PHASES, Plan, make_plan
+import pytest
+
+from tests.chaos.fault import Fault, Missed, Scene
+from tests.chaos.journal import append, has_hit, passed_seeds, read, summary
+from tests.chaos.plan import ALL_FAULTS, PHASES, Plan, Step, make_plan
+from tests.chaos.round import Round
 from tests.chaos.soak import Samples
 
 
@@ -30,18 +37,87 @@ def test_every_fault_comes_up() -> None:
     assert seen == set(ALL_FAULTS)
 
 
+def test_some_rounds_change_rows_that_no_stream_can_name() -> None:
+    shares = [make_plan(seed).unfollowed for seed in range(100)]
+    assert 10 < sum(share > 0 for share in shares) < 60
+
+
+class HitsNobody(Fault):
+    name = "hits nobody"
+
+    async def inject(self, scene: Scene) -> str:
+        raise Missed("nobody there")
+
+
+class HitsSomebody(Fault):
+    name = "hits somebody"
+
+    async def inject(self, scene: Scene) -> str:
+        return "pid 1"
+
+
+NOWHERE = cast(Any, None)
+
+
+async def injected(possible: tuple[type[Fault], ...], folder: Path) -> Round:
+    """Run a step whose fault hits nobody, where these may replace it."""
+    fault = HitsNobody(random.Random(1))
+    here = Round(NOWHERE, replace(make_plan(1), possible=possible), folder)
+    await here._run_fault(Scene(NOWHERE, NOWHERE, "x", 3.0), Step("copy", 0.0, fault, overlaps=False))
+    return here
+
+
+async def test_another_fault_is_drawn_for_one_that_hit_nobody(tmp_path: Path) -> None:
+    outcome = (await injected((HitsSomebody,), tmp_path)).outcome
+    assert [(each.fault, each.hit) for each in outcome.faults] == [("hits nobody", False), ("hits somebody", True)]
+    assert outcome.hits == 1
+    assert "missed, nobody there" in str(outcome.faults[0])
+
+
+@pytest.mark.parametrize(("possible", "tries"), [((), 1), ((HitsNobody,), 4)])
+async def test_what_hits_nobody_counts_as_none(possible: tuple[type[Fault], ...], tries: int, tmp_path: Path) -> None:
+    outcome = (await injected(possible, tmp_path)).outcome
+    assert outcome.hits == 0
+    assert len(outcome.faults) == tries
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "nobody there any more",
+        "skipped: not root",
+        "did not end",
+        "source: 0 connections",
+        "broker: 0 of 3",
+        "pg_cancel_backend on source, 0 in 4 blows",
+        "0 taken for 2.0 s",
+        "app.by_key: InvalidSchemaNameError",
+    ],
+)
+def test_older_lines_of_the_log_are_judged_by_their_words(what: str) -> None:
+    assert not has_hit({"what": what})
+    assert has_hit({"what": what, "hit": True})
+
+
+@pytest.mark.parametrize("what", ["source: 10 connections", "broker: 1 of 3", "away for 0.9 s and its start", "pid 20"])
+def test_older_lines_that_hit_something(what: str) -> None:
+    assert has_hit({"what": what})
+    assert not has_hit({"what": what, "hit": False})
+
+
 def test_the_log_says_which_seeds_have_passed(tmp_path: Path) -> None:
     log = tmp_path / "rounds.jsonl"
     assert passed_seeds(log) == set()
     for seed, verdict in ((1, "ok"), (2, "failed"), (3, "ok")):
         faults = [
             {"fault": "cut", "phase": "copy", "what": "5"},
+            {"fault": "cut", "phase": "copy", "what": "2 connections", "hit": False},
             {"fault": "cut", "phase": "copy", "what": "nobody there"},
         ]
         append(log, {"seed": seed, "verdict": verdict, "faults": faults, "commits": 9, "seconds": 2.0, "why": "rows"})
     assert passed_seeds(log) == {1, 3}
     told = summary(read(log))
-    assert "3 rounds, 1 failed, 3 faults (at least 1 a round), 27 source transactions" in told
+    assert "3 rounds, 1 failed, 3 faults (at least 1 a round) and 6 that hit nothing, 27 source transactions" in told
     assert "| cut | 3 |" in told
     assert "failed: seed 2" in told
 
