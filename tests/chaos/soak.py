@@ -52,7 +52,8 @@ class Samples:
     rows: int = 0
 
     def summary(self) -> dict[str, Any]:
-        """Give start, median and maximum of each kind's memory in MiB, and by how much those that lived for long grew."""
+        """Give start, median and maximum of each kind's memory in MiB, by how much those that lived for long grew, and the longest life's
+        least memory in every five minutes: what it holds for good, without what it holds while it lags."""
         kinds: dict[str, Any] = {}
         for kind in _KINDS:
             runs = [samples for (of, _), samples in self.memory.items() if of == kind]
@@ -64,6 +65,7 @@ class Samples:
                     "median": _mebibytes(median(values)),
                     "max": _mebibytes(max(values)),
                     "growth": [growth for samples in runs if (growth := _growth(samples)) is not None],
+                    "each_5_min": max((_each_5_minutes(samples) for samples in runs), key=len),
                 }
         lags = sorted(self.lag_seconds) or [0.0]
         return {
@@ -90,6 +92,14 @@ def _growth(samples: list[tuple[float, int]]) -> str | None:
     early = median(size for age, size in samples if 60 <= age < 120)
     late = median(size for age, size in samples if age > life - 60)
     return f"{_mebibytes(early)} to {_mebibytes(late)} in {life / 60:.0f} min"
+
+
+def _each_5_minutes(samples: list[tuple[float, int]]) -> list[float]:
+    slots: dict[int, int] = {}
+    for age, size in samples:
+        slot = int(age // 300)
+        slots[slot] = min(size, slots.get(slot, size))
+    return [_mebibytes(size) for size in slots.values()]
 
 
 class Soak(Round):

@@ -135,5 +135,6 @@ def test_a_soak_tells_how_memory_went() -> None:
         "median": 60.0,
         "max": 90.0,
         "growth": ["50.0 to 60.0 in 10 min"],
+        "each_5_min": [50.0, 60.0, 60.0],
     }
     assert told["lag_seconds"] == {"median": 0.6, "p99": 7.0, "max": 7.0}
