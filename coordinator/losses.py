@@ -1,4 +1,4 @@
-"""Whether slot, change log and checkpoints still fit together, and what must be copied again where they do not."""
+"""Whether slot, publications, change log and checkpoints still fit together, and what must be copied again where they do not."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import asyncpg
 
 from live_migration.common.catalog import CURRENT_TIMELINE
 from live_migration.common.control import CONFIG, POSITION, LogPosition, ProducerConfig
-from live_migration.common.errors import LiveMigrationError, LogGap, SlotLost
+from live_migration.common.errors import LiveMigrationError, LogGap, PublicationLost, SlotLost
 from live_migration.common.kafka import check_topics, read_control
 from live_migration.common.lsn import Lsn
 from live_migration.common.postgres import asking
 from live_migration.common.progress import name_list
 from live_migration.common.segment import START, Position
 from live_migration.coordinator.control_topic import producer_config
+from live_migration.coordinator.memberships import require_publications
 from live_migration.coordinator.run import Run
 from live_migration.producer.resume import WAL_END, check_timeline, check_wal_end, published_lsn
 from live_migration.producer.slot import SlotState, read_slot
@@ -42,7 +43,7 @@ def slot_loss(name: str, slot: SlotState | None) -> str | None:
 
 
 async def find_loss(run: Run) -> LiveMigrationError | None:
-    """Look whether slot, change log and checkpoints still fit together; give what is lost, with the tables to copy again named.
+    """Look whether slot, publications, change log and checkpoints still fit together; give what is lost, with the tables to copy again named.
 
     May be asked in phases schema to cutover, at a coordinator's start.
 
@@ -51,7 +52,7 @@ async def find_loss(run: Run) -> LiveMigrationError | None:
     """
     try:
         await _require_whole(run)
-    except (SlotLost, LogGap) as error:
+    except (PublicationLost, SlotLost, LogGap) as error:
         return type(error)(f"{error.message}; {await tables_to_copy(run.target)}", hint=error.hint)
     return None
 
@@ -66,6 +67,7 @@ async def _require_whole(run: Run) -> None:
     async with run.source_session("slot check") as source:
         with asking("source", "looking at the slot"):
             slot = await read_slot(source, settings.slot)
+        await require_publications(run, source, run.target)
     if loss := slot_loss(settings.slot, slot):
         raise SlotLost(loss)
     await check_topics(settings, migration.lane_count)

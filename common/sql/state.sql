@@ -71,6 +71,7 @@ create table _live_migration.tables (
     error text,
     hint text,
     retry_at timestamptz,
+    is_unpublished boolean not null default false,  -- somebody took it out of our publications: to be published and copied again
     copy_again boolean not null default false,  -- has changes that the stream does not carry: copied once more at the cutover
     -- the lease of the snapshot's holder
     owner text,
