@@ -3,6 +3,7 @@
     LiveMigrationError
     ├── UsageError             the command's words or settings are wrong (exit 2)
     ├── SourceError            the source refuses, or lacks something
+    │   ├── PublicationLost    a publication is gone or altered
     │   └── SlotError          the slot is foreign, or cannot be had
     │       └── SlotLost       the slot does not hold what follows the change log any more
     ├── TargetError            the target refuses, or lacks something
@@ -71,6 +72,12 @@ class SlotLost(SlotError):
     """Changes after the end of the change log cannot be had any more: the tables must be copied again."""
 
     default_hint = RECOPY
+
+
+class PublicationLost(SourceError):
+    """A publication of ours does not tell all changes any more: the tables must be copied again."""
+
+    default_hint = f"Nobody but this program may alter its publications. {RECOPY}"
 
 
 class TargetError(LiveMigrationError):

@@ -27,6 +27,7 @@ from live_migration.coordinator.newcomers import watch_newcomers
 from live_migration.coordinator.observer import Observer, Reporter
 from live_migration.coordinator.opening import open_migration
 from live_migration.coordinator.prepare import prepare
+from live_migration.coordinator.publication_watch import publish_again, watch_publications
 from live_migration.coordinator.recopy import begin_recopy
 from live_migration.coordinator.run import APPLICATION, Run
 from live_migration.coordinator.schema import restore_schema
@@ -165,6 +166,7 @@ class _Conductor:
         elif run.phase is not Phase.DONE:
             await self._require_whole(run)
             await follow_timeline(run)
+            await publish_again(run)
             self._show(run)
             # An earlier coordinator may have died before it told the producer what it had prepared or published.
             await run.publications_changed(run.target)
@@ -194,7 +196,8 @@ class _Conductor:
             await restore_schema(run)
             self._show(run)
         await beside(
-            self._follow(run), [watch_drift(run), watch_trimming(run), watch_chunks(run), watch_newcomers(run)]
+            self._follow(run),
+            [watch_drift(run), watch_trimming(run), watch_chunks(run), watch_newcomers(run), watch_publications(run)],
         )
 
     async def _follow(self, run: Run) -> None:

@@ -13,7 +13,7 @@ import asyncpg
 
 from live_migration.common import state
 from live_migration.common.control import POSITION, LogPosition
-from live_migration.common.errors import LiveMigrationError, TargetError
+from live_migration.common.errors import LiveMigrationError, PublicationLost, TargetError
 from live_migration.common.kafka import ControlReader
 from live_migration.common.postgres import asking, session
 from live_migration.common.progress import name_list
@@ -25,6 +25,7 @@ from live_migration.coordinator.chunk_watch import follow_chunks, unpublished_ch
 from live_migration.coordinator.drift import find_drift, shape_differences
 from live_migration.coordinator.handover import hand_over
 from live_migration.coordinator.identity_watch import reconcile
+from live_migration.coordinator.memberships import find_left, require_publications
 from live_migration.coordinator.newcomers import bring_newcomers
 from live_migration.coordinator.run import APPLICATION, Run
 from live_migration.coordinator.skip import describe_skips, read_skips
@@ -125,12 +126,13 @@ async def cut_over(run: Run) -> None:
     Raises:
         SourceBusy: the source is still written to; the migration is back in phase replay.
         CutoverRefused: tables are unaccounted for; the migration is back in phase replay.
+        PublicationLost: a publication is gone or was altered; likewise.
     """
     async with run.source_session("cutover") as source:
         if not await steps.is_done(run.target, steps.BARRIER):
             try:
                 await _prove_everything_arrived(run, source)
-            except (SourceBusy, CutoverRefused, TargetError) as error:
+            except (SourceBusy, CutoverRefused, PublicationLost, TargetError) as error:
                 await _back_to_replay(run, error)
                 raise
         await hand_over(run, source)
@@ -222,6 +224,11 @@ async def _require_accounted_for(run: Run, source: asyncpg.Connection, problems:
     """Refuse while a table of the source is not on the target as it is, or not followed; `problems`: what else is known to be."""
     found = [*problems, *(await find_drift(run, source, run.target)).lines]
     found += await shape_differences(run, source, run.target)
+    await require_publications(run, source, run.target)
+    found += [
+        f"{left} is not published any more, or not all of it: `live-migration migrate` publishes and copies it again"
+        for left in await find_left(run, source, run.target)
+    ]
     with asking("target", "looking at tables and indexes"):
         tables = await run.target.fetch(
             """select format('%s.%s is %s', schema_name, table_name, state) || coalesce(': ' || error, '') as line

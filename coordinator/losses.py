@@ -1,4 +1,4 @@
-"""Whether slot, change log and checkpoints still fit together, and what must be copied again where they do not."""
+"""Whether slot, publications, change log and checkpoints still fit together, and what must be copied again where they do not."""
 
 from __future__ import annotations
 
@@ -7,21 +7,29 @@ import time
 
 import asyncpg
 
+from live_migration.common.catalog import CURRENT_TIMELINE
 from live_migration.common.control import CONFIG, POSITION, LogPosition, ProducerConfig
-from live_migration.common.errors import LiveMigrationError, LogGap, SlotLost
+from live_migration.common.errors import LiveMigrationError, LogGap, PublicationLost, SlotLost
 from live_migration.common.kafka import check_topics, read_control
 from live_migration.common.lsn import Lsn
 from live_migration.common.postgres import asking
 from live_migration.common.progress import name_list
 from live_migration.common.segment import START, Position
 from live_migration.coordinator.control_topic import producer_config
+from live_migration.coordinator.memberships import require_publications
 from live_migration.coordinator.run import Run
-from live_migration.producer.resume import check_timeline, published_lsn
+from live_migration.producer.resume import WAL_END, check_timeline, check_wal_end, published_lsn
 from live_migration.producer.slot import SlotState, read_slot
 from live_migration.producer.tail_check import LaneTail, check_tails, read_tails
 from live_migration.producer.timeline import read_timeline
 
 _MARKERS_SECONDS = 10.0
+_WAL_END = f"select case when pg_is_in_recovery() then null else {CURRENT_TIMELINE} end, {WAL_END}"
+# A copy counts once the source has flushed what its snapshot saw; the moments of all else may have been undone by a crash.
+_COPIED = """
+    select max(horizon) from _live_migration.tables
+    where kind = 'table' and newcomer is null and state in ('copied', 'ready') and timeline = $1
+"""
 
 
 def slot_loss(name: str, slot: SlotState | None) -> str | None:
@@ -35,7 +43,7 @@ def slot_loss(name: str, slot: SlotState | None) -> str | None:
 
 
 async def find_loss(run: Run) -> LiveMigrationError | None:
-    """Look whether slot, change log and checkpoints still fit together; give what is lost, with the tables to copy again named.
+    """Look whether slot, publications, change log and checkpoints still fit together; give what is lost, with the tables to copy again named.
 
     May be asked in phases schema to cutover, at a coordinator's start.
 
@@ -44,7 +52,7 @@ async def find_loss(run: Run) -> LiveMigrationError | None:
     """
     try:
         await _require_whole(run)
-    except (SlotLost, LogGap) as error:
+    except (PublicationLost, SlotLost, LogGap) as error:
         return type(error)(f"{error.message}; {await tables_to_copy(run.target)}", hint=error.hint)
     return None
 
@@ -59,6 +67,7 @@ async def _require_whole(run: Run) -> None:
     async with run.source_session("slot check") as source:
         with asking("source", "looking at the slot"):
             slot = await read_slot(source, settings.slot)
+        await require_publications(run, source, run.target)
     if loss := slot_loss(settings.slot, slot):
         raise SlotLost(loss)
     await check_topics(settings, migration.lane_count)
@@ -76,6 +85,7 @@ async def _require_whole(run: Run) -> None:
             f"{Lsn(recorded)}; somebody else has read from it or made it anew, or the broker has lost the log's tail"
         )
     await _check_branch(run, position)
+    await _check_wal_end(run, position)
     lanes = [(row["next_offset"], Position(int(row["commit_lsn"]), row["ordinal"])) for row in checkpoints]
     await _check_log(run, position, lanes)
 
@@ -91,6 +101,21 @@ async def _check_branch(run: Run, position: LogPosition | None) -> None:
         check_timeline(
             source.left, source.timeline, timeline, published_lsn(config, position) if timeline == recorded else 0
         )
+
+
+async def _check_wal_end(run: Run, position: LogPosition | None) -> None:
+    """Raise SlotLost when the source's WAL ends before what was published or copied of it on this timeline."""
+    if run.migration.start_lsn is None or run.migration.binary_stream is None:
+        return
+    with asking("target", "reading how far tables were copied"):
+        copied = await run.target.fetchval(_COPIED, run.migration.source_timeline)
+    published = published_lsn(producer_config(run.settings, run.migration), position)
+    async with run.source_session("WAL check") as source:  # after the position was read, which moves on
+        with asking("source", "asking where the WAL ends"):
+            timeline, wal_end = await source.fetchrow(_WAL_END)
+    if wal_end is not None:
+        is_same = timeline == run.migration.source_timeline
+        check_wal_end(wal_end, max(published, int(copied)) if copied is not None and is_same else published)
 
 
 async def _check_log(run: Run, position: LogPosition | None, checkpoints: list[tuple[int, Position]]) -> None:

@@ -30,11 +30,22 @@ FORGET_COPY = f"""attempt = attempt + 1, retry_at = null, snapshot_id = null, sn
 LOCK_TABLES = "select from _live_migration.tables order by oid for no key update"
 """In the order of those who end the copies of several at once: neither waits for a row of the other's."""
 
+FREE_INDEXES = f"""
+    update _live_migration.indexes i
+    set state = 'pending', retry_at = null, {FREE}
+    from _live_migration.tables t where t.oid = i.table_oid and t.state = 'planned' and i.state = 'building'
+"""
+
+FENCE_LANES = """
+    update _live_migration.checkpoints
+    set epoch = epoch + 1, owner = null, backend_pid = null, backend_start = null
+"""
+
 # Not 'planned', which a consumer that sleeps through the change of phase could claim before there is a slot.
 VOID = f"""
     {LOCK_TABLES};
     update _live_migration.tables
-    set state = 'stopped', started_at = null, copy_again = false, is_passed_over = false, {FORGET_COPY}
+    set state = 'stopped', started_at = null, copy_again = false, is_passed_over = false, is_unpublished = false, {FORGET_COPY}
     where kind <> 'hypertable' and newcomer is distinct from 'gone';
     update _live_migration.tables
     set newcomer = 'made', rebuild = 'every table is copied again', rebuild_lsn = null, snapshot = null, horizon = null, timeline = null

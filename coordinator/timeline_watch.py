@@ -18,7 +18,7 @@ from live_migration.common.state import Phase
 from live_migration.coordinator import steps
 from live_migration.coordinator.made_definitions import load_made
 from live_migration.coordinator.prepare import publish_tables
-from live_migration.coordinator.recopy import FORGET_COPY, FREE, LOCK_TABLES, end_work
+from live_migration.coordinator.recopy import FENCE_LANES, FORGET_COPY, FREE_INDEXES, LOCK_TABLES, end_work
 from live_migration.coordinator.run import Run
 from live_migration.producer.publication import published_tables
 from live_migration.producer.slot import await_older_transactions
@@ -49,17 +49,6 @@ _REBUILD_AGAIN = f"""
 # The snapshot of a hypertable says which chunks were gone by then, and below where the timeline was left both have one history.
 _CUT_HYPERTABLES = f"""
     update _live_migration.tables set horizon = least(horizon, {_LEFT}) where kind = 'hypertable' and newcomer is null
-"""
-
-_FREE_INDEXES = f"""
-    update _live_migration.indexes i
-    set state = 'pending', retry_at = null, {FREE}
-    from _live_migration.tables t where t.oid = i.table_oid and t.state = 'planned' and i.state = 'building'
-"""
-
-_FENCE_LANES = """
-    update _live_migration.checkpoints
-    set epoch = epoch + 1, owner = null, backend_pid = null, backend_start = null
 """
 
 
@@ -108,13 +97,13 @@ async def _take_over(run: Run, source: SourceTimeline, unpublished: list[int]) -
         await target.execute(_CUT_HYPERTABLES, *left)
         if rows or rebuilt:
             # A lane that goes on must ask the new snapshot, and one that sleeps must not wake up with the old one.
-            await target.execute(_FENCE_LANES)
+            await target.execute(FENCE_LANES)
         if rows:
             await target.execute(
                 "delete from _live_migration.parts where oid in "
                 "(select oid from _live_migration.tables where state = 'planned')"
             )
-            await target.execute(_FREE_INDEXES)
+            await target.execute(FREE_INDEXES)
             if run.phase in (Phase.REPLAY, Phase.CUTOVER):
                 await run.enter(Phase.COPY)
     await run.reload()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -220,6 +220,17 @@ async def add_tables(
             else f"publishing {batch[0].name}",
             relations=[table.oid for table in batch],
         )
+
+
+async def remove_tables(
+    connection: asyncpg.Connection, name: str, oids: Collection[int], *, lock_timeout: float
+) -> None:
+    """Take those of the tables that are in a publication out of it."""
+    for oid, table in (await published_tables(connection, name)).items():
+        if oid in oids:
+            statement = f"alter publication {quote_identifier(name)} drop table only {table.sql}"
+            doing = f"taking {table} out of publication {name}"
+            await execute_politely(connection, [statement], lock_timeout=lock_timeout, doing=doing, relations=[oid])
 
 
 async def tables_without_identity(

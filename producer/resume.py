@@ -28,6 +28,10 @@ _SLOT = """
 """
 
 
+WAL_END = "case when pg_is_in_recovery() then null else (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint end"
+"""Where a primary's WAL ends, null on a standby."""
+
+
 class TimelineUnknown(ConnectionLost):
     """The source is on a timeline that the coordinator has not named yet."""
 
@@ -83,12 +87,25 @@ def check_timeline(history: dict[int, int], timeline: int, recorded: int, publis
         )
 
 
+def check_wal_end(wal_end: int, published: int) -> None:
+    """Raise SlotLost where the source's WAL ends before what was published of it, or copied: its storage went back to an older state.
+
+    System, timeline and slot are as they were then. The server would pass over all that it writes up to there a second time.
+    """
+    if wal_end < published:
+        raise SlotLost(
+            f"the source went back to an older state of itself: its WAL ends at {Lsn(wal_end)}, but change log or target hold what it had "
+            f"up to {Lsn(published)}",
+            hint=f"Was its storage restored, from a snapshot or a backup? {RECOPY}",
+        )
+
+
 async def check_slot(uri: str, config: ProducerConfig, position: LogPosition | None) -> None:
-    """Take the slot from a superseded producer, and check that it is ours and not ahead of the log.
+    """Take the slot from a superseded producer, and check that it is ours and not ahead of the log, nor the log ahead of the source.
 
     Raises:
         SlotError: it is of another kind or database.
-        SlotLost: it is gone, lost, or somebody else has read from it.
+        SlotLost: it is gone, lost, or somebody else has read from it; or the source went back to an older state of itself.
         ConnectionLost: the source cannot be reached, or the slot's reader does not end.
     """
     recorded = position.confirm_lsn if position else config.start_lsn
@@ -96,12 +113,14 @@ async def check_slot(uri: str, config: ProducerConfig, position: LogPosition | N
         async with session(uri, "source", application="live-migration producer") as connection:
             if await connection.fetchval("select pg_is_in_recovery()"):
                 raise ConnectionLost("the source is a standby, or recovers: waiting until it is a primary")
+            wal_end = await connection.fetchval(f"select {WAL_END}")
             slot = await _free_slot(connection, config.slot)
     except (*CONNECTION_ERRORS, asyncpg.InterfaceError) as error:
         raise ConnectionLost(f"the source at {describe(uri)} cannot be asked about its slot: {error!r}") from error
     except asyncpg.PostgresError as error:
         raise server_error(error, "source", f"looking at slot {config.slot}") from error
     assess_slot(config.slot, slot, recorded)
+    check_wal_end(wal_end, published_lsn(config, position))
 
 
 def assess_slot(name: str, slot: asyncpg.Record | dict[str, object] | None, recorded: int) -> None:

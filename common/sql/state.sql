@@ -73,6 +73,7 @@ create table _live_migration.tables (
     error text,
     hint text,
     retry_at timestamptz,
+    is_unpublished boolean not null default false,  -- somebody took it out of our publications: to be published and copied again
     copy_again boolean not null default false,  -- has changes that the stream does not carry: copied once more at the cutover
     is_passed_over boolean not null default false,      -- while copy_again: a row stands in the way of a newer one, and lanes pass its changes over
     -- the lease of the snapshot's holder

@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import asyncpg
@@ -17,11 +16,10 @@ from live_migration.common.errors import Fenced, LiveMigrationError, LogGap, Slo
 from live_migration.common.segment import START, Position
 from live_migration.consumer import checkpoint as checkpoints
 from live_migration.consumer.checkpoint import Advance, Checkpoint
-from live_migration.producer.service import run_producer
 from tests.e2e.migration import Migration
 from tests.e2e.processes import Cli
 from tests.fixtures.fix_postgres import execute
-from tests.integration.test_log_lost import make_changes_topic_again
+from tests.integration.test_log_lost import keep_producing, make_changes_topic_again
 from tests.support.workload import Workload, differences, read_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.integration]
@@ -80,14 +78,6 @@ async def refused(migration: Migration, error: type[LiveMigrationError], match: 
     with pytest.raises(error, match=match):
         await asyncio.wait_for(migration.coordinator, 60)
     migration.coordinator = None
-
-
-async def keep_producing(migration: Migration) -> None:
-    """Run producers one after the other, as a container engine does: each refuses what is lost, until it is made anew."""
-    while True:
-        with suppress(LiveMigrationError):
-            await run_producer(migration.settings, asyncio.Event())
-        await asyncio.sleep(0.05)
 
 
 @pytest.mark.parametrize("lost", ["slot", "topic"])

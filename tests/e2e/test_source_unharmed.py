@@ -1,4 +1,4 @@
-"""The source's own statements succeed during the whole migration, and each table is followed or named."""
+"""The source's own statements succeed during the migration (where they do not: docs/delivery.md), and each table is followed or named."""
 
 from __future__ import annotations
 

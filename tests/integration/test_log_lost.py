@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import subprocess
+import tempfile
+from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 import asyncpg
 import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import NewTopic, RecordsToDelete
 
-from live_migration.common.errors import LogGap, SlotLost
+from live_migration.common.errors import LiveMigrationError, LogGap, SlotLost
 from live_migration.common.kafka import CHANGES_CONFIG, admin, topic_exists
 from live_migration.common.kafka_clients import client_options
 from live_migration.common.local_kafka import LocalKafka
+from live_migration.common.local_postgres import LocalPostgres
 from live_migration.common.settings import Settings
 from live_migration.producer.service import run_producer
 from tests.e2e.migration import Migration
@@ -26,8 +31,9 @@ from tests.fixtures.change_log import (
     source_lsn,
     wait_until_published,
 )
-from tests.fixtures.fix_postgres import execute
+from tests.fixtures.fix_postgres import SETTINGS, execute
 from tests.integration.test_producer import NAMES, TABLES, make_settings
+from tests.support.workload import differences, read_rows
 
 pytestmark = pytest.mark.integration
 
@@ -56,6 +62,14 @@ async def read_slot_elsewhere(uri: str, slot: str) -> int:
         return len(rows)
     finally:
         await connection.close()
+
+
+async def keep_producing(migration: Migration) -> None:
+    """Run producers one after the other, as a container engine does: each refuses what is lost, until it is made anew."""
+    while True:
+        with suppress(LiveMigrationError):
+            await run_producer(migration.settings, asyncio.Event())
+        await asyncio.sleep(0.05)
 
 
 async def publish(settings: Settings, *statements: str) -> None:
@@ -144,6 +158,117 @@ async def test_a_producer_refuses_a_broker_that_lost_its_tail(
         await broker.start()
         with pytest.raises(SlotLost, match="lost the log's tail"):
             await run_producer(settings, asyncio.Event())
+
+
+class Storage:
+    """Where a server keeps its data: taken as a snapshot, and put back, each while the server is down."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="live-migration-storage-"))  # pytest's are for their owner alone
+        self.folder.chmod(0o755)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.folder)
+
+    def server(self) -> LocalPostgres:
+        return LocalPostgres(self.folder / "server", settings=SETTINGS)
+
+    def keep(self) -> None:
+        self._copy("server", "snapshot")
+
+    def put_back(self) -> None:
+        shutil.rmtree(self.folder / "server/data")
+        self._copy("snapshot", "server")
+
+    def _copy(self, before: str, after: str) -> None:
+        (self.folder / after).mkdir(exist_ok=True)
+        subprocess.run(["cp", "-a", self.folder / before / "data", self.folder / after], check=True)
+
+
+async def test_a_producer_refuses_a_source_whose_storage_went_back(kafka_bootstrap: str, unique_name: str) -> None:
+    """System, timeline and slot are as they were: what is written then, up to where the log ends, would never be sent."""
+    with Storage() as storage:
+        async with storage.server() as server:
+            settings = make_settings(server.uri(), kafka_bootstrap, unique_name)
+            await run_sql(settings, TABLES)
+            await prepare(settings, NAMES)
+            await publish(settings, *insert(1))
+        storage.keep()
+        async with storage.server():
+            await publish(settings, *insert(2))
+            await run_sql(settings, *[line for number in range(3, 500) for line in insert(number)])
+            await publish(settings)
+        async with storage.server():  # stopped and started alone, it goes on
+            await publish(settings)
+        storage.put_back()
+        async with storage.server():
+            await run_sql(settings, *insert(1000))
+            with pytest.raises(SlotLost, match="went back to an older state") as raised:
+                await asyncio.wait_for(run_producer(settings, asyncio.Event()), 60)
+            says_what_to_do(raised.value)
+
+
+@pytest.mark.parametrize("what", ["published", "copied"])
+async def test_a_source_whose_storage_went_back_is_copied_again(
+    what: str, target_database: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    """Found by the coordinator, too: by what was published, or by what was copied where nothing is published."""
+    with Storage() as storage:
+        async with storage.server() as server:
+            source = server.uri()
+            await execute(source, "create table t (id int primary key); create table u (line text)")
+            migration = Migration(source, target_database, kafka_bootstrap, unique_name, tmp_path, partitions=2)
+            migration.start_coordinator()
+            await migration.until_phase("copy")
+            await migration.stop()
+        storage.keep()
+        async with storage.server():
+            await execute(source, "insert into t select generate_series(1, 20000); insert into u values ('a')")
+            migration.start_coordinator()
+            services = [*migration.consumers, migration.producer] if what == "published" else migration.consumers
+            for service in services:
+                service.start()
+            await migration.until_phase("replay")
+            if what == "published":
+                await execute(source, "insert into t values (0)")
+                await migration.until("applied", "select count(*) = 20001 from t")
+            for service in services:
+                await service.drain()
+            await migration.stop()
+        async with storage.server():  # stopped and started alone, it goes on
+            change = await migration.until("change", "select publication_change + 1 from _live_migration.migration")
+            migration.start_coordinator()
+            query = "select publication_change >= $1 from _live_migration.migration"
+            await migration.until("found whole", query, change)
+            await migration.stop()
+        storage.put_back()
+        async with storage.server():
+            await execute(source, "insert into t select generate_series(7, 9)")
+            migration.start_coordinator()
+            assert migration.coordinator is not None
+            with pytest.raises(SlotLost, match="went back to an older state") as raised:
+                await asyncio.wait_for(migration.coordinator, 60)
+            assert "2 tables" in raised.value.message
+            for service in (*migration.consumers, migration.producer):
+                service.task = None
+            producing = asyncio.ensure_future(keep_producing(migration))
+            migration.start_coordinator(recopy=True)
+            await migration.until("voided", "select bool_and(attempt >= 2) from _live_migration.tables")
+            for consumer in migration.consumers:
+                consumer.start()
+            try:
+                await migration.until_phase("replay")
+                await execute(source, "insert into t values (10)")
+                await migration.finish()
+            finally:
+                producing.cancel()
+                await migration.__aexit__()
+            both = ("public.t", "public.u")
+            found = differences(await read_rows(source, both), await read_rows(target_database, both))
+            assert not found, found
 
 
 async def test_a_coordinator_and_a_consumer_refuse_what_lost_changes(

@@ -25,6 +25,7 @@ from live_migration.coordinator.prepare import prepare
 from live_migration.coordinator.schema import restore_schema
 from live_migration.producer.publication import (
     ALL_OPERATIONS,
+    INSERT_ONLY,
     PublishedTable,
     add_tables,
     create_publication,
@@ -315,3 +316,22 @@ async def test_an_identity_is_what_the_server_takes_for_one(
             is_taken = False
         assert found == is_taken
         assert expected in (None, found)
+
+
+@pytest.mark.parametrize("version", [14, 15, 16, 17, 18])
+async def test_a_published_table_cannot_be_made_unlogged(
+    version: int, postgres_server: PostgresFactory, fresh_database: DatabaseFactory
+) -> None:
+    """A statement of the source's that fails because of us, in either publication, for as long as the table is in it: said in docs/delivery.md."""
+    async with session(await fresh_database(postgres_server(version)), "source") as connection:
+        await connection.execute("create table public.t (id int primary key)")
+        table = PublishedTable(
+            await connection.fetchval("select 'public.t'::regclass::oid"), QualifiedName("public", "t")
+        )
+        for operations in (ALL_OPERATIONS, INSERT_ONLY):
+            await create_publication(connection, "ours", operations)
+            await add_tables(connection, "ours", [table], lock_timeout=1.0)
+            with pytest.raises(asyncpg.ObjectNotInPrerequisiteStateError, match="part of a publication"):
+                await connection.execute("alter table public.t set unlogged")
+            await drop_publication(connection, "ours", lock_timeout=1.0)
+        await connection.execute("alter table public.t set unlogged")

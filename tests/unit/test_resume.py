@@ -9,7 +9,7 @@ import pytest
 from live_migration.common.control import LogPosition, ProducerConfig
 from live_migration.common.errors import KafkaError, SlotError
 from live_migration.common.segment import START, Position
-from live_migration.producer.resume import assess_slot, check_timeline, published_lsn
+from live_migration.producer.resume import assess_slot, check_timeline, check_wal_end, published_lsn
 from live_migration.producer.session import lane_positions
 from live_migration.producer.timeline import parse_timeline_history
 
@@ -37,6 +37,12 @@ def test_a_timeline_that_was_left_above_the_log_is_followed() -> None:
 def test_a_timeline_that_lost_what_the_log_holds_is_refused(recorded: int, published: int) -> None:
     with pytest.raises(SlotError):
         check_timeline(parse_timeline_history(HISTORY), 3, recorded, published)
+
+
+def test_a_source_whose_wal_ends_before_the_log_is_refused() -> None:
+    check_wal_end(100, 100)
+    with pytest.raises(SlotError, match="older state"):
+        check_wal_end(99, 100)
 
 
 @pytest.mark.parametrize("recorded", [100, 101])
