@@ -94,9 +94,10 @@ async def publish_again(run: Run) -> None:
         await await_older_transactions(
             source, timeout=run.settings.slot_timeout, on_wait=run.reporter.note, what="publishing tables again"
         )
+        statistics = await read_statistics(source)
     await run.publications_changed(run.target)
     await end_work(run.target)  # a stopped consumer keeps its locks on the rows that we are to change
-    names = await _copy_again(run, members, await read_statistics(source))
+    names = await _copy_again(run, members, statistics)
     run.reporter.warning(
         f"somebody has taken tables out of our publications, or published them by a row filter or column list: {name_list(names)}. What was "
         "changed there meanwhile is not in the stream: they are published and copied again"
