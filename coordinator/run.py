@@ -64,7 +64,8 @@ class Run:
             except SourceError as error:
                 if is_dropped_meanwhile(error.__cause__) and attempt < _DROPPED_ATTEMPTS:
                     continue
-                if not isinstance(error.__cause__, asyncpg.LockNotAvailableError):
+                # Whoever queues where others deadlock with one another may be the one who is ended.
+                if not isinstance(error.__cause__, asyncpg.LockNotAvailableError | asyncpg.DeadlockDetectedError):
                     raise
             if attempt % 5 == 0:
                 self.reporter.note(f"{doing} waits for somebody who locks a table on the source")

@@ -156,6 +156,38 @@ async def until_waiting(uri: str, pid: int) -> None:
             await asyncio.sleep(0.02)
 
 
+async def test_a_look_at_the_catalogs_that_others_deadlock_ends_is_taken_again(
+    make_settings: MakeSettings,  # noqa: F811
+) -> None:
+    """Others' sessions that deadlock over a table which we wait to look at: the server may choose us to be ended (seen)."""
+    settings = make_settings()
+    async with (
+        bench(settings) as b,
+        session(settings.source_uri(), "source") as ours,
+        session(settings.source_uri(), "source") as other,
+    ):
+        await b.source("create table public.t (id int primary key); create table public.u (id int primary key)")
+        await ours.execute("set deadlock_timeout = '50ms'; begin; lock table public.u in access share mode")
+        await other.execute("set deadlock_timeout = '60s'; begin; lock table public.t in access exclusive mode")
+        queueing = asyncio.ensure_future(other.execute("lock table public.u in access exclusive mode"))
+        await until_waiting(settings.source_uri(), other.get_server_pid())
+        states = []
+
+        async def look() -> int:
+            states.append("looks")
+            if ours.is_in_transaction():
+                try:
+                    await ours.execute("lock table public.t in access share mode")
+                finally:
+                    await ours.execute("rollback")
+                    await queueing
+                    await other.execute("rollback")
+            return len(await list_tables(ours))
+
+        assert await b.run.patiently("looking", look) == 2
+        assert states == ["looks", "looks"]
+
+
 # who was published while it was being written to
 
 
