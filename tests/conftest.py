@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
+# Its plugin would import it at the run's end, where garbage that is collected meanwhile trips up Python 3.11's parser.
 import hypothesis  # noqa: F401
 import pytest
-
-# Its plugin would import it at the run's end, where garbage that is collected meanwhile trips up Python 3.11's parser.
 
 # Before the first of them is imported, for they import one another.
 pytest.register_assert_rewrite("tests.fixtures")
