@@ -71,15 +71,20 @@ _REPLICA_ROLE = "set local session_replication_role = replica"
 
 async def replica_role(connection: asyncpg.Connection) -> str:
     """Give the statement that keeps triggers and rules from firing until the transaction ends; nothing where the role may not use it."""
+    return _REPLICA_ROLE if await may_run(connection, _REPLICA_ROLE) else ""
+
+
+async def may_run(connection: asyncpg.Connection, statement: str) -> bool:
+    """Tell whether our role may run a statement, which is undone."""
     attempt = connection.transaction()
     await attempt.start()
     try:
-        await connection.execute(_REPLICA_ROLE)
+        await connection.execute(statement)
     except asyncpg.InsufficientPrivilegeError:
-        return ""
+        return False
     finally:
         await attempt.rollback()
-    return _REPLICA_ROLE
+    return True
 
 
 async def enter_replica_role(connection: asyncpg.Connection) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import asyncpg
 
+from live_migration.common.postgres import may_run
 from live_migration.common.timescale import Layout, read_layout
 from live_migration.coordinator.source_jobs import Job, read_jobs
 
@@ -144,7 +145,7 @@ class TargetFacts:
     """The target of a source with TimescaleDB; of roles and tablespaces, those of the source's that it has.
 
     `our_roles`: those whose rights our role has. `can_write_catalog`: whether it may restore TimescaleDB's catalog; None
-    where the extension is not in the database yet.
+    where the extension is not in the database yet. `can_restore`: whether it may enter restoring mode.
     """
 
     server: ServerFacts
@@ -152,6 +153,7 @@ class TargetFacts:
     our_roles: frozenset[str]
     tablespaces: frozenset[str]
     can_write_catalog: bool | None
+    can_restore: bool
 
 
 async def read_source(source: asyncpg.Connection, ours: Sequence[str]) -> SourceFacts | None:
@@ -182,12 +184,15 @@ async def read_target(target: asyncpg.Connection, source: SourceFacts) -> Target
     """Give what is to be judged of the target of such a source."""
     roles = await target.fetch(_ROLES, [job.owner for job in source.jobs] + [h.owner for h in source.hypertables])
     tablespaces = await target.fetch(_TABLESPACES, [name for h in source.hypertables for name in h.tablespaces])
+    server = await _read_server(target)
+    is_loaded = server.background_workers is not None  # else anybody may set whatever bears such a name
     return TargetFacts(
-        await _read_server(target),
+        server,
         frozenset(row["name"] for row in roles),
         frozenset(row["name"] for row in roles if row["is_ours"]),
         frozenset(row[0] for row in tablespaces),
         await target.fetchval(_CATALOG),
+        not is_loaded or await may_run(target, "set local timescaledb.restoring = on"),
     )
 
 

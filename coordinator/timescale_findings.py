@@ -389,13 +389,19 @@ def _assess_tablespaces(source: SourceFacts, target: TargetFacts) -> list[Findin
 
 
 def _assess_catalog(source: SourceFacts, target: TargetFacts) -> list[Finding]:
-    if target.can_write_catalog is not False or not is_same_version(source, target):
+    if not is_same_version(source, target):
         return []
+    lacks = []
+    if target.can_write_catalog is False:
+        lacks.append("write TimescaleDB's catalog, which comes over with the chunks")
+    if not target.can_restore:
+        lacks.append("set timescaledb.restoring, without which the catalog cannot be written")
     return [
         error(
-            f"role {target.server.role} on the target may not write TimescaleDB's catalog, which comes over with the chunks",
+            f"role {target.server.role} on the target may not {lack}",
             "Use a superuser, or the service's administrator (tsdbadmin on Timescale Cloud).",
         )
+        for lack in lacks
     ]
 
 

@@ -220,6 +220,7 @@ async def test_a_target_role_that_is_no_superuser(
         target = timescale_target_database.replace("postgres@", f"{role}@")
         findings = await found(timescale_source_database, target, pause_source_jobs=True)
         assert about(findings, "may not write TimescaleDB's catalog").level == "error"
+        assert about(findings, "may not set timescaledb.restoring").level == "error"
         assert about(findings, "lacks the rights of roles that own jobs: postgres").level == "error"
         assert about(findings, "may not set session_replication_role").level == "warning"
     finally:

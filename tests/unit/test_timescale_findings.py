@@ -44,7 +44,14 @@ SOURCE = SourceFacts(
     relations=100,
     jobs=(),
 )
-TARGET = TargetFacts(SERVER, frozenset({"alice", "bob"}), frozenset({"alice", "bob"}), frozenset(), True)
+TARGET = TargetFacts(
+    SERVER,
+    frozenset({"alice", "bob"}),
+    frozenset({"alice", "bob"}),
+    frozenset(),
+    can_write_catalog=True,
+    can_restore=True,
+)
 
 
 def of_source(**changes: object) -> list[Finding]:
@@ -298,6 +305,7 @@ def test_the_catalog_comes_over_with_the_chunks() -> None:
     foreign = replace(TARGET, can_write_catalog=False)
     assert "role mover on the target may not write TimescaleDB's catalog" in only(of_target(target=foreign), "error")
     assert of_target(target=replace(TARGET, can_write_catalog=None)) == []
+    assert "timescaledb.restoring" in only(of_target(target=replace(TARGET, can_restore=False)), "error")
     across = of_target(replace(SOURCE, version="2.20.0"), foreign)
     assert [finding.level for finding in across] == ["warning"]
 
