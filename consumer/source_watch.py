@@ -12,6 +12,7 @@ import asyncpg
 from live_migration.common.control import MESSAGE_PREFIX, WalMessage
 from live_migration.common.errors import LiveMigrationError, Retry
 from live_migration.common.postgres import asking, session
+from live_migration.common.tasks import kept_cancellation
 from live_migration.common.telemetry import get_logger
 from live_migration.consumer.claims import Claim
 from live_migration.consumer.copy_errors import AttemptOver
@@ -67,7 +68,7 @@ async def giving_way(source_uri: str, pid: int, patience_seconds: float, what: s
             yield
         finally:
             watching.cancel()
-            with suppress(asyncio.CancelledError, LiveMigrationError):  # where the source is away, so is the backend
+            with kept_cancellation(), suppress(LiveMigrationError):  # where the source is away, so is the backend
                 await watching
 
 

@@ -29,9 +29,7 @@ from live_migration.coordinator.run import Run
 from live_migration.coordinator.source_jobs import paused_ids
 from live_migration.coordinator.timescale_catalog import POST_RESTORE
 
-_HELD = (
-    "select id, name, is_scheduled, coalesce(source_id, id) as source_id from _live_migration.target_jobs order by id"
-)
+_HELD = "select id, coalesce(source_id, id) as source_id from _live_migration.target_jobs order by id"
 
 
 async def follow_definitions(run: Run, source: asyncpg.Connection) -> None:
