@@ -60,6 +60,8 @@ class Settings(BaseSettings):
     """The same, one a line."""
     skip_hypertable_incompatible_objects: bool = False
     """Leave out keys and foreign keys that hypertables cannot have."""
+    skip_hypertable_object: Annotated[tuple[str, ...], NoDecode] = ()
+    """Those of them that are left out, each `schema.table.name`."""
     pause_source_jobs: bool = False
     """Pause TimescaleDB's jobs on the source that move data, given back by `clean`; else `migrate` asks on a terminal."""
     accept_unseen_deletes: bool = False
@@ -112,7 +114,7 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_json: bool = False
 
-    @field_validator("hypertable", "lanes", mode="before")
+    @field_validator("hypertable", "skip_hypertable_object", "lanes", mode="before")
     @classmethod
     def _one_a_line(cls, value: object) -> object:
         """Split what the environment gives: one table a line."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from live_migration.common.progress import format_bytes, format_count, name_list
 from live_migration.common.relation import QualifiedName
 from live_migration.coordinator.findings import Finding, error, warning
+from live_migration.coordinator.hypertable_skips import Skips, TableObject
 from live_migration.coordinator.hypertable_spec import DAY, SECOND, HypertableSpec, format_interval
 from live_migration.coordinator.hypertable_tables import INTEGER_TYPES, Column, ForeignKey, Key, Table
 
@@ -17,7 +18,7 @@ REFERENCES_SINCE = (2, 16)
 """From here on a plain table may refer to a hypertable by a foreign key."""
 MANY_CHUNKS = 5_000
 TOO_MANY_CHUNKS = 100_000
-_SKIP = "leave it out on the target with --skip-hypertable-incompatible-objects"
+NOTHING = Skips()
 
 
 def assess_specs(
@@ -25,20 +26,15 @@ def assess_specs(
     tables: Sequence[Table],
     version: tuple[int, ...] | None,
     *,
-    skip_incompatible: bool = False,
+    skips: Skips = NOTHING,
     memory_bytes: int = 0,
 ) -> list[Finding]:
     """Judge each table that is to become a hypertable.
 
-    `version`: of the target's TimescaleDB, None where it has none; `memory_bytes`: the target's, 0 where not known. With `skip_incompatible` what `incompatible_objects` gives is a warning, for it is to be left out.
+    `version`: of the target's TimescaleDB, None where it has none; `memory_bytes`: the target's, 0 where not known; `skips`: what is to be left out, and so is a warning, where it is among `incompatible_objects`.
     """
-    if specs and version is None:
-        return [
-            error(
-                "hypertables are asked for, but the target's database has no TimescaleDB",
-                "`create extension timescaledb` there, or leave out --hypertable and --hypertables-file.",
-            )
-        ]
+    if version is None:
+        return [_no_extension()] if specs else []
     by_name = {table.name: table for table in tables}
     found: list[Finding] = []
     for spec in specs:
@@ -51,32 +47,59 @@ def assess_specs(
         found += columns
         if not columns:
             found += _assess_interval(spec, table, memory_bytes)
-            found += _assess_keys(spec, table, skip_incompatible=skip_incompatible)
-            found += _assess_references(spec, table, specs, version or (), skip_incompatible=skip_incompatible)
+            found += _assess_keys(spec, table, skips)
+            found += _assess_references(spec, table, specs, version, skips)
             found += _assess_identity(spec, table)
-    return found
+    return found + list(_assess_skips(specs, tables, version, skips))
 
 
 def incompatible_objects(
     specs: Sequence[HypertableSpec], tables: Sequence[Table], version: tuple[int, ...]
-) -> frozenset[int]:
-    """Give the oids of indexes, of their constraints, and of foreign keys that the target's hypertables cannot have.
+) -> dict[TableObject, frozenset[int]]:
+    """Give what the target's hypertables cannot have: indexes with their constraints, and foreign keys, each with its oids.
 
-    Foreign keys that refer to a key which is left out are among them.
+    Foreign keys that refer to a key which they cannot have are among them.
     """
     by_name = {table.name: table for table in tables}
-    oids: set[int] = set()
+    found: dict[TableObject, frozenset[int]] = {}
     for spec in specs:
         if table := by_name.get(spec.name):
             for key in keys_without(spec, table):
-                oids |= {key.oid} | ({key.constraint} if key.constraint else set())
-            oids |= {reference.oid for reference, _ in _refused_references(spec, table, specs, version)}
-    return frozenset(oids)
+                found[TableObject(table.name, key.name)] = frozenset(filter(None, (key.oid, key.constraint)))
+            for reference, _ in _refused_references(spec, table, specs, version):
+                found[TableObject(reference.table, reference.name)] = frozenset({reference.oid})
+    return found
+
+
+def skipped_oids(
+    specs: Sequence[HypertableSpec], tables: Sequence[Table], version: tuple[int, ...], skips: Skips
+) -> frozenset[int]:
+    """Give the oids of what is left out on the target: indexes, their constraints, foreign keys."""
+    found = incompatible_objects(specs, tables, version)
+    return frozenset(oid for each, oids in found.items() if skips.has(each.table, each.name) for oid in oids)
 
 
 def keys_without(spec: HypertableSpec, table: Table) -> list[Key]:
     """Give the unique keys that lack a partitioning column, and so cannot be checked within a chunk."""
     return [key for key in table.keys if not set(spec.partitioning_columns) <= set(key.columns)]
+
+
+def _no_extension() -> Finding:
+    return error(
+        "hypertables are asked for, but the target's database has no TimescaleDB",
+        "`create extension timescaledb` there, or leave out --hypertable and --hypertables-file.",
+    )
+
+
+def _assess_skips(
+    specs: Sequence[HypertableSpec], tables: Sequence[Table], version: tuple[int, ...], skips: Skips
+) -> Iterable[Finding]:
+    incompatible = incompatible_objects(specs, tables, version)
+    for each in skips.unused(incompatible):
+        yield error(
+            f"--skip-hypertable-object {each}: there is no such key or foreign key that hypertables cannot have",
+            f"They cannot have: {name_list(sorted(incompatible)) or 'nothing of these tables is in their way'}.",
+        )
 
 
 def _near(spec: HypertableSpec, by_name: Mapping[QualifiedName, Table]) -> str:
@@ -186,17 +209,17 @@ def _assess_interval(spec: HypertableSpec, table: Table, memory_bytes: int) -> I
         )
 
 
-def _assess_keys(spec: HypertableSpec, table: Table, *, skip_incompatible: bool) -> Iterable[Finding]:
+def _assess_keys(spec: HypertableSpec, table: Table, skips: Skips) -> Iterable[Finding]:
     for key in keys_without(spec, table):
         missing = [name for name in spec.partitioning_columns if name not in key.columns]
         what = f"hypertable {spec.name}: {key.kind} {key.name} lacks the partitioning column {' and '.join(missing)}"
-        if skip_incompatible:
+        if skips.has(table.name, key.name):
             yield warning(f"{what}; it is left out on the target", "Nothing there keeps its values unique.")
         else:
             columns = ", ".join((*key.columns, *missing))
             yield error(
                 what,
-                f"Make it one over ({columns}) on the source, or {_SKIP}, or leave the table out of --hypertable.",
+                f"Make it one over ({columns}) on the source, or {_skip(table.name, key.name)}, or leave the table out of --hypertable.",
             )
 
 
@@ -205,15 +228,22 @@ def _assess_references(
     table: Table,
     specs: Sequence[HypertableSpec],
     version: tuple[int, ...],
-    *,
-    skip_incompatible: bool,
+    skips: Skips,
 ) -> Iterable[Finding]:
     for reference, why in _refused_references(spec, table, specs, version):
         what = f"hypertable {spec.name}: foreign key {reference.name} of {reference.table} refers to it, {why}"
-        if skip_incompatible:
+        if skips.has(reference.table, reference.name):
             yield warning(f"{what}; it is left out on the target", "Nothing there checks it.")
         else:
-            yield error(what, f"Drop it on the source, or {_SKIP}, or leave the table out of --hypertable.")
+            skip = _skip(reference.table, reference.name)
+            yield error(what, f"Drop it on the source, or {skip}, or leave the table out of --hypertable.")
+
+
+def _skip(table: QualifiedName, name: str) -> str:
+    return (
+        f"leave it out on the target with --skip-hypertable-object '{TableObject(table, name)}' "
+        "(--skip-hypertable-incompatible-objects for all such)"
+    )
 
 
 def _refused_references(

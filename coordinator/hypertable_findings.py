@@ -13,6 +13,7 @@ from live_migration.coordinator.flat_findings import assess_flat
 from live_migration.coordinator.hypertable_candidates import Candidate, propose, read_memory
 from live_migration.coordinator.hypertable_checks import assess_specs
 from live_migration.coordinator.hypertable_gaps import assess_definitions, read_absent, read_target
+from live_migration.coordinator.hypertable_skips import read_skips
 from live_migration.coordinator.hypertable_source import read_definitions
 from live_migration.coordinator.hypertable_spec import read_specs
 from live_migration.coordinator.hypertable_sql import Target
@@ -30,10 +31,11 @@ async def find_hypertables(settings: Settings, source: asyncpg.Connection, targe
     Raises:
         UsageError: what the user says of hypertables cannot be read.
     """
-    specs = read_specs(settings.hypertable, settings.hypertables_file)
+    specs, skips = read_specs(settings.hypertable, settings.hypertables_file), read_skips(settings)
     version = await read_version(source)
+    found = [_nothing_to_skip()] if skips.named and not specs else []
     if version is not None:
-        found = await (_find_flat(source) if settings.flatten else _find_gaps(version, source, target))
+        found += await (_find_flat(source) if settings.flatten else _find_gaps(version, source, target))
         if specs:
             found.append(
                 error(
@@ -43,14 +45,21 @@ async def find_hypertables(settings: Settings, source: asyncpg.Connection, targe
             )
         return found
     if not specs:
-        return []
+        return found
     to_be = await read_version_to_be(target, "")
     return assess_specs(
         specs,
         await _read_tables(settings, source),
         parse_version(to_be) if to_be else None,
-        skip_incompatible=settings.skip_hypertable_incompatible_objects,
+        skips=skips,
         memory_bytes=await read_memory(target),
+    )
+
+
+def _nothing_to_skip() -> Finding:
+    return error(
+        "--skip-hypertable-object is given, and no table is to become a hypertable",
+        "Name tables with --hypertable or --hypertables-file, or leave it out.",
     )
 
 

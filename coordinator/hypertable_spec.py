@@ -31,6 +31,7 @@ _SPEC = re.compile(
     rf"\s*(?:(?P<schema>{_IDENTIFIER})\.)?(?P<table>{_IDENTIFIER})\s*:\s*(?P<column>{_IDENTIFIER})\s*,"
     rf"\s*(?P<interval>[^,]+?)\s*(?:,\s*(?P<partition_column>{_IDENTIFIER})\s*,\s*(?P<partitions>[^,]+?)\s*)?"
 )
+_NAMES = re.compile(rf"\s*(?:{_IDENTIFIER})(?:\.(?:{_IDENTIFIER}))*\s*")
 _PART = re.compile(r"(\d+)\s*([a-z]+)\s*")
 _FORM = "Write it as 'schema.table:time_column,interval[,partition_column,number]', e.g. 'public.metrics:time,1 day'."
 
@@ -68,10 +69,10 @@ class HypertableSpec(BaseModel):
 
     def __str__(self) -> str:
         """Give it as a user would write it."""
-        name = f"{_shown(self.name.schema)}.{_shown(self.name.name)}"
+        name = f"{shown(self.name.schema)}.{shown(self.name.name)}"
         interval = format_interval(self.interval) if self.is_duration else str(self.interval)
-        space = f",{_shown(self.partition_column)},{self.partitions}" if self.partition_column else ""
-        return f"{name}:{_shown(self.column)},{interval}{space}"
+        space = f",{shown(self.partition_column)},{self.partitions}" if self.partition_column else ""
+        return f"{name}:{shown(self.column)},{interval}{space}"
 
 
 def definition_of(spec: HypertableSpec, types: dict[str, str]) -> Hypertable:
@@ -173,6 +174,13 @@ def _lines(file: Path | None) -> Iterable[tuple[str, str]]:
             yield f"{file}:{number}", line
 
 
+def parse_names(text: str) -> tuple[str, ...]:
+    """Give the names in `schema.table.name`, each as SQL reads it; none where it is no such thing."""
+    if not _NAMES.fullmatch(text):
+        return ()
+    return tuple(_name(each) or "" for each in re.findall(_IDENTIFIER, text))
+
+
 def _name(text: str | None) -> str | None:
     if text is None:
         return None
@@ -181,5 +189,6 @@ def _name(text: str | None) -> str | None:
     return "".join(letter.lower() if letter.isascii() else letter for letter in text)  # as the server folds them
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
+    """Give a name as a user has to write it."""
     return name if re.fullmatch(r"[a-z_][a-z0-9_$]*", name) else quote_identifier(name)

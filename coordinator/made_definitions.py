@@ -18,9 +18,10 @@ from live_migration.common.timescale import parse_version, read_layout, read_sli
 from live_migration.coordinator import archives, hypertable_definitions
 from live_migration.coordinator.dump_script import PG_CLASS, PG_CONSTRAINT
 from live_migration.coordinator.flat_entries import read_flat_entries
-from live_migration.coordinator.hypertable_checks import incompatible_objects
+from live_migration.coordinator.hypertable_checks import skipped_oids
 from live_migration.coordinator.hypertable_definitions import Definitions
 from live_migration.coordinator.hypertable_entries import EntriesOfTimescale, read_entries_of_timescale
+from live_migration.coordinator.hypertable_skips import read_skips
 from live_migration.coordinator.hypertable_source import read_definitions
 from live_migration.coordinator.hypertable_spec import HypertableSpec, definition_of, read_specs
 from live_migration.coordinator.hypertable_tables import Table, read_tables
@@ -126,9 +127,7 @@ async def _of_specs(
             "hypertables are asked for, and the target's server has no TimescaleDB", hint="Install it there."
         )
     tables = {table.name: table for table in await read_tables(source)}
-    left_out: frozenset[int] = frozenset()
-    if settings.skip_hypertable_incompatible_objects:
-        left_out = incompatible_objects(specs, tuple(tables.values()), parse_version(version))
+    left_out = skipped_oids(specs, tuple(tables.values()), parse_version(version), read_skips(settings))
     definitions = Definitions(version, _SCHEMA, tuple(definition_of(spec, _types(spec, tables)) for spec in specs))
     keys = frozenset((catalog, oid) for oid in left_out for catalog in (PG_CLASS, PG_CONSTRAINT))
     return Made(definitions, EntriesOfTimescale(keys, frozenset()), left_out=left_out, is_from_plain=True)

@@ -152,6 +152,7 @@ async def _resume(settings: Settings, migration: Migration, target: asyncpg.Conn
     fixed = {"kafka": kafka, "partitions": lanes.shared, "pause_source_jobs": pause, "hypertables_file": None}
     fixed["lanes"] = tuple(migration.settings.get("lanes") or ())
     fixed["hypertable"] = tuple(migration.settings.get("hypertable") or ())
+    fixed["skip_hypertable_object"] = tuple(migration.settings.get("skip_hypertable_object") or ())
     fixed["flatten"] = bool(migration.settings.get("flatten"))
     fixed["skip_hypertable_incompatible_objects"] = bool(migration.settings.get("skip_hypertable_incompatible_objects"))
     return settings.model_copy(update=fixed)

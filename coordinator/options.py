@@ -60,6 +60,7 @@ _HELP = {
     "hypertable": "A table that becomes a hypertable, 'schema.table:time_column,interval[,partition_column,number]'; repeatable.",
     "hypertables_file": "File of such tables, one a line; # begins a comment line.",
     "skip_hypertable_incompatible_objects": "Leave out keys and foreign keys that hypertables cannot have.",
+    "skip_hypertable_object": "Leave out this key or foreign key that hypertables cannot have, 'schema.table.name'; repeatable.",
     "pause_source_jobs": "Pause TimescaleDB's jobs on the source that move data, until `clean`.",
     "accept_unseen_deletes": "Begin though DELETEs of whole compressed batches cannot be noticed (TimescaleDB before 2.29, no superuser).",
     "flatten": "Let hypertables become plain tables on a target without TimescaleDB.",
@@ -109,7 +110,7 @@ CONSUMER = (
     "batch_bytes",
     "memory",
 )
-HYPERTABLES = ("hypertable", "hypertables_file", "skip_hypertable_incompatible_objects")
+HYPERTABLES = ("hypertable", "hypertables_file", "skip_hypertable_incompatible_objects", "skip_hypertable_object")
 CONDUCTOR = (
     "dir",
     "pg_bin",
@@ -161,7 +162,7 @@ def _option(field: str) -> Callable[[Command], Command]:
         "log_json",
     ):
         return click.option(flag, is_flag=True, default=None, help=text)
-    if field in ("hypertable", "lanes"):
+    if field in ("hypertable", "skip_hypertable_object", "lanes"):
         return click.option(flag, multiple=True, callback=_none_if_empty, help=text)
     return click.option(flag, type=_TYPES.get(field, str), default=None, help=text)
 

@@ -7,7 +7,9 @@ from contextlib import asynccontextmanager
 
 from benchmarks.backlog import Backlog, Receiver
 from benchmarks.contestants.ours import Ours
+from benchmarks.contestants.ours_copy import OursCopy
 from benchmarks.forwarder import delaying
+from benchmarks.results import Round
 from benchmarks.servers import DATABASE, Servers
 
 
@@ -28,6 +30,23 @@ class Slowed:
     @asynccontextmanager
     async def replicate(self, servers: Servers, backlog: Backlog) -> AsyncIterator[Receiver]:
         async with delaying(servers.target.port, self._delay_seconds) as port:
-            options = {"target": f"postgresql://postgres@127.0.0.1:{port}/{DATABASE}", **self._options}
+            options = {"target": _by(port), **self._options}
             async with Ours(consumers=self._consumers, options=options).replicate(servers, backlog) as receiver:
                 yield receiver
+
+
+class SlowedCopy(OursCopy):
+    """The same for a copy."""
+
+    def __init__(self, consumers: int, delay_seconds: float, options: dict[str, str]) -> None:
+        super().__init__(consumers=consumers, options=options)
+        self._delay_seconds = delay_seconds
+
+    async def copy(self, servers: Servers, rows: int) -> Round:
+        async with delaying(servers.target.port, self._delay_seconds) as port:
+            late = OursCopy(consumers=self._consumers, options={**self._options, "target": _by(port)})
+            return await late.copy(servers, rows)
+
+
+def _by(port: int) -> str:
+    return f"postgresql://postgres@127.0.0.1:{port}/{DATABASE}"

@@ -157,7 +157,16 @@ async def test_one_command_and_a_file_bring_a_database_under_load_into_hypertabl
         "TERM": "xterm",
     }
     environment = {**kept, **ours, "SOURCE": source, "TARGET": target}
-    command = ("migrate", "--hypertables-file", str(file), "--skip-hypertable-incompatible-objects")
+    skip = "--skip-hypertable-object"
+    command = (
+        "migrate",
+        "--hypertables-file",
+        str(file),
+        skip,
+        "orders.orders_pkey",
+        skip,
+        "items.items_order_id_fkey",
+    )
     async with AsyncExitStack() as load:
         done = await load.enter_async_context(writing(source))
         async with on_terminal(environment, *command) as screen:
@@ -195,6 +204,11 @@ async def test_validate_says_what_cannot_be_a_hypertable(source_database: str, t
     assert any("public.absent: there is no such table" in each.what for each in refused)
     left_out = await found(hypertable=("orders:placed,1 day",), skip_hypertable_incompatible_objects=True)
     assert {each.level for each in left_out} == {"warning"}
+    only_key = await found(hypertable=("orders:placed,1 day",), skip_hypertable_object=("orders.orders_pkey",))
+    (refused_still,) = [each for each in only_key if each.level == "error"]
+    assert "items_order_id_fkey" in refused_still.what
+    (no_table,) = await found(skip_hypertable_object=("orders.orders_pkey",))
+    assert (no_table.level, "no table is to become a hypertable" in no_table.what) == ("error", True)
     (unreadable,) = await found(hypertable=("orders",))
     assert unreadable.level == "error"
 

@@ -6,9 +6,12 @@ import dataclasses
 
 import pytest
 
+from live_migration.common.errors import UsageError
 from live_migration.common.relation import QualifiedName
+from live_migration.common.settings import load_settings
 from live_migration.coordinator.hypertable_candidates import choose_interval, propose
-from live_migration.coordinator.hypertable_checks import assess_specs, incompatible_objects
+from live_migration.coordinator.hypertable_checks import assess_specs, skipped_oids
+from live_migration.coordinator.hypertable_skips import Skips, read_skips
 from live_migration.coordinator.hypertable_spec import DAY, HOUR, parse_spec
 from live_migration.coordinator.hypertable_tables import Column, ForeignKey, Key, Table
 
@@ -85,12 +88,54 @@ def test_keys_and_references_have_a_choice() -> None:
     assert (key.level, reference.level, identity.level) == ("error", "error", "warning")
     assert "unique index only_id lacks the partitioning column time" in key.what
     assert "over (device, time)" in key.hint
-    assert "--skip-hypertable-incompatible-objects" in key.hint
+    assert "--skip-hypertable-object 'public.m.only_id'" in key.hint
     assert "by a key that it cannot have (only_id)" in reference.what
     assert "identified by (device), without time" in identity.what
-    skipped = assess_specs(specs, [table], VERSION, skip_incompatible=True)
-    assert [each.level for each in skipped] == ["warning"] * 3
-    assert incompatible_objects(specs, [table], VERSION) == {5, 6}
+    assert "--skip-hypertable-object 'public.r.fk'" in reference.hint
+    skips = Skips(everything=True)
+    assert [each.level for each in assess_specs(specs, [table], VERSION, skips=skips)] == ["warning"] * 3
+    assert skipped_oids(specs, [table], VERSION, skips) == {5, 6}
+
+
+def test_keys_and_references_are_let_go_one_by_one() -> None:
+    only_id = Key(5, "Only id", "unique constraint", ("device",), 7)
+    refers = ForeignKey(6, "fk", QualifiedName("public", "r"), 5)
+    table = dataclasses.replace(TABLE, keys=(*TABLE.keys, only_id), references=(refers,))
+    specs = [parse_spec("m:time,1 day")]
+
+    def said(*names: str) -> list[str]:
+        skips = _skips(*names)
+        return [each.level for each in assess_specs(specs, [table], VERSION, skips=skips)]
+
+    assert said() == ["error", "error"]
+    assert said('m."Only id"') == ["warning", "error"]
+    assert said("public.r.fk") == ["error", "warning"]
+    assert said('Public.M."Only id"', "r.fk") == ["warning", "warning"]
+    assert skipped_oids(specs, [table], VERSION, _skips('m."Only id"')) == {5, 7}
+    assert skipped_oids(specs, [table], VERSION, _skips("r.fk")) == {6}
+    assert skipped_oids(specs, [table], VERSION, _skips()) == frozenset()
+
+
+@pytest.mark.parametrize("name", ["public.m.m_pkey", "m.absent", "other.r.fk"])
+def test_what_hypertables_can_have_or_nobody_knows_is_not_let_go(name: str) -> None:
+    only_id = Key(5, "Only id", "unique index", ("device",))
+    table = dataclasses.replace(TABLE, keys=(*TABLE.keys, only_id))
+    found = assess_specs([parse_spec("m:time,1 day")], [table], VERSION, skips=_skips('m."Only id"', name))
+    (refused,) = [each for each in found if each.level == "error"]
+    assert name in refused.what
+    assert 'public.m."Only id"' in refused.hint
+
+
+@pytest.mark.parametrize("name", ["m_pkey", "a.b.c.d", "a.b.", "a b.c", ""])
+def test_names_that_cannot_be_read(name: str) -> None:
+    with pytest.raises(UsageError, match="cannot read --skip-hypertable-object"):
+        _skips(name)
+
+
+def _skips(*names: str) -> Skips:
+    return read_skips(
+        load_settings({"source": "postgres://a", "target": "postgres://b", "skip_hypertable_object": names})
+    )
 
 
 def test_references_by_release() -> None:
@@ -105,7 +150,7 @@ def test_references_by_release() -> None:
 def test_key_without_the_partition_column() -> None:
     (said,) = [each for each in _said("m:time,1 day,n,4") if each.startswith("error")]
     assert "primary key m_pkey lacks the partitioning column n" in said
-    assert incompatible_objects([parse_spec("m:time,1 day,n,4")], [TABLE], VERSION) == {2, 3}
+    assert skipped_oids([parse_spec("m:time,1 day,n,4")], [TABLE], VERSION, Skips(everything=True)) == {2, 3}
 
 
 @pytest.mark.parametrize(
