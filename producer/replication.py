@@ -21,6 +21,7 @@ from live_migration.common.errors import ConnectionLost, LiveMigrationError, Sou
 from live_migration.common.lsn import Lsn
 from live_migration.common.postgres import connect, describe
 from live_migration.common.relation import quote_identifier
+from live_migration.common.settings import KIB
 from live_migration.producer.wire import COPY_DATA, ReceiveBuffer, ServerMessage, data_row, error_fields, frame
 
 _STATUS = struct.Struct(">BQQQqB")
@@ -29,6 +30,8 @@ _COMMAND_SECONDS = 60.0
 _GONE = ("08", "57P", "53300")
 """SQLSTATEs of a server that goes away, restarts or is full: it will be back."""
 
+WINDOW_BYTES = 128 * KIB
+"""Receive buffer of a connection within this machine: what does not fit is left to gather. Twice the largest packet, else reading it would stall."""
 _COPY_BOTH, _COPY_DONE = ord("W"), ord("c")
 _DATA_ROW, _ERROR, _READY = ord("D"), ord("E"), ord("Z")
 
@@ -52,6 +55,8 @@ class ReplicationConnection:
         transport.set_protocol(self._input)
         self.is_local = _is_local(transport)
         """Whether it is TCP within this machine."""
+        if self.is_local:
+            _keep_window(transport, WINDOW_BYTES)
         self._doing = ""
 
     @classmethod
@@ -187,6 +192,12 @@ def _is_local(transport: asyncio.BaseTransport) -> bool:
         return bool(connection.getpeername()[0] == connection.getsockname()[0])
     except OSError:  # gone already, which whoever uses it finds out
         return False
+
+
+def _keep_window(transport: asyncio.BaseTransport, byte_count: int) -> None:
+    """Keep the kernel from letting the receive buffer grow until it takes a whole pause's rows, each as a packet of its own."""
+    with suppress(OSError):  # gone already
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, byte_count)
 
 
 def _literal(text: str) -> str:
