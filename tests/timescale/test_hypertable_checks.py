@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncpg
 import pytest
 
-from live_migration.coordinator.hypertable_checks import assess_specs, incompatible_objects
+from live_migration.coordinator.hypertable_checks import assess_specs, skipped_oids
 from live_migration.coordinator.hypertable_gaps import read_target
+from live_migration.coordinator.hypertable_skips import Skips
 from live_migration.coordinator.hypertable_spec import definition_of, parse_spec
 from live_migration.coordinator.hypertable_sql import Target, hypertable_statements
 from live_migration.coordinator.hypertable_tables import Table, read_tables
@@ -157,9 +158,9 @@ async def test_foreign_keys(timescale_target_database: str, name: str) -> None:
         found = assess_specs(specs, tables, target.version)
         assert [each.level for each in found] == ["error"] * (1 + is_refused)
         assert "only_id" in found[0].what
-        left_out = assess_specs(specs, tables, target.version, skip_incompatible=True)
+        left_out = assess_specs(specs, tables, target.version, skips=Skips(everything=True))
         assert [each.level for each in left_out] == ["warning"] * len(found)
-        objects = incompatible_objects(specs, tables, target.version)
+        objects = skipped_oids(specs, tables, target.version, Skips(everything=True))
         key = await connection.fetchrow("select oid, conindid from pg_constraint where conname = 'only_id'")
         reference = await connection.fetchrow(
             "select oid, conrelid::regclass::text as table from pg_constraint where conname = 'f'"
