@@ -17,6 +17,7 @@ from live_migration.common.errors import LiveMigrationError, SourceError, Target
 from live_migration.common.postgres import CONNECTION_ERRORS, Side
 from live_migration.common.progress import name_list
 from live_migration.common.settings import Settings
+from live_migration.common.timescale import read_version, read_version_to_be
 from live_migration.coordinator import client_programs, findings, source_findings, timescale_facts, timescale_findings
 from live_migration.coordinator.findings import Finding
 from live_migration.coordinator.hypertable_findings import find_hypertables
@@ -93,7 +94,17 @@ _SCHEMAS = """
     select array_agg(distinct n.nspname::text) from pg_class c join pg_namespace n on n.oid = c.relnamespace
     where c.relkind in ('r', 'p', 'v', 'm', 'S', 'f')
       and n.nspname !~ '^pg_' and n.nspname not in ('information_schema', '_live_migration')
+      and not exists (select from pg_depend d
+                      where d.classid = 'pg_class'::regclass and d.objid = c.oid and d.deptype = 'e')
 """
+
+
+async def _chunk_schemas(source: asyncpg.Connection, target: asyncpg.Connection) -> set[str]:
+    """Give the schema in which TimescaleDB makes chunks itself, by its own rights, unless they are to come over as they are."""
+    version = await read_version(source)
+    if version is None or await read_version_to_be(target, version) == version:
+        return set()
+    return {"_timescaledb_internal"}
 
 
 async def validate(settings: Settings) -> list[Finding]:
@@ -303,8 +314,8 @@ class _Preflight:
         extensions = [findings.Extension(**dict(row)) for row in rows if row["name"] != "timescaledb"]
         available = await target.fetch("select name::text from pg_available_extensions")
         found += findings.assess_extensions(extensions, frozenset(row["name"] for row in available))
-        schemas = await source.fetchval(_SCHEMAS) or []
-        if closed := await target.fetchval(_SCHEMAS_WITHOUT_CREATE, schemas):
+        schemas = set(await source.fetchval(_SCHEMAS) or []) - await _chunk_schemas(source, target)
+        if closed := await target.fetchval(_SCHEMAS_WITHOUT_CREATE, list(schemas)):
             names = name_list(closed)
             found.append(
                 findings.error(

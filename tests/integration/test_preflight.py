@@ -190,11 +190,14 @@ async def test_each_right_that_the_target_role_lacks_is_named(settings: Settings
     name = f"r_{secrets.token_hex(6)}"
     await execute(target_server.uri(), f"create role {name} login")
     try:
-        await execute(settings.source_uri(), "create table t (id int primary key)")
+        await execute(settings.source_uri(), "create table t (id int primary key)", "create schema of_extension")
+        await execute(settings.source_uri(), "create extension pg_buffercache schema of_extension")  # it has a view
+        await execute(settings.target_uri(), "create schema of_extension")
         findings = await validate(with_(settings, target=at(settings.target_uri(), user=name)))
     finally:
         await execute(target_server.uri(), f"drop role {name}")
     found = errors(findings)
+    assert not any("of_extension" in error for error in found), "its objects come with the extension"
     assert any(f"role {name} on the target lacks CREATE on the database" in error for error in found)
     (role,) = [
         each for each in findings if f"role {name} on the target may not set session_replication_role" in each.what
