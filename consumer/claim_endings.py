@@ -243,7 +243,7 @@ async def finish_index(connection: asyncpg.Connection, claim: IndexClaim, owner:
     Raises:
         Fenced: the claim is not ours any more.
     """
-    await connection.execute("select from _live_migration.tables where oid = $1 for update", claim.table_oid)
+    await connection.execute("select 1 from _live_migration.tables where oid = $1 for update", claim.table_oid)
     status = await connection.execute(
         f"""update _live_migration.indexes set state = 'done', error = null, retry_at = null, {_FREE}
             where oid = $1 and owner = $2 and state = 'building'""",

@@ -122,7 +122,7 @@ async def _chunk_entries(run: Run, made: Made) -> list[Entry]:
             row["root_name"],
             "CHUNK OF",
             row["root_schema"],
-            "select from _timescaledb_functions.create_chunk("
+            "select 1 from _timescaledb_functions.create_chunk("
             f"{quote_literal(QualifiedName(row['root_schema'], row['root_name']).sql)}::regclass, {quote_literal(made.slices[row['oid']])})",
         )
         for row in rows

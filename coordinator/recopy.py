@@ -27,7 +27,7 @@ FORGET_COPY = f"""attempt = attempt + 1, retry_at = null, snapshot_id = null, sn
         row_count = 0, byte_count = 0, copied_at = null, error = null, hint = null, source_pid = null, source_start = null, {FREE}"""
 """What becomes of a table's row when its copy counts no more: whoever is at it still can end nothing."""
 
-LOCK_TABLES = "select from _live_migration.tables order by oid for no key update"
+LOCK_TABLES = "select 1 from _live_migration.tables order by oid for no key update"
 """In the order of those who end the copies of several at once: neither waits for a row of the other's."""
 
 FREE_INDEXES = f"""
