@@ -6,9 +6,10 @@ In replay one consumer applies all its lanes at a time, each by a session of its
 from __future__ import annotations
 
 from benchmarks.cases.case import Case
+from benchmarks.cases.metrics import metrics_database
 from benchmarks.contestants.slowed import SlowedCopy
 from benchmarks.results import CaseResult, Plan
-from benchmarks.snapshot import Database, measure_snapshot
+from benchmarks.snapshot import measure_snapshot
 
 ABOUT = "copy of a table of 5,000,000 rows in some 300 parts, each answer of the target 20 ms late: two consumers against one"
 DELAY_SECONDS = 0.02
@@ -16,15 +17,7 @@ DELAY_SECONDS = 0.02
 
 async def run(plan: Plan) -> CaseResult:
     rows = plan.scaled(5_000_000, least=10_000)
-    database = Database(
-        statements=(
-            "create table public.metrics (id bigint primary key, at timestamptz, device int, value float8)",
-            f"""insert into public.metrics select i, timestamptz '2026-01-01' + i * interval '1 s', i % 100, i / 7.0
-            from generate_series(1, {rows}) i""",
-        ),
-        tables=("public.metrics",),
-        rows=rows,
-    )
+    database = metrics_database(rows)
     options = {"part_size": str(1 << 20)}
     copiers = [SlowedCopy(consumers, DELAY_SECONDS, options) for consumers in (2, 1)]
     return await measure_snapshot("two_consumers", ABOUT, plan, database, copiers)

@@ -90,8 +90,8 @@ async def _comes_over_whole(
     await execute(uri, world.LATER)
     jobs = await world.jobs(uri)
     assert any(job[1] for job in jobs)
-    options = {"pause_source_jobs": True}
-    async with Migration(uri, target.replace("postgres@", f"{admin}@"), kafka, name, folder, **options) as migration:
+    admins = target.replace("postgres@", f"{admin}@")
+    async with Migration(uri, admins, kafka, name, folder, pause_source_jobs=True) as migration:
         await migration.until_phase("replay")
         await execute(uri, changes)
         await migration.finish()
