@@ -1,14 +1,15 @@
-"""The entry point: hides what is secret among our own arguments, then runs the command.
+"""The entry point: starts the program anew where its arguments or its allocator call for it, then runs the command.
 
-Anybody on a machine can read a process's arguments, only its owner its environment. So the program starts itself anew
-at once with URIs and passwords in the environment; hence nothing slow is imported before that.
+Anybody on a machine can read a process's arguments, only its owner its environment: URIs and passwords go into the
+environment. And Python takes its allocator from there before anything of ours runs. So the program starts itself anew
+at once; hence nothing slow is imported before that.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 _VARIABLES = {"--source": "SOURCE", "--target": "TARGET", "--kafka-password": "LIVE_MIGRATION_KAFKA_PASSWORD"}
 
@@ -31,19 +32,29 @@ def without_secrets(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]
     return visible, hidden
 
 
-def hide_secrets() -> None:
-    """Start this program anew without secrets among its arguments, if there are any; then it does not return."""
+def allocator(arguments: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
+    """Give the environment variable that has a consumer use the C library's allocator, unless one is chosen there.
+
+    Rows that a consumer holds while it lags lie among a few objects that live on. Python's own allocator gives back
+    arenas of 1 MiB, and only empty ones, so that hours of lagging now and then let a consumer grow; what the C
+    library holds free goes back page by page (`common.memory`). docs/reliability.md has both measured.
+    """
+    return {"PYTHONMALLOC": "malloc"} if "consumer" in arguments and not environment.get("PYTHONMALLOC") else {}
+
+
+def start_anew() -> None:
+    """Start this program anew if its arguments hold secrets or its allocator is to be another; then it does not return."""
     arguments = sys.argv[1:]
     visible, hidden = without_secrets(arguments)
-    if hidden:
+    if changed := {**hidden, **allocator(visible, os.environ)}:
         command = sys.orig_argv[: len(sys.orig_argv) - len(arguments)]
-        os.execve(sys.executable, [*command, *visible], {**os.environ, **hidden})
+        os.execve(sys.executable, [*command, *visible], {**os.environ, **changed})
 
 
 def main() -> None:
     """Run the command line."""
     try:
-        hide_secrets()
+        start_anew()
         from live_migration.coordinator.commands import run  # takes its time, during which secrets could be seen
 
         code = run(sys.argv[1:])

@@ -49,6 +49,7 @@ class Clock:
             "FAKETIME_TIMESTAMP_FILE": self._file,
             "FAKETIME_CACHE_DURATION": 1,
             "FAKETIME_DONT_FAKE_MONOTONIC": 1,
+            "PYTHONMALLOC": "malloc",  # a consumer would start itself anew for it, without the library
         }
         return [
             "env",

@@ -4,8 +4,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import click
@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from live_migration.common.errors import LiveMigrationError, SourceError, UsageError
 from live_migration.common.settings import Settings
 from live_migration.coordinator import commands as module
-from live_migration.coordinator.cli import without_secrets
+from live_migration.coordinator.cli import allocator, without_secrets
 from live_migration.coordinator.commands import commands, run
 from live_migration.coordinator.options import variable
 
@@ -46,6 +46,23 @@ def test_secrets_go_from_arguments_into_the_environment(
     arguments: list[str], visible: list[str], hidden: dict[str, str]
 ) -> None:
     assert without_secrets(arguments) == (visible, hidden)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "added"),
+    [
+        (["consumer", "--name", "n"], {}, {"PYTHONMALLOC": "malloc"}),
+        (["consumer"], {"PYTHONMALLOC": ""}, {"PYTHONMALLOC": "malloc"}),
+        (["consumer"], {"PYTHONMALLOC": "pymalloc"}, {}),
+        (["consumer"], {"PYTHONMALLOC": "malloc"}, {}),
+        (["producer"], {}, {}),
+        (["migrate", "--consumers", "2"], {}, {}),
+    ],
+)
+def test_consumers_use_the_allocator_of_the_c_library(
+    arguments: list[str], environment: dict[str, str], added: dict[str, str]
+) -> None:
+    assert allocator(arguments, environment) == added
 
 
 @pytest.mark.parametrize("flag", ["-v", "--version"])
@@ -169,27 +186,51 @@ def test_log_level_of_services_is_info_unless_given(monkeypatch: pytest.MonkeyPa
 
 def test_secrets_are_not_in_the_process_list() -> None:
     """The process that runs the command has other arguments than it was started with."""
+    security = ("--kafka-security-protocol", "SASL_PLAINTEXT", "--kafka-username", "me")
+    with started(
+        "producer", "--source", URI, f"--kafka-password={SECRET}", "--kafka", "127.0.0.1:1", *security
+    ) as process:
+        wait_until(process, lambda: "producer" in (line := read_command_line(process.pid)) and SECRET not in line)
+        assert "--kafka-username" in read_command_line(process.pid)
+        assert URI.encode() in Path(f"/proc/{process.pid}/environ").read_bytes()
+
+
+@pytest.mark.parametrize("chosen", [None, "pymalloc"])
+def test_a_consumer_runs_with_the_allocator_of_the_c_library(
+    chosen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without any secret among its arguments, too; a process's environment in /proc is the one that it began with."""
+    monkeypatch.delenv("PYTHONMALLOC", raising=False)
+    if chosen:
+        monkeypatch.setenv("PYTHONMALLOC", chosen)
+    monkeypatch.setenv("SOURCE", URI)
+    monkeypatch.setenv("TARGET", URI)
+    expected = f"PYTHONMALLOC={chosen or 'malloc'}".encode()
+    with started("consumer", "--kafka", "127.0.0.1:1") as process:
+        wait_until(process, lambda: expected in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0"))
+        assert "consumer" in read_command_line(process.pid)
+
+
+@contextmanager
+def started(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The program, until the block ends; nothing that it says may hold the secret."""
     with subprocess.Popen(
-        [sys.executable, "-m", "live_migration.coordinator.cli", "producer", "--source", URI, f"--kafka-password={SECRET}",
-         "--kafka", "127.0.0.1:1", "--kafka-security-protocol", "SASL_PLAINTEXT", "--kafka-username", "me"],
-        stderr=subprocess.PIPE,
-    ) as process:  # fmt: skip
+        [sys.executable, "-m", "live_migration.coordinator.cli", *arguments], stderr=subprocess.PIPE
+    ) as process:
         try:
-            command_line = ""
-            deadline = time.monotonic() + 30
-            assert process.stderr is not None
-            while SECRET in (command_line := read_command_line(process.pid)) or not command_line:
-                assert process.poll() is None, process.stderr.read()
-                assert time.monotonic() < deadline, command_line
-                time.sleep(0.01)
-            assert "producer" in command_line
-            assert "--kafka-username" in command_line
-            variables = Path(f"/proc/{process.pid}/environ").read_bytes()
-            assert URI.encode() in variables
+            yield process
         finally:
             process.kill()
             errors = process.communicate()[1]
     assert SECRET.encode() not in errors
+
+
+def wait_until(process: subprocess.Popen[bytes], is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not is_so():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline, read_command_line(process.pid)
+        time.sleep(0.01)
 
 
 def read_command_line(pid: int) -> str:
