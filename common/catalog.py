@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -100,6 +100,11 @@ _COLUMNS = """
     order by a.attrelid, a.attnum
 """
 
+USERS_OWN = """n.nspname !~ '^pg_' and n.nspname not in ('information_schema', '_live_migration')
+      and not exists (select from pg_depend d
+                      where d.classid = 'pg_class'::regclass and d.objid = c.oid and d.deptype = 'e')"""
+"""Of a relation `c` of pg_class in schema `n`: no system's, no extension's and none of ours."""
+
 _TABLES = f"""
     select c.oid, n.nspname as schema, c.relname as name, c.relpersistence::text as persistence,
            c.relreplident::text as identity,
@@ -112,11 +117,19 @@ _TABLES = f"""
            pg_stat_get_tuples_updated(c.oid) + pg_stat_get_tuples_deleted(c.oid) as changed_rows,
            {FILE_MARK} as file_mark
     from pg_class c join pg_namespace n on n.oid = c.relnamespace
-    where c.relkind = 'r' and c.relpersistence in ('p', 'u')
-      and n.nspname !~ '^pg_' and n.nspname not in ('information_schema', '_live_migration')
-      and not exists (select from pg_depend d
-                      where d.classid = 'pg_class'::regclass and d.objid = c.oid and d.deptype = 'e')
+    where c.relkind = 'r' and c.relpersistence in ('p', 'u') and {USERS_OWN}
     order by c.oid
+"""
+
+SequencePosition = tuple[QualifiedName, int, bool]
+"""A sequence, its last value, and whether that was given out."""
+
+_SEQUENCES_AT_ONCE = 100
+_SEQUENCES = f"""
+    select n.nspname as schema, c.relname as name
+    from pg_class c join pg_namespace n on n.oid = c.relnamespace
+    where c.relkind = 'S' and c.relpersistence in ('p', 'u') and {USERS_OWN}
+    order by 1, 2
 """
 
 
@@ -131,6 +144,21 @@ async def read_columns(connection: asyncpg.Connection, oids: Iterable[int]) -> d
         fields = dict(row)
         columns.setdefault(fields.pop("relation"), []).append(ColumnInfo(**fields))
     return {oid: tuple(found) for oid, found in columns.items()}
+
+
+async def list_sequences(connection: asyncpg.Connection) -> list[QualifiedName]:
+    """Give the database's sequences, in the order of their names."""
+    return [QualifiedName(row["schema"], row["name"]) for row in await connection.fetch(_SEQUENCES)]
+
+
+async def sequence_positions(connection: asyncpg.Connection) -> AsyncIterator[list[SequencePosition]]:
+    """Give where each sequence stands, many at a time: each query costs a round trip."""
+    names = await list_sequences(connection)
+    for first in range(0, len(names), _SEQUENCES_AT_ONCE):
+        some = names[first : first + _SEQUENCES_AT_ONCE]
+        selects = [f"select {number} as n, last_value, is_called from {name.sql}" for number, name in enumerate(some)]
+        rows = await connection.fetch(" union all ".join(selects))
+        yield [(some[row["n"]], row["last_value"], row["is_called"]) for row in rows]
 
 
 async def list_tables(connection: asyncpg.Connection) -> list[TableInfo]:

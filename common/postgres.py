@@ -192,11 +192,21 @@ def server_error(error: asyncpg.PostgresError, side: Side, doing: str) -> LiveMi
         kind = ConnectionLost  # it fails over, or is about to: whoever works there comes back to it
     if side == "target" and is_dropped_meanwhile(error):
         kind = ConnectionLost  # a lane has emptied a hypertable, chunks and all: the next look finds it so
-    detail = f" ({error.detail})" if getattr(error, "detail", None) else ""
     return kind(
-        f"{side}: {doing}: {error.args[0]}{detail} [SQLSTATE {error.sqlstate}]",
+        f"{side}: {doing}: {error.args[0]}{_detail(error)} [SQLSTATE {error.sqlstate}]",
         hint=getattr(error, "hint", None) or _next_step(side, error.sqlstate),
     )
+
+
+def refusal_of(error: asyncpg.PostgresError) -> str:
+    """Give what a server says against a statement; raise the error where the session ended rather than the statement failed."""
+    if isinstance(error, asyncpg.PostgresConnectionError | asyncpg.OperatorInterventionError):
+        raise error
+    return f"{error.args[0]}{_detail(error)}"
+
+
+def _detail(error: asyncpg.PostgresError) -> str:
+    return f" ({error.detail})" if getattr(error, "detail", None) else ""
 
 
 def is_dropped_meanwhile(error: BaseException | None) -> bool:

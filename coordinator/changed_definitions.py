@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import asyncpg
 
-from live_migration.common.postgres import asking
+from live_migration.common.postgres import asking, refusal_of
 from live_migration.common.progress import name_list
 from live_migration.common.relation import QualifiedName
 from live_migration.coordinator import steps
@@ -111,9 +111,7 @@ async def _try(run: Run, statement: str) -> str | None:
             await run.target.execute(statement)
             await steps.require_role(run.target, run.epoch)
     except asyncpg.PostgresError as error:
-        if isinstance(error, asyncpg.PostgresConnectionError | asyncpg.OperatorInterventionError):
-            raise
-        return f"{statement}: {error.args[0]}"
+        return f"{statement}: {refusal_of(error)}"
     run.reporter.note(f"set as on the source now: {statement}")
     return None
 

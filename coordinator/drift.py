@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import asyncpg
 
-from live_migration.common.catalog import ColumnInfo, list_tables
+from live_migration.common.catalog import ColumnInfo, list_sequences, list_tables
 from live_migration.common.postgres import asking
 from live_migration.common.progress import name_list
 from live_migration.common.relation import QualifiedName
@@ -19,15 +19,6 @@ from live_migration.coordinator.run import Run
 
 _INTERVAL_SECONDS = 60.0
 
-_SEQUENCES = """
-    select n.nspname as schema, c.relname as name
-    from pg_class c join pg_namespace n on n.oid = c.relnamespace
-    where c.relkind = 'S' and c.relpersistence in ('p', 'u')
-      and n.nspname !~ '^pg_' and n.nspname not in ('information_schema', '_live_migration')
-      and not exists (select from pg_depend d
-                      where d.classid = 'pg_class'::regclass and d.objid = c.oid and d.deptype = 'e')
-    order by 1, 2
-"""
 PARENTS = """
     select i.inhrelid as oid, n.nspname as schema, p.relname as name
     from pg_inherits i join pg_class p on p.oid = i.inhparent join pg_namespace n on n.oid = p.relnamespace
@@ -148,17 +139,12 @@ async def read_other_names(target: asyncpg.Connection) -> dict[QualifiedName, Qu
     }
 
 
-async def read_sequences(connection: asyncpg.Connection) -> list[QualifiedName]:
-    """Give a database's own sequences."""
-    return [QualifiedName(row["schema"], row["name"]) for row in await connection.fetch(_SEQUENCES)]
-
-
 async def shape_differences(run: Run, source: asyncpg.Connection, target: asyncpg.Connection) -> list[str]:
     """Say where the target lacks a table, a column or a sequence of the source, or has it otherwise."""
     ours = await run.patiently("reading the tables' shape", lambda: read_shapes(source))
-    sequences = await run.patiently("listing sequences", lambda: read_sequences(source))
+    sequences = await run.patiently("listing sequences", lambda: list_sequences(source))
     with asking("target", "reading the tables' shape"):
-        theirs, there = await read_shapes(target), set(await read_sequences(target))
+        theirs, there = await read_shapes(target), set(await list_sequences(target))
         names = await read_other_names(target)
     found = [
         line

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import asyncpg
 
 from live_migration.common.errors import TargetError
+from live_migration.common.postgres import refusal_of
 from live_migration.coordinator import steps
 from live_migration.coordinator.dump_script import Entry
 from live_migration.coordinator.run import Run
@@ -66,8 +67,7 @@ async def _run_together(run: Run, batch: Sequence[Entry]) -> bool:
         async with run.target.transaction():
             await run.target.execute("\n;\n".join(script))
     except asyncpg.PostgresError as error:
-        if isinstance(error, asyncpg.PostgresConnectionError | asyncpg.OperatorInterventionError):
-            raise
+        refusal_of(error)  # what is wrong with the session is raised
         return False
     return True
 
@@ -94,14 +94,12 @@ async def _run_entry(run: Run, entry: Entry) -> TargetError | None:
         async with run.target.transaction():
             await run.target.execute(entry.statements)
     except asyncpg.PostgresError as error:
-        if isinstance(error, asyncpg.PostgresConnectionError | asyncpg.OperatorInterventionError):
-            raise
+        refusal = refusal_of(error)
         if entry.type in _OPTIONAL or (entry.type == "COMMENT" and entry.name.startswith("EXTENSION ")):
-            run.reporter.warning(f"{entry.label} is not restored: {error.args[0]}")
+            run.reporter.warning(f"{entry.label} is not restored: {refusal}")
             return None
-        detail = f" ({error.detail})" if error.detail else ""
         return TargetError(
-            f"target: cannot make {entry.label}: {error.args[0]}{detail} [SQLSTATE {error.sqlstate}]",
+            f"target: cannot make {entry.label}: {refusal} [SQLSTATE {error.sqlstate}]",
             hint=error.hint or "Mend the target so that this can be made, then run `live-migration migrate` again.",
         )
     return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import asyncpg
 
-from live_migration.common.catalog import TableInfo
+from live_migration.common.catalog import USERS_OWN, TableInfo, sequence_positions
 from live_migration.common.errors import TargetError
 from live_migration.common.postgres import asking, enter_replica_role
 from live_migration.common.progress import format_bytes
@@ -17,7 +17,6 @@ from live_migration.consumer.copy_stream import CopyPlan, stream_copy
 from live_migration.coordinator import steps
 from live_migration.coordinator.aggregate_refresh import refresh_aggregates
 from live_migration.coordinator.changed_definitions import follow_definitions
-from live_migration.coordinator.drift import read_sequences
 from live_migration.coordinator.dump_script import PG_CLASS
 from live_migration.coordinator.entries import run_entries
 from live_migration.coordinator.made_definitions import load_made
@@ -36,7 +35,6 @@ from live_migration.coordinator.timescale_handover import (
 )
 from live_migration.producer.publication import identity_without_full
 
-_SEQUENCE_BATCH = 100
 _OBJECT_BATCH = 64
 _OBJECT_CHUNK = 128 << 10
 _NOT_VALID_ON_PARTITIONED = 180_000
@@ -191,20 +189,12 @@ async def _alter_identity(target: asyncpg.Connection, statement: str) -> None:
 
 async def set_sequences(run: Run, source: asyncpg.Connection) -> None:
     """Set each sequence of the target to where the source's is."""
-    with asking("source", "listing sequences"):
-        names = await read_sequences(source)
-    for start in range(0, len(names), _SEQUENCE_BATCH):
-        batch = names[start : start + _SEQUENCE_BATCH]
-        values = await _read_sequences(source, batch)
+    with asking("source", "reading sequences"):
+        positions = [some async for some in sequence_positions(source)]
+    for some in positions:
+        values = [(name.sql, last_value, is_called) for name, last_value, is_called in some]
         async with run.target_transaction("setting sequences") as target:
             await target.executemany("select setval($1::text::regclass, $2, $3)", values)
-
-
-async def _read_sequences(source: asyncpg.Connection, names: list[QualifiedName]) -> list[tuple[str, int, bool]]:
-    selects = [f"select {number} as n, last_value, is_called from {name.sql}" for number, name in enumerate(names)]
-    with asking("source", "reading sequences"):
-        rows = await source.fetch(" union all ".join(selects))
-    return [(names[row["n"]].sql, row["last_value"], row["is_called"]) for row in rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,11 +306,9 @@ async def refresh_materialized_views(run: Run, source: asyncpg.Connection) -> No
     """Fill the materialized views that the source has filled; those that read others after these."""
     with asking("source", "listing materialized views"):
         rows = await source.fetch(
-            """select c.oid, n.nspname as schema, c.relname as name from pg_class c join pg_namespace n on n.oid = c.relnamespace
-               where c.relkind = 'm' and c.relispopulated and n.nspname !~ '^pg_' and n.nspname <> 'information_schema'
-                 and not exists (select from pg_depend d
-                                 where d.classid = 'pg_class'::regclass and d.objid = c.oid and d.deptype = 'e')
-               order by c.oid"""
+            f"""select c.oid, n.nspname as schema, c.relname as name from pg_class c join pg_namespace n on n.oid = c.relnamespace
+                where c.relkind = 'm' and c.relispopulated and {USERS_OWN}
+                order by c.oid"""
         )
     made = await load_made(run.target)
     absent = made.entries.left_out if made else frozenset()

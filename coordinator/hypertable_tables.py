@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import asyncpg
 
+from live_migration.common.catalog import USERS_OWN
 from live_migration.common.relation import QualifiedName
 
 TIME_TYPES = {1184: "timestamp with time zone", 1114: "timestamp without time zone", 1082: "date"}
@@ -108,7 +109,7 @@ class Table:
         return next((column for column in self.columns if column.name == name), None)
 
 
-_TABLES = """
+_TABLES = f"""
     select c.oid, n.nspname::text as schema, c.relname::text as name, c.relkind = 'p' as is_partitioned,
            exists (select from pg_inherits i where c.oid in (i.inhrelid, i.inhparent)) as is_inherited,
            c.relpersistence = 'u' as is_unlogged, pg_total_relation_size(c.oid) as size_bytes,
@@ -122,10 +123,7 @@ _TABLES = """
                  on a.attrelid = c.oid and a.attnum = any((i.indkey::int2[])[0:i.indnkeyatts - 1])
                  where i.indexrelid = pg_get_replica_identity_index(c.oid) order by a.attnum) as identity_columns
     from pg_class c join pg_namespace n on n.oid = c.relnamespace
-    where c.relkind in ('r', 'p') and c.relpersistence in ('p', 'u')
-      and n.nspname !~ '^pg_' and n.nspname not in ('information_schema', '_live_migration')
-      and not exists (select from pg_depend d
-                      where d.classid = 'pg_class'::regclass and d.objid = c.oid and d.deptype = 'e')
+    where c.relkind in ('r', 'p') and c.relpersistence in ('p', 'u') and {USERS_OWN}
     order by schema, name
 """
 

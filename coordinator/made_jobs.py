@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncpg
 
-from live_migration.common.postgres import asking
+from live_migration.common.postgres import asking, refusal_of
 from live_migration.common.progress import name_list
 from live_migration.coordinator import steps
 from live_migration.coordinator.hypertable_definitions import Job
@@ -59,7 +59,5 @@ async def _make(target: asyncpg.Connection, job: Job, statement: str, refused: l
             made_id: int = await target.fetchval(statement)
             return made_id
     except asyncpg.PostgresError as error:
-        if isinstance(error, asyncpg.PostgresConnectionError | asyncpg.OperatorInterventionError):
-            raise
-        refused.append(f"{job}: {error.args[0]}")
+        refused.append(f"{job}: {refusal_of(error)}")
         return None

@@ -12,7 +12,7 @@ import asyncpg
 from aiokafka import errors as kafka_errors
 
 from live_migration.common import kafka, postgres, state
-from live_migration.common.catalog import list_tables
+from live_migration.common.catalog import USERS_OWN, list_tables
 from live_migration.common.errors import LiveMigrationError, SourceError, TargetError, UsageError
 from live_migration.common.postgres import CONNECTION_ERRORS, Side
 from live_migration.common.progress import name_list
@@ -48,24 +48,21 @@ _SOURCE = f"""
            {timescale_facts.LOCKS} as locks
 """
 
-_ROLE = """
+_ROLE = f"""
     with tables as (
         select c.oid, n.nspname || '.' || c.relname as name, c.relowner, c.relpersistence
         from pg_class c join pg_namespace n on n.oid = c.relnamespace
-        where c.relkind = 'r' and c.relpersistence in ('p', 'u')
-          and n.nspname !~ '^pg_' and n.nspname not in ('information_schema', '_live_migration')
-          and not exists (select from pg_depend d
-                          where d.classid = 'pg_class'::regclass and d.objid = c.oid and d.deptype = 'e')
+        where c.relkind = 'r' and c.relpersistence in ('p', 'u') and {USERS_OWN}
     )
     select r.rolname::text as name, r.rolsuper as is_superuser,
            r.rolreplication or exists (select from pg_roles m where m.rolname = 'rds_replication'
                                        and pg_has_role(m.oid, 'member')) as can_replicate,
            has_database_privilege(current_database(), 'create') as can_create,
            coalesce((select array_agg(name order by name) from tables
-                     where relpersistence = 'p' and not pg_has_role(relowner, 'usage')), '{}') as not_owned,
+                     where relpersistence = 'p' and not pg_has_role(relowner, 'usage')), '{{}}') as not_owned,
            coalesce((select array_agg(name order by name) from tables
-                     where not has_table_privilege(oid, 'select')), '{}') as not_readable,
-           coalesce((select array_agg(name order by name) from tables where row_security_active(oid)), '{}') as row_secured
+                     where not has_table_privilege(oid, 'select')), '{{}}') as not_readable,
+           coalesce((select array_agg(name order by name) from tables where row_security_active(oid)), '{{}}') as row_secured
     from pg_roles r where r.rolname = current_user
 """
 
@@ -90,12 +87,9 @@ _SCHEMAS_WITHOUT_CREATE = """
     where nspname = any($1::text[]) and not has_schema_privilege(oid, 'create')
 """
 
-_SCHEMAS = """
+_SCHEMAS = f"""
     select array_agg(distinct n.nspname::text) from pg_class c join pg_namespace n on n.oid = c.relnamespace
-    where c.relkind in ('r', 'p', 'v', 'm', 'S', 'f')
-      and n.nspname !~ '^pg_' and n.nspname not in ('information_schema', '_live_migration')
-      and not exists (select from pg_depend d
-                      where d.classid = 'pg_class'::regclass and d.objid = c.oid and d.deptype = 'e')
+    where c.relkind in ('r', 'p', 'v', 'm', 'S', 'f') and {USERS_OWN}
 """
 
 

@@ -10,7 +10,7 @@ import asyncpg
 
 from live_migration.common.errors import TargetError
 from live_migration.common.home import Home
-from live_migration.common.postgres import asking, enter_replica_role, session
+from live_migration.common.postgres import asking, enter_replica_role, refusal_of, session
 from live_migration.common.progress import name_list
 from live_migration.common.relation import QualifiedName
 from live_migration.common.timescale import Chunk, Layout, chunk_range, read_layout, read_slices
@@ -198,13 +198,11 @@ async def compress_like_source(run: Run) -> None:
 
 async def _try(run: Run, doing: str, chunk: QualifiedName, statement: str) -> str | None:
     """Run a statement on a chunk; give what the target says against it."""
-    try:
-        with asking("target", f"{doing} {chunk}"):
+    with asking("target", f"{doing} {chunk}"):
+        try:
             await run.target.execute(statement, chunk.sql)
-    except TargetError as error:
-        if not isinstance(error.__cause__, asyncpg.PostgresError):
-            raise
-        return str(error.__cause__)
+        except asyncpg.PostgresError as error:
+            return refusal_of(error)
     return None
 
 

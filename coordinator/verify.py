@@ -12,7 +12,7 @@ from enum import Enum
 import asyncpg
 
 from live_migration.common import postgres
-from live_migration.common.catalog import ColumnInfo, TableInfo, list_tables
+from live_migration.common.catalog import ColumnInfo, TableInfo, list_tables, sequence_positions
 from live_migration.common.errors import LiveMigrationError
 from live_migration.common.postgres import Side
 from live_migration.common.relation import QualifiedName, quote_identifier
@@ -23,16 +23,6 @@ from live_migration.coordinator.skip import Skip, read_skips, skips_as_dicts
 
 BYTEA_OID = 17
 JOBS = 4
-_SEQUENCES_AT_ONCE = 200
-
-_SEQUENCES = """
-    select n.nspname as schema, c.relname as name
-    from pg_class c join pg_namespace n on n.oid = c.relnamespace
-    where c.relkind = 'S' and c.relpersistence in ('p', 'u')
-      and n.nspname !~ '^pg_' and n.nspname not in ('information_schema', '_live_migration')
-      and not exists (select from pg_depend d where d.classid = 'pg_class'::regclass and d.objid = c.oid and d.deptype = 'e')
-    order by 1, 2
-"""
 
 _LARGE_OBJECTS = """
     select count(*) as count, coalesce(sum(('x' || substr(h, 1, 16))::bit(64)::bigint::numeric), 0)::text || ':' ||
@@ -291,18 +281,13 @@ async def _compare_sequences(pair: _Pair, tell: Callable[[Result], None]) -> Non
 
 
 async def _read_sequences(connection: asyncpg.Connection, side: Side) -> dict[QualifiedName, tuple[int, bool]]:
-    """Give last value and `is_called` of every sequence; many in one query, for each costs a round trip."""
+    """Give last value and `is_called` of every sequence."""
     with postgres.asking(side, "reading sequences"):
-        names = [QualifiedName(row["schema"], row["name"]) for row in await connection.fetch(_SEQUENCES)]
-        found: dict[QualifiedName, tuple[int, bool]] = {}
-        for first in range(0, len(names), _SEQUENCES_AT_ONCE):
-            some = names[first : first + _SEQUENCES_AT_ONCE]
-            query = " union all ".join(
-                f"select {number} as number, last_value, is_called from {name.sql}" for number, name in enumerate(some)
-            )
-            for row in await connection.fetch(query):
-                found[some[row["number"]]] = (row["last_value"], row["is_called"])
-    return found
+        return {
+            name: (last_value, is_called)
+            async for some in sequence_positions(connection)
+            for name, last_value, is_called in some
+        }
 
 
 async def _compare_large_objects(pair: _Pair, tell: Callable[[Result], None]) -> None:
