@@ -14,6 +14,8 @@ from live_migration.coordinator.timescale_facts import HypertableFacts, ServerFa
 _FIRST_WITH_MARKERS = (2, 16)
 _FIRST_WITHOUT_OLD_AGGREGATES = (2, 25)
 _FIRST_WITH_SCHEMA_PUBLICATIONS = 15
+_TRIED_VERSIONS = ("2.24.0", "2.29.2")
+"""What the tests ran on; see docs/timescaledb.md."""
 _APACHE = "apache"
 
 
@@ -47,6 +49,7 @@ def assess_source(source: SourceFacts, *, accept_unseen_deletes: bool = False) -
         *_assess_joined(source),
         *_assess_tiered(source.hypertables),
         *_assess_restoring("source", source.server),
+        *_assess_tried("source", source.version),
     ]
 
 
@@ -74,6 +77,7 @@ def assess_target(
         *_assess_tablespaces(source, target),
         *_assess_catalog(source, target),
         *_assess_owners(source, target),
+        *_assess_tried("target", target.server.version_to_be(source.version)),
     ]
     if not is_begun:
         found += _assess_restoring("target", target.server)
@@ -88,6 +92,17 @@ def _assess_plain(target: TargetFacts) -> list[Finding]:
         error(
             f"--flatten makes plain tables, and the target's database has TimescaleDB {target.server.version}",
             "Leave --flatten out, and hypertables stay hypertables; or `drop extension timescaledb` on the target.",
+        )
+    ]
+
+
+def _assess_tried(side: str, version: str | None) -> list[Finding]:
+    if version is None or version in _TRIED_VERSIONS:
+        return []
+    return [
+        warning(
+            f"the {side}'s TimescaleDB {version} is none of those that were tried: {name_list(_TRIED_VERSIONS)}",
+            "Try the migration on a copy of the source first, and `verify` it.",
         )
     ]
 
