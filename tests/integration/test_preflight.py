@@ -18,7 +18,7 @@ from live_migration.common.errors import LiveMigrationError
 from live_migration.common.local_postgres import LocalPostgres
 from live_migration.common.postgres import Side
 from live_migration.common.settings import Settings, load_settings
-from live_migration.coordinator import preflight
+from live_migration.coordinator import big_rows, preflight
 from live_migration.coordinator.findings import Finding
 from live_migration.coordinator.preflight import require_clean, validate
 from tests.fixtures.fix_postgres import SETTINGS, PostgresFactory, execute, run_apart
@@ -334,6 +334,50 @@ async def test_what_the_user_should_know_is_a_warning(settings: Settings) -> Non
     assert f"waits-{settings.name}" in said
     promised = warnings(await validate(with_(settings, replica_identity_full=True)))
     assert any("REPLICA IDENTITY FULL is given until `clean` to 2 tables" in each for each in promised)
+
+
+@pytest.mark.parametrize("form", ["binary", "text"])
+async def test_rows_too_big_for_a_message_are_named(
+    form: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bound is lowered: a real one takes gigabytes. Compressed values count as long as they travel."""
+    monkeypatch.setattr(big_rows, "MESSAGE_BYTES", 1_000_000)
+    await execute(
+        settings.source_uri(),
+        "create table fits (id int primary key, b bytea)",
+        "insert into fits values (1, convert_to(repeat('x', 499999), 'utf8'))",
+        "create table twice (id int primary key, b bytea, n int)",
+        "insert into twice values (1, 'x', 0), (2, convert_to(repeat('x', 600000), 'utf8'), 0)",
+        'create table "To""gether" (id int primary key, one text, other varchar)',
+        "insert into \"To\"\"gether\" values (1, repeat('x', 600000), repeat('y', 500000))",
+    )
+    if form == "text":
+        await execute(settings.source_uri(), "create type mood as enum ('x')", "create table odd (m mood primary key)")
+    said = [each for each in warnings(await validate(settings)) if "none above 1 GB" in each]
+    named = sorted(each.partition(" holds")[0] for each in said)
+    assert named == ['public.To"gether', *(["public.twice"] if form == "text" else [])]
+    assert all("(ctid (0," in each for each in said)
+    monkeypatch.setattr(big_rows, "MESSAGE_BYTES", 1_200_000)
+    assert not [each for each in warnings(await validate(settings)) if "none above 1 GB" in each]
+
+
+async def test_a_look_for_big_rows_that_takes_too_long_is_given_up(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(big_rows, "MESSAGE_BYTES", 1_000_000)
+    monkeypatch.setattr(big_rows, "_LOOK_SECONDS", 0.2)
+    await execute(
+        settings.source_uri(),
+        "create table t (id int primary key, v text)",
+        "insert into t values (1, repeat('x', 2000000))",
+    )
+    assert [each for each in warnings(await validate(settings)) if "none above 1 GB" in each]
+    holder, looker = [await asyncpg.connect(settings.source_uri()) for _ in range(2)]
+    async with holder.transaction():
+        await holder.execute("lock table t in access exclusive mode")
+        assert await big_rows.find_big_rows(looker, is_binary=True) == []
+    await holder.close()
+    await looker.close()
 
 
 async def test_sql_ascii_source_is_refused(settings: Settings, source_server: LocalPostgres, unique_name: str) -> None:
