@@ -186,6 +186,19 @@ async def test_each_right_that_the_source_role_lacks_is_named(settings: Settings
         await execute(settings.source_uri(), f"drop owned by {role}")
 
 
+async def test_membership_in_rds_replication_stands_for_the_attribute(settings: Settings, role: str) -> None:
+    """As on RDS, where no role but the service's own has the attribute; a server of another kind refuses the connection then."""
+    poor = with_(settings, source=at(settings.source_uri(), user=role))
+    lacks = f"role {role} on the source lacks the REPLICATION attribute"
+    await execute(settings.source_uri(), "create role rds_replication")
+    try:
+        assert any(lacks in each for each in errors(await validate(poor)))
+        await execute(settings.source_uri(), f"grant rds_replication to {role}")
+        assert not any(lacks in each for each in errors(await validate(poor)))
+    finally:
+        await execute(settings.source_uri(), "drop role rds_replication")
+
+
 async def test_each_right_that_the_target_role_lacks_is_named(settings: Settings, target_server: LocalPostgres) -> None:
     name = f"r_{secrets.token_hex(6)}"
     await execute(target_server.uri(), f"create role {name} login")
