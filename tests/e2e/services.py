@@ -9,11 +9,13 @@ from collections import Counter, defaultdict
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import asyncpg
 
 from tests.e2e.processes import COMMAND, Cli, Migrate
+
+K = TypeVar("K", int, str)
 
 
 class Service:
@@ -112,16 +114,19 @@ class Services:
         return "\n".join(f"{s.log.name} (pid {s.pid}):\n{s.log.read_text()[-2500:]}" for s in self._running)
 
 
-class LaneWatch:
-    """Looks at the checkpoints all the time: how long each lane stood still while a writer keeps all of them busy."""
+class Watch(Generic[K]):
+    """Looks at what moves on the target all the time: how long each of it stood still while it had work."""
+
+    query: ClassVar[str]
+    """Gives who or what moves, then what of it changes."""
 
     def __init__(self, target: str) -> None:
         self._uri = target
-        self._moved: dict[int, float] = {}
-        self._positions: dict[int, object] = {}
-        self._longest: dict[int, float] = defaultdict(float)
-        self.moves: Counter[int] = Counter()
-        """How often each lane was seen to have moved since the last `forget`."""
+        self._moved: dict[K, float] = {}
+        self._positions: dict[K, object] = {}
+        self._longest: dict[K, float] = defaultdict(float)
+        self.moves: Counter[K] = Counter()
+        """How often each was seen to have moved since the last `forget`."""
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -143,22 +148,44 @@ class LaneWatch:
         now = time.monotonic()
         self._moved = dict.fromkeys(self._moved, now)
 
-    def longest_pauses(self) -> dict[int, float]:
-        """Give for each lane the longest time in seconds between two moves, the time since the last one too."""
+    def longest_pauses(self) -> dict[K, float]:
+        """Give for each the longest time in seconds between two moves, the time since the last one too."""
         now = time.monotonic()
-        return {lane: max(self._longest[lane], now - moved) for lane, moved in self._moved.items()}
+        return {key: max(self._longest[key], now - moved) for key, moved in self._moved.items()}
 
     async def _watch(self) -> None:
         connection = await asyncpg.connect(self._uri)
         try:
             while True:
-                rows = await connection.fetch("select lane, commit_lsn, ordinal from _live_migration.checkpoints")
+                rows = []
+                with suppress(asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError):  # there is no state yet
+                    rows = await connection.fetch(self.query)
                 now = time.monotonic()
-                for lane, *position in rows:
-                    if self._positions.get(lane) != position:
-                        self.moves[lane] += 1
-                        self._longest[lane] = max(self._longest[lane], now - self._moved.get(lane, now))
-                        self._positions[lane], self._moved[lane] = position, now
+                for key, *position in rows:
+                    if self._positions.get(key) != position:
+                        self.moves[key] += 1
+                        self._longest[key] = max(self._longest[key], now - self._moved.get(key, now))
+                        self._positions[key], self._moved[key] = position, now
                 await asyncio.sleep(0.05)
         finally:
             await connection.close()
+
+
+class LaneWatch(Watch[int]):
+    """Looks at the checkpoints, while a writer keeps all lanes busy."""
+
+    query = "select lane, commit_lsn, ordinal from _live_migration.checkpoints"
+
+
+class CopyWatch(Watch[str]):
+    """Looks at the parts that each consumer copies, which tell their rows once a second, while there are enough parts for all."""
+
+    query = """
+        select owner, array_agg(format('%s %s %s %s', oid, part, attempt, row_count) order by oid, part)
+        from _live_migration.parts where state = 'copying' group by owner
+    """
+
+    def longest_pause(self, service: Service) -> float:
+        """Give the longest pause of a consumer that has copied a part."""
+        (pause,) = [pause for owner, pause in self.longest_pauses().items() if f"-{service.pid}-" in owner]
+        return pause
