@@ -31,7 +31,7 @@ from tests.fixtures.change_log import (
     source_lsn,
     wait_until_published,
 )
-from tests.fixtures.fix_postgres import SETTINGS, execute
+from tests.fixtures.fix_postgres import SETTINGS, execute, run_apart
 from tests.integration.test_producer import NAMES, TABLES, make_settings
 from tests.support.workload import differences, read_rows
 
@@ -269,6 +269,51 @@ async def test_a_source_whose_storage_went_back_is_copied_again(
             both = ("public.t", "public.u")
             found = differences(await read_rows(source, both), await read_rows(target_database, both))
             assert not found, found
+
+
+async def make_slot_anew(uri: str, slot: str, *between: str) -> None:
+    """Drop a slot, its reader ended first, and make it again under its name, with statements between."""
+    connection = await asyncpg.connect(uri)
+    query = "select pg_terminate_backend(active_pid) from pg_replication_slots where slot_name = $1 and active"
+    while await connection.fetchval(query, slot):
+        await asyncio.sleep(0.01)
+    await connection.execute(f"select pg_drop_replication_slot('{slot}')")
+    for statement in between:
+        await connection.execute(statement)
+    await connection.execute(f"select pg_create_logical_replication_slot('{slot}', 'pgoutput')")
+    await connection.close()
+
+
+async def test_a_slot_that_somebody_makes_anew_during_replay_is_lost(
+    source_database: str, target_database: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    """To the producer, under which it happens, a restart of the source would look the same but for the slot's position."""
+    await execute(source_database, "create table t (id int primary key); create table u (line text)")
+    migration = Migration(source_database, target_database, kafka_bootstrap, unique_name, tmp_path, partitions=2)
+    settings = migration.settings
+    async with migration:
+        await migration.until_phase("replay")
+        await execute(source_database, "insert into t values (1)")
+        await migration.until("applied", "select count(*) = 1 from t")
+        assert migration.producer.task is not None
+        assert not migration.producer.task.done()
+        # The event loop stands still meanwhile, so that the producer never meets a source without the slot.
+        run_apart(make_slot_anew(source_database, settings.slot, "insert into t values (2)"))
+        with pytest.raises(SlotLost, match="ahead of the log") as raised:
+            await asyncio.wait_for(migration.producer.task, 60)
+        assert "2 tables" in raised.value.message
+        assert "migrate --recopy" in raised.value.hint
+        migration.producer.task = None
+        status = await read_status(settings)
+        assert status is not None
+        assert "ahead of the log" in status.error
+        await migration.stop()
+        migration.start_coordinator()
+        assert migration.coordinator is not None
+        with pytest.raises(SlotLost, match="ahead of the log"):
+            await asyncio.wait_for(migration.coordinator, 60)
+        migration.coordinator = None
+        await execute(target_database, "select 1 / (count(*) = 1)::int from t")
 
 
 async def test_a_coordinator_and_a_consumer_refuse_what_lost_changes(
