@@ -1,17 +1,57 @@
-"""Resident memory of a migration's processes while a test goes on."""
+"""Resident memory of a migration's processes while a test goes on, and what its options allow them."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 
 import psutil
 
+from live_migration.common.settings import load_settings
 from tests.e2e.processes import Migrate
 
 MIB = 1024 * 1024
 KINDS = ("coordinator", "producer", "consumer")
+PROCESS_BYTES = 65 * MIB
+"""A process before it holds any data (docs/configuration.md)."""
+SLACK_BYTES = 32 * MIB
+"""For all that no option bounds: libraries of other versions, what allocators keep in hand, 4 MiB for each part that is copied, names of tables."""
+VALUE_COPIES = 3
+"""How often a large value may be there at once (docs/limits.md)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What processes may hold by their options, small enough for five times as much to show, and what each may take then."""
+
+    memory: int = 32 * MIB
+    batch_bytes: int = 4 * MIB
+    flush_bytes: int = load_settings({}).flush_bytes
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """For `migrate`."""
+        given = {"--memory": self.memory, "--batch-bytes": self.batch_bytes, "--flush-bytes": self.flush_bytes}
+        return tuple(f"{option}={value}" for option, value in given.items())
+
+    def most(self, value_bytes: int = 0) -> dict[str, int]:
+        """Give the most resident memory of each kind of process, with values of so many bytes as they travel."""
+        held = {
+            "coordinator": 0,
+            "producer": 2 * self.flush_bytes + VALUE_COPIES * value_bytes,
+            "consumer": self.memory + 2 * self.batch_bytes + VALUE_COPIES * value_bytes,
+        }
+        return {kind: PROCESS_BYTES + SLACK_BYTES + size for kind, size in held.items()}
+
+    def require(self, peaks: Mapping[str, int], value_bytes: int = 0) -> None:
+        """Fail where a process took more."""
+        most = self.most(value_bytes)
+        above = {
+            kind: f"{peaks[kind] / MIB:.0f} of {most[kind] / MIB:.0f} MiB" for kind in KINDS if peaks[kind] > most[kind]
+        }
+        assert not above, above
 
 
 @asynccontextmanager
