@@ -24,7 +24,7 @@ VALUE_COPIES = 3
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What processes may hold by their options, small enough for five times as much to show, and what each may take then."""
+    """What processes may hold by their options, small enough for five times as much to show where a broker or target is slow; what each may take then."""
 
     memory: int = 32 * MIB
     batch_bytes: int = 4 * MIB
