@@ -1,4 +1,4 @@
-"""What the coordinator writes into the control topic: the producer's configuration."""
+"""What the coordinator writes into the control topic: the producer's configuration, and where the chunks belong that it may find gone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import asyncpg
 
-from live_migration.common.control import CONFIG, ProducerConfig
+from live_migration.common.control import CONFIG, Homes, ProducerConfig, pack_homes
 from live_migration.common.errors import LiveMigrationError
 from live_migration.common.kafka import sending
 from live_migration.common.postgres import asking
@@ -40,6 +40,13 @@ async def write_config(settings: Settings, config: ProducerConfig) -> None:
         await producer.send_and_wait(
             settings.control_topic, key=CONFIG, value=config.model_dump_json().encode(), partition=0
         )
+
+
+async def write_homes(settings: Settings, homes: Homes) -> None:
+    """Put what chunks the source has into the control topic, before any producer reads it; it is there when this returns."""
+    async with sending(settings, settings.control_topic) as producer:
+        for key, value in pack_homes(homes):
+            await producer.send_and_wait(settings.control_topic, key=key, value=value, partition=0)
 
 
 async def announce_publication_change(

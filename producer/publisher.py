@@ -15,13 +15,13 @@ from aiokafka import errors as kafka_errors
 
 from live_migration.common.control import (
     HELLO,
-    HOMES,
     POSITION,
     STATUS,
-    LearntHomes,
+    Homes,
     LogPosition,
     ProducerConfig,
     ProducerStatus,
+    pack_homes,
 )
 from live_migration.common.errors import KafkaError
 from live_migration.common.kafka import admin, topic_exists
@@ -92,6 +92,8 @@ class Publisher:
             KafkaError: another producer took over.
         """
         await self._control.read()
+        if len(homes := self._control.homes()) > len(self.homes):
+            self.homes = homes
         if self._control.hello_tokens[-1] != self._token:
             self._is_usable, self.is_superseded = False, True
             raise _superseded(self._settings)
@@ -101,7 +103,7 @@ class Publisher:
         records: deque[Record],
         position: LogPosition | None,
         status: ProducerStatus | None,
-        homes: dict[str, tuple[str, ...]] | None = None,
+        homes: Homes | None = None,
     ) -> None:
         """Write all in one transaction, taking the records off the queue one by one. On return it is committed.
 
@@ -118,7 +120,7 @@ class Publisher:
             values.append((STATUS, status.model_dump_json().encode()))
         if homes is not None and len(homes) > len(self.homes):
             homes = dict(homes)
-            values.append((HOMES, LearntHomes.pack(homes).model_dump_json().encode()))
+            values += pack_homes(homes, len(self.homes))
         if not self._is_usable:
             raise BrokerLost("Kafka: our last transaction was not completed")
         self._is_usable = False

@@ -159,6 +159,8 @@ class _Service:
             before = publisher.position
             try:
                 homes = await read_homes(uri, publisher.homes, config.publications, self._asked_for)
+                if len(homes.learnt) > len(publisher.homes):  # before any of it can leave the catalogs
+                    await publisher.publish(deque(), None, None, homes.learnt)
                 session = Session(self._settings, config, publisher, stream, timeline, self._report, homes)
                 await session.run(self._stop)
             except BaseExceptionGroup as group:
