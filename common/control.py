@@ -65,6 +65,8 @@ class LogPosition(_Record):
     """End of the last source transaction that is wholly in Kafka: the slot may be moved up to here."""
     lanes: tuple[tuple[int, int], ...]
     """Last position of each lane: commit LSN, ordinal."""
+    change: tuple[int, int, int, int] | None = None
+    """Where the log ends within a transaction: commit LSN, LSN, number, ordinal of the last change (`producer.last_change`)."""
     system_identifier: str
     timeline: int
     sent_at: float
