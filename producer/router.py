@@ -313,7 +313,11 @@ class Router:
             return
         self._is_held = True
         # Each lane that the log ends in so gets its Commit, whatever is sent of the transaction now.
-        begun = [lane for lane in self._lanes if lane.position.commit_lsn == held.commit_lsn and lane.position.ordinal < COMMIT_ORDINAL]
+        begun = [
+            lane
+            for lane in self._lanes
+            if lane.position.commit_lsn == held.commit_lsn and lane.position.ordinal < COMMIT_ORDINAL
+        ]
         self._touched.update(dict.fromkeys(begun, b""))
         for table in self._splits.values():
             lanes = self._lanes[table.lanes.start : table.lanes.stop]
