@@ -9,7 +9,9 @@ from typing import Any, cast
 
 import pytest
 
+from tests.chaos.checks import alarms
 from tests.chaos.fault import Fault, Missed, Scene
+from tests.chaos.fleet import Fleet
 from tests.chaos.journal import append, has_hit, passed_seeds, read, summary
 from tests.chaos.plan import ALL_FAULTS, PHASES, Plan, Step, make_plan
 from tests.chaos.round import Round
@@ -40,6 +42,31 @@ def test_every_fault_comes_up() -> None:
 def test_some_rounds_change_rows_that_no_stream_can_name() -> None:
     shares = [make_plan(seed).unfollowed for seed in range(100)]
     assert 10 < sum(share > 0 for share in shares) < 60
+
+
+LOST = "error: replication slot x does not exist on the source: changes since its loss are lost\n  next: Run `live-migration migrate --recopy`: …"
+HARMLESS = "WARNING the topics have 1 replica: changes that the source has let go of may be lost with a broker's disk | error: cannot reach the source"
+
+
+def test_who_calls_changes_lost_raises_an_alarm() -> None:
+    exits = [
+        f"producer ended with code 1: {LOST}",
+        "migrate ended with code 1: Traceback … SlotLost",
+        "consumer-0 ended with code 1: Traceback … LogGap",
+        "producer ended with code 1: error: topic x has 2 partitions |   next: Run `live-migration migrate --recopy`",
+    ]
+    assert alarms([*exits, f"migrate ended with code 1: {HARMLESS}"]) == exits
+
+
+def test_errors_of_workers_that_we_did_not_start_are_seen(tmp_path: Path) -> None:
+    fleet = Fleet({}, tmp_path, own_workers=True, consumers=1)
+    assert fleet.worker_errors() == []
+    logs = tmp_path / "data" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "producer.log").write_text(f"streaming\n{LOST}\nstreaming\n")
+    (logs / "consumer-1.log").write_text("a warning of an error: none\n")
+    assert fleet.worker_errors() == [f"producer: {LOST.replace(chr(10), ' | ')}"]
+    assert alarms(fleet.worker_errors()) == fleet.worker_errors()
 
 
 class HitsNobody(Fault):
