@@ -186,6 +186,17 @@ class Fleet:
         running = [each.name for each in self._managed if each.is_running]
         return {name: clock for name, clock in self._clocks.items() if name in running}
 
+    def wearer(self, name: str) -> int | None:
+        """Give the pid of the process with this name if the library of wrong clocks is loaded in it."""
+        process = next((each.process for each in self._managed if each.name == name and each.is_running), None)
+        if process is None or self._library is None:
+            return None
+        try:
+            maps = Path(f"/proc/{process.pid}/maps").read_text()
+        except OSError:
+            return None
+        return process.pid if self._library.name in maps else None
+
     def has_ended(self, kind: Kind) -> bool:
         """Tell whether the commands of a kind that are to run have all ended in order."""
         return all(each.is_done or each.is_dismissed for each in self._managed if each.kind == kind)
