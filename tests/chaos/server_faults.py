@@ -14,12 +14,14 @@ from typing import ClassVar
 
 import asyncpg
 
+from tests.chaos.disks import lay_read_only, lift_read_only
 from tests.chaos.fault import Fault, LogEnd, Missed, Scene, direct, to_its_end
 from tests.chaos.world import GONE, Disk, Side
 from tests.support.workload import TABLES
 
 _TOO_MANY = "53300"
 _DISK_FULL = "53100"
+_READ_ONLY = re.compile(r"Read-only file system|ReadOnlyFileSystemException")
 _BROKER_FULL = re.compile(r"No space left on device|unsafe memory access")
 """The second is how the JVM tells that a page of a mapped index could not be had."""
 
@@ -235,3 +237,37 @@ SERVER_FAULTS: tuple[type[Fault], ...] = (
     TargetDiskFull,
     BrokerDiskFull,
 )
+
+
+class BrokerReadOnly(Fault):
+    """The broker's disk is read-only for a while (see `lay_read_only`), which ends the broker at its next checkpoint or new file.
+
+    It hits when the broker told of it. It is started again when the disk is mended, as an administrator does, also where it still runs: it has
+    given its folder up then.
+    """
+
+    name = "broker read-only"
+    weight = 3
+
+    async def inject(self, scene: Scene) -> str:
+        world, seconds = scene.world, self.rng.uniform(3, 12)
+        folder = world.disks.get("broker")
+        if folder is None:
+            raise Missed(f"skipped: {world.no_disks}")
+        async with world.busy["broker"]:
+            log = LogEnd(world.logs()["broker.log"])
+            lay_read_only(folder)
+            try:
+                await asyncio.sleep(seconds)
+            finally:
+                lift_read_only(folder)
+                is_met, is_up = log.tells(_READ_ONLY), world.broker.is_running
+                if is_met or not is_up:
+                    await to_its_end(world.restart_broker())
+        if not is_met:
+            raise Missed("the broker wanted to write nothing that it could not")
+        return f"for {seconds:.1f} s; the broker {'lived' if is_up else 'ended itself'}"
+
+
+LATER_SERVER_FAULTS: tuple[type[Fault], ...] = (BrokerReadOnly,)
+"""Those that came when rounds had been logged already: see `plan.LATER_SEED`."""

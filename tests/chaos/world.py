@@ -110,8 +110,12 @@ class World:
                 continue
             async with self.busy["broker"]:
                 self.broker_ends += 1
-                await self.broker.kill()
-                await self.broker.start()
+                await self.restart_broker()
+
+    async def restart_broker(self) -> None:
+        """End what is left of the broker and start it again; whoever calls holds `busy`."""
+        await self.broker.kill()
+        await self.broker.start()
 
     def uri(self, side: Side, database: str) -> str:
         """Give the direct way to a database, for the harness."""

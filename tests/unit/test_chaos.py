@@ -13,7 +13,7 @@ from tests.chaos.checks import alarms
 from tests.chaos.fault import Fault, Missed, Scene
 from tests.chaos.fleet import Fleet
 from tests.chaos.journal import append, has_hit, passed_seeds, read, summary
-from tests.chaos.plan import ALL_FAULTS, PHASES, Plan, Step, make_plan
+from tests.chaos.plan import ALL_FAULTS, LATER_FAULTS, LATER_SEED, PHASES, Plan, Step, make_plan
 from tests.chaos.round import Round
 from tests.chaos.soak import Samples
 
@@ -37,6 +37,14 @@ def test_every_round_has_a_fault_in_each_phase_and_seven_in_all() -> None:
 def test_every_fault_comes_up() -> None:
     seen = {type(step.fault) for seed in range(300) for step in make_plan(seed).steps}
     assert seen == set(ALL_FAULTS)
+    later = {type(step.fault) for seed in range(LATER_SEED, LATER_SEED + 300) for step in make_plan(seed).steps}
+    assert later == {*ALL_FAULTS, *LATER_FAULTS}
+
+
+def test_a_seed_whose_rounds_are_logged_draws_what_it_drew() -> None:
+    logged = "stop producer, stall, restart target, cut, target out of connections, stall, lock on source, stall, cut after bytes"
+    assert ", ".join(step.fault.name for step in make_plan(92001).steps) == logged
+    assert told(make_plan(LATER_SEED - 1)) == told(make_plan(LATER_SEED - 1, ALL_FAULTS))
 
 
 def test_some_rounds_change_rows_that_no_stream_can_name() -> None:

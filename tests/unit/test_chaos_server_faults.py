@@ -6,7 +6,7 @@ import asyncio
 import random
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ import pytest
 from tests.chaos import fleet_faults, server_faults
 from tests.chaos.fault import LogEnd, Missed, Scene
 from tests.chaos.fleet_faults import ClockJump
-from tests.chaos.server_faults import BrokerDiskFull, LockTarget, NoConnections, TargetDiskFull
+from tests.chaos.server_faults import BrokerDiskFull, BrokerReadOnly, LockTarget, NoConnections, TargetDiskFull
 
 
 class Told:
@@ -43,6 +43,8 @@ class Full:
         self.proxies = {"target": Told(count)}
         self.busy = {"target": asyncio.Lock(), "broker": asyncio.Lock()}
         self.log = folder / "broker.log"
+        self.broker: Any = None
+        self.restart_broker: Any = None
 
     def logs(self) -> dict[str, Path]:
         return {"broker.log": self.log}
@@ -116,6 +118,42 @@ async def test_a_full_disk_that_the_broker_does_not_tell_of_is_no_hit(
 
     at_once(meet)
     await BrokerDiskFull(random.Random(1)).inject(scene_of(world))
+
+
+@pytest.mark.parametrize(
+    ("tells", "runs", "restarts"), [(True, True, 1), (True, False, 1), (False, False, 1), (False, True, 0)]
+)
+async def test_a_broker_whose_disk_was_read_only_is_started_again_once_it_is_mended(
+    tells: bool,
+    runs: bool,
+    restarts: int,
+    tmp_path: Path,
+    at_once: Callable[[Callable[[], None]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(server_faults, "lay_read_only", lambda _: events.append("read-only"))
+    monkeypatch.setattr(server_faults, "lift_read_only", lambda _: events.append("writable"))
+
+    async def restart() -> None:
+        events.append("started")
+
+    async def to_its_end(work: Coroutine[None, None, None]) -> None:
+        await work
+
+    monkeypatch.setattr(server_faults, "to_its_end", to_its_end)
+    world = Full(tmp_path, 0)
+    world.broker = SimpleNamespace(is_running=runs)
+    world.restart_broker = restart
+    if tells:
+        at_once(lambda: world.log.write_text("java.nio.file.FileSystemException: x: Read-only file system"))
+    injecting = BrokerReadOnly(random.Random(1)).inject(scene_of(world))
+    if tells:
+        assert ("lived" in await injecting) == runs
+    else:
+        with pytest.raises(Missed, match="wanted to write nothing"):
+            await injecting
+    assert events == ["read-only", "writable", *["started"] * restarts]
 
 
 async def test_a_clock_that_nobody_wore_for_long_enough_is_no_hit() -> None:
