@@ -15,7 +15,7 @@ from tests.chaos.fleet import Fleet
 from tests.chaos.journal import append, has_hit, passed_seeds, read, summary
 from tests.chaos.plan import ALL_FAULTS, LATER_FAULTS, LATER_SEED, PHASES, Plan, Step, make_plan
 from tests.chaos.round import Round
-from tests.chaos.soak import Samples
+from tests.chaos.soak import Samples, disk_use
 
 
 def told(plan: Plan) -> list[tuple[object, ...]]:
@@ -173,3 +173,21 @@ def test_a_soak_tells_how_memory_went() -> None:
         "each_5_min": [50.0, 60.0, 60.0],
     }
     assert told["lag_seconds"] == {"median": 0.6, "p99": 7.0, "max": 7.0}
+    assert told["broker_disk_mib"] == {"max": 0.0, "each_5_min": []}
+
+
+def test_a_soak_tells_how_much_the_broker_holds() -> None:
+    samples = Samples()
+    samples.broker_disk += [(age, 2**20 * (100 + age // 10 if age != 100 else 400)) for age in range(0, 701, 2)]
+    told = samples.summary()["broker_disk_mib"]
+    assert told == {"max": 400.0, "each_5_min": [100.0, 130.0, 160.0, 170.0]}
+
+
+def test_disk_use_is_what_is_taken_of_the_disk(tmp_path: Path) -> None:
+    before = disk_use(tmp_path)
+    (tmp_path / "lane-0").mkdir()
+    (tmp_path / "lane-0" / "0.log").write_bytes(b"x" * 2**20)
+    with (tmp_path / "lane-0" / "0.index").open("wb") as holes:
+        holes.truncate(10 * 2**20)  # as Kafka makes an index before there is anything in it
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    assert 2**20 <= disk_use(tmp_path) - before < 2 * 2**20
