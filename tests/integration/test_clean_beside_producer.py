@@ -47,22 +47,36 @@ async def settings(source_database: str, kafka_bootstrap: str, unique_name: str)
     return given
 
 
+class Deafness:
+    """Once it has begun, producers take nothing in from Kafka while they work, and tell it nothing."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._is_wanted = False
+        self._has_begun = asyncio.Event()
+        self._watch, self._publish = Publisher.watch, Publisher.publish
+        monkeypatch.setattr(Publisher, "watch", lambda *given: self._watch_unless_deaf(*given))
+        monkeypatch.setattr(Publisher, "publish", lambda *given: self._publish_unless_deaf(*given))
+
+    async def begin(self) -> None:
+        """Return once a producer hears nothing any more: it may have been listening."""
+        self._is_wanted = True
+        await asyncio.wait_for(self._has_begun.wait(), 30)
+
+    async def _watch_unless_deaf(self, publisher: Publisher) -> None:
+        if not self._is_wanted:
+            await self._watch(publisher)
+            return
+        self._has_begun.set()
+        await asyncio.sleep(0.1)
+
+    async def _publish_unless_deaf(self, publisher: Publisher, *what: Any) -> None:
+        if not self._is_wanted:
+            await self._publish(publisher, *what)
+
+
 @pytest.fixture
-def deaf(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
-    """Once it is set, producers take nothing in from Kafka while they work, and tell it nothing."""
-    deaf = asyncio.Event()
-    watch, publish = Publisher.watch, Publisher.publish
-
-    async def watch_unless_deaf(publisher: Publisher) -> None:
-        await (asyncio.sleep(0.1) if deaf.is_set() else watch(publisher))
-
-    async def publish_unless_deaf(publisher: Publisher, *what: Any) -> None:
-        if not deaf.is_set():
-            await publish(publisher, *what)
-
-    monkeypatch.setattr(Publisher, "watch", watch_unless_deaf)
-    monkeypatch.setattr(Publisher, "publish", publish_unless_deaf)
-    return deaf
+def deafness(monkeypatch: pytest.MonkeyPatch) -> Deafness:
+    return Deafness(monkeypatch)
 
 
 async def end_walsender(settings: Settings) -> None:
@@ -144,12 +158,12 @@ async def test_a_migration_that_goes_on_after_a_clean_that_failed_loses_its_slot
 
 @pytest.mark.parametrize("is_ended", [True, False])
 async def test_who_misses_the_slot_reads_the_control_topic_to_its_end_before_it_calls_that_a_loss(
-    settings: Settings, is_ended: bool, deaf: asyncio.Event
+    settings: Settings, is_ended: bool, deafness: Deafness
 ) -> None:
     config = await prepare(settings, NAMES)
     task = asyncio.create_task(run_producer(settings, asyncio.Event()))
     await until_streaming(settings)
-    deaf.set()
+    await deafness.begin()
     await write_config(settings, config.model_copy(update={"is_ended": is_ended, "publication_change": 1}))
     await drop_slot(settings)
     if is_ended:
@@ -182,7 +196,7 @@ async def test_who_waits_for_the_next_word_waits_for_the_next_topics_when_these_
 
 @pytest.mark.parametrize("remains", ["publications", "slot", "nothing"])
 async def test_topics_that_are_gone_are_a_loss_unless_slot_and_publications_are_gone_too(
-    settings: Settings, remains: str, deaf: asyncio.Event
+    settings: Settings, remains: str, deafness: Deafness
 ) -> None:
     """A producer that slept through `clean`, or through the preparing of a recopy, finds nothing; it waits for topics, as at first."""
     config = await prepare(settings, NAMES)
@@ -190,7 +204,7 @@ async def test_topics_that_are_gone_are_a_loss_unless_slot_and_publications_are_
     with capture_logs() as logs:
         task = asyncio.create_task(run_producer(settings, stop))
         await until_streaming(settings)
-        deaf.set()
+        await deafness.begin()
         await delete_topics(settings, with_letters=True)
         if remains != "publications":
             await run_sql(settings, *(f"drop publication {name}" for name in config.publications))
