@@ -50,6 +50,8 @@ class ProducerConfig(_Record):
     """The slot's consistent point: the log begins there."""
     publication_change: int = 0
     """Raised after each change of a publication: the producer then reconnects its walsender."""
+    is_ended: bool = False
+    """Whether `clean` takes the migration away: that the slot is gone then is no loss."""
 
     @property
     def lane_map(self) -> LaneMap:

@@ -8,7 +8,7 @@ import asyncpg
 
 from live_migration.common.control import CONFIG, Homes, ProducerConfig, pack_homes
 from live_migration.common.errors import LiveMigrationError
-from live_migration.common.kafka import sending
+from live_migration.common.kafka import admin, sending, topic_exists
 from live_migration.common.postgres import asking
 from live_migration.common.settings import Settings
 from live_migration.common.state import Migration
@@ -47,6 +47,19 @@ async def write_homes(settings: Settings, homes: Homes) -> None:
     async with sending(settings, settings.control_topic) as producer:
         for key, value in pack_homes(homes):
             await producer.send_and_wait(settings.control_topic, key=key, value=value, partition=0)
+
+
+async def announce_end(settings: Settings, migration: Migration) -> None:
+    """Tell the producer that its migration is taken away, unless it has never been told of it.
+
+    Whoever resumes the migration after all writes the configuration anew.
+    """
+    if migration.start_lsn is None or migration.binary_stream is None:
+        return
+    async with admin(settings) as client:
+        if not await topic_exists(client, settings.control_topic):
+            return
+    await write_config(settings, producer_config(settings, migration).model_copy(update={"is_ended": True}))
 
 
 async def announce_publication_change(

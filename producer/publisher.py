@@ -98,6 +98,20 @@ class Publisher:
             self._is_usable, self.is_superseded = False, True
             raise _superseded(self._settings)
 
+    async def catch_up(self) -> None:
+        """Read on to the topic's end: whatever was written before the call is then known.
+
+        Raises:
+            KafkaError: another producer took over.
+            BrokerLost: the broker cannot be reached.
+        """
+        if not self._is_usable:
+            raise BrokerLost("Kafka: our last transaction was not completed")
+        token = uuid4().hex
+        await _greet(self._producer, self._settings, token)
+        self._token = token
+        await self._control.read_until(token)
+
     async def publish(
         self,
         records: deque[Record],
