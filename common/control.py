@@ -2,13 +2,14 @@
 
 `config` is written by the coordinator for the producer; `position` by the producer in the same Kafka transaction as the segments
 it speaks of; `status` by the producer for whoever shows progress; `hello` by a starting producer, to find the end of the log; `homes`
-by the producer with the segments: which hypertables the chunks belong to that it saw being made.
+by both, the producer with the segments: which hypertables chunks belong to; in as many records as they need, `homes`, `homes/1` and so on.
 """
 
 from __future__ import annotations
 
 import zlib
 from base64 import b85decode, b85encode
+from collections.abc import Mapping
 
 import orjson
 from pydantic import BaseModel, ConfigDict
@@ -21,6 +22,8 @@ POSITION = b"position"
 STATUS = b"status"
 HELLO = b"hello"
 HOMES = b"homes"
+HOMES_A_RECORD = 10_000
+"""Some 100 kB packed; the topic takes 2 MiB."""
 
 MESSAGE_PREFIX = "live_migration"
 """Prefix of our logical messages in the source's WAL."""
@@ -47,6 +50,8 @@ class ProducerConfig(_Record):
     """The slot's consistent point: the log begins there."""
     publication_change: int = 0
     """Raised after each change of a publication: the producer then reconnects its walsender."""
+    is_ended: bool = False
+    """Whether `clean` takes the migration away: that the slot is gone then is no loss."""
 
     @property
     def lane_map(self) -> LaneMap:
@@ -62,29 +67,57 @@ class LogPosition(_Record):
     """End of the last source transaction that is wholly in Kafka: the slot may be moved up to here."""
     lanes: tuple[tuple[int, int], ...]
     """Last position of each lane: commit LSN, ordinal."""
+    change: tuple[int, int, int, int] | None = None
+    """Where the log ends within a transaction: commit LSN, LSN, number, ordinal of the last change (`producer.last_change`)."""
     system_identifier: str
     timeline: int
     sent_at: float
     """Unix time."""
 
 
-class LearntHomes(_Record):
-    """Chunks that the stream showed being made: see `producer.homes`. `packed`: JSON, compressed, in base85, as they may be many."""
+Homes = dict[str, tuple[str, ...]]
+"""Where relations belong, as it is kept: a relation's name in SQL to (hypertable's schema, name, chunk's schema, name, 'z' or '')."""
+
+
+class _PackedHomes(_Record):
+    """`packed`: JSON, compressed, in base85, as they may be many."""
 
     packed: str
 
-    @classmethod
-    def pack(cls, homes: dict[str, tuple[str, ...]]) -> LearntHomes:
-        """Make the record."""
-        return cls(packed=b85encode(zlib.compress(orjson.dumps(homes))).decode())
 
-    def unpack(self) -> dict[str, tuple[str, ...]]:
-        """Give what was packed. Raises ValueError when it is malformed."""
+def pack_homes(homes: Homes, kept: int = 0) -> list[tuple[bytes, bytes]]:
+    """Give the records, key and value, that say more than those that hold the first `kept` of these: nothing is ever taken out."""
+    items = list(homes.items())
+    if len(items) <= kept:
+        return []
+    first = kept // HOMES_A_RECORD
+    return [
+        (_homes_key(number), _pack(dict(items[number * HOMES_A_RECORD : (number + 1) * HOMES_A_RECORD])))
+        for number in range(first, -(-len(items) // HOMES_A_RECORD))
+    ]
+
+
+def unpack_homes(records: Mapping[bytes, bytes]) -> Homes:
+    """Give what records of the control topic hold. Raises ValueError when one is malformed."""
+    homes: Homes = {}
+    number = 0
+    while (value := records.get(_homes_key(number))) is not None:
         try:
-            content = orjson.loads(zlib.decompress(b85decode(self.packed)))
-            return {name: tuple(home) for name, home in content.items()}
+            content = orjson.loads(zlib.decompress(b85decode(_PackedHomes.model_validate_json(value).packed)))
         except zlib.error as error:
             raise ValueError(str(error)) from error
+        homes.update((name, tuple(home)) for name, home in content.items())
+        number += 1
+    return homes
+
+
+def _homes_key(number: int) -> bytes:
+    return HOMES if number == 0 else HOMES + b"/%d" % number
+
+
+def _pack(homes: Homes) -> bytes:
+    packed = b85encode(zlib.compress(orjson.dumps(homes))).decode()
+    return _PackedHomes(packed=packed).model_dump_json().encode()
 
 
 class ProducerStatus(_Record):

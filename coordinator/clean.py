@@ -7,13 +7,15 @@ import shutil
 from collections.abc import Callable
 
 import asyncpg
+from aiokafka import errors as kafka_errors
 
 from live_migration.common import kafka, state
-from live_migration.common.errors import ConnectionLost, SlotError, SourceError, TargetError
+from live_migration.common.errors import ConnectionLost, LiveMigrationError, SlotError, SourceError, TargetError
 from live_migration.common.postgres import asking, session
 from live_migration.common.progress import name_list
 from live_migration.common.settings import Settings
 from live_migration.common.state import Migration, Phase
+from live_migration.coordinator.control_topic import announce_end
 from live_migration.coordinator.cutover import is_coordinator_alive
 from live_migration.coordinator.dead_letters import count_letters
 from live_migration.coordinator.giving_back import give_back
@@ -23,6 +25,8 @@ from live_migration.coordinator.source_jobs import held_target_jobs
 from live_migration.producer.slot import identify_system, read_slot
 
 Note = Callable[[str], None]
+_TELL_SECONDS = 10.0
+"""For the word to the producer: a broker that hangs must not keep the slot, and with it the source's WAL."""
 
 
 async def clean(settings: Settings, *, prune: bool, note: Note) -> None:
@@ -39,6 +43,7 @@ async def clean(settings: Settings, *, prune: bool, note: Note) -> None:
             migration = await state.read_migration(target)
         if migration is not None:
             await _require_ours(settings, target, migration)
+            await _tell_producer(settings, migration, note)
         await _clean_source(settings, target, migration, note)
         await _clean_kafka(settings, migration, prune, note)
         await _clean_target(target, migration, note)
@@ -73,6 +78,22 @@ async def _require_ours(settings: Settings, target: asyncpg.Connection, migratio
         )
 
 
+async def _tell_producer(settings: Settings, migration: Migration, note: Note) -> None:
+    """Let the producer know before the slot goes, which it would take for a loss."""
+    try:
+        async with asyncio.timeout(_TELL_SECONDS):
+            await announce_end(_reachable(settings, migration), migration)
+    except (LiveMigrationError, kafka_errors.KafkaError, TimeoutError) as error:
+        why = error.message if isinstance(error, LiveMigrationError) else error or type(error).__name__
+        note(f"a producer that still runs cannot be told that its migration ends: {why}")
+
+
+def _reachable(settings: Settings, migration: Migration | None) -> Settings:
+    """Give settings with the broker that the migration has, unless one is given."""
+    known = migration.kafka if migration is not None else None
+    return settings.model_copy(update={"kafka": settings.kafka or known})
+
+
 async def _clean_source(
     settings: Settings, target: asyncpg.Connection, migration: Migration | None, note: Note
 ) -> None:
@@ -98,10 +119,9 @@ async def _require_idle(source: asyncpg.Connection, settings: Settings) -> None:
 
 
 async def _clean_kafka(settings: Settings, migration: Migration | None, prune: bool, note: Note) -> None:
-    address = settings.kafka or (migration.kafka if migration is not None else None)
-    if not address:
+    reachable = _reachable(settings, migration)
+    if not reachable.kafka:
         return
-    reachable = settings.model_copy(update={"kafka": address})
     try:
         letters = await count_letters(reachable)
         for topic in await kafka.delete_topics(reachable, with_letters=prune or not letters):
@@ -117,7 +137,7 @@ async def _clean_kafka(settings: Settings, migration: Migration | None, prune: b
         if settings.kafka:
             raise
         note(
-            f"the broker at {address} is not running, its topics were left: {error.message}. "
+            f"the broker at {reachable.kafka} is not running, its topics were left: {error.message}. "
             "With --prune a broker of our own is removed with its folder."
         )
 

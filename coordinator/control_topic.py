@@ -1,4 +1,4 @@
-"""What the coordinator writes into the control topic: the producer's configuration."""
+"""What the coordinator writes into the control topic: the producer's configuration, and where the chunks belong that it may find gone."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import asyncpg
 
-from live_migration.common.control import CONFIG, ProducerConfig
+from live_migration.common.control import CONFIG, Homes, ProducerConfig, pack_homes
 from live_migration.common.errors import LiveMigrationError
-from live_migration.common.kafka import sending
+from live_migration.common.kafka import admin, sending, topic_exists
 from live_migration.common.postgres import asking
 from live_migration.common.settings import Settings
 from live_migration.common.state import Migration
@@ -40,6 +40,26 @@ async def write_config(settings: Settings, config: ProducerConfig) -> None:
         await producer.send_and_wait(
             settings.control_topic, key=CONFIG, value=config.model_dump_json().encode(), partition=0
         )
+
+
+async def write_homes(settings: Settings, homes: Homes) -> None:
+    """Put what chunks the source has into the control topic, before any producer reads it; it is there when this returns."""
+    async with sending(settings, settings.control_topic) as producer:
+        for key, value in pack_homes(homes):
+            await producer.send_and_wait(settings.control_topic, key=key, value=value, partition=0)
+
+
+async def announce_end(settings: Settings, migration: Migration) -> None:
+    """Tell the producer that its migration is taken away, unless it has never been told of it.
+
+    Whoever resumes the migration after all writes the configuration anew.
+    """
+    if migration.start_lsn is None or migration.binary_stream is None:
+        return
+    async with admin(settings) as client:
+        if not await topic_exists(client, settings.control_topic):
+            return
+    await write_config(settings, producer_config(settings, migration).model_copy(update={"is_ended": True}))
 
 
 async def announce_publication_change(

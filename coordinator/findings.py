@@ -59,6 +59,11 @@ class Extension:
     is_used: bool
 
 
+_PUBLISHED_MEANWHILE = {14: 140_018, 15: 150_013, 16: 160_009, 17: 170_005}
+"""By major version the first server that distributes a publication's change to transactions that it decodes at the time (PostgreSQL's
+commit 4909b38af0)."""
+
+
 def assess_server(side: str, facts: ServerFacts) -> list[Finding]:
     """Judge what both servers must be: a supported version and a primary that takes writes."""
     found = []
@@ -72,6 +77,14 @@ def assess_server(side: str, facts: ServerFacts) -> list[Finding]:
     elif facts.major > NEWEST_MAJOR:
         found.append(
             warning(f"the {side} runs PostgreSQL {facts.major}, newer than {NEWEST_MAJOR}, the newest that was tried")
+        )
+    if side == "source" and facts.version < (mended := _PUBLISHED_MEANWHILE.get(facts.major, 0)):
+        found.append(
+            warning(
+                f"the source's PostgreSQL {facts.major}.{facts.version % 10_000} is older than {facts.major}.{mended % 10_000}, which mended that changes of a "
+                "table could be left out of the stream where it was published while transactions were at work on it",
+                f"Update the source to {facts.major}.{mended % 10_000} or newer, or make no tables there during the migration, and run `live-migration verify`.",
+            )
         )
     if facts.is_standby:
         found.append(error(f"the {side} is a standby", f"Connect to the {side}'s primary."))

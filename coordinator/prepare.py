@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import asyncpg
 
-from live_migration.common import kafka
+from live_migration.common import control, kafka
 from live_migration.common.catalog import TableInfo
 from live_migration.common.control import POSITION
 from live_migration.common.errors import KafkaError, SlotError, SourceError
@@ -21,10 +21,10 @@ from live_migration.common.progress import format_bytes
 from live_migration.common.relation import ReplicaIdentity
 from live_migration.common.settings import Settings
 from live_migration.common.state import Phase
-from live_migration.common.timescale import read_version
+from live_migration.common.timescale import read_layout
 from live_migration.coordinator import planning, steps
 from live_migration.coordinator.beside import beside
-from live_migration.coordinator.control_topic import producer_config, write_config
+from live_migration.coordinator.control_topic import producer_config, write_config, write_homes
 from live_migration.coordinator.giving_back import give_back
 from live_migration.coordinator.identity_watch import watch_identities
 from live_migration.coordinator.planning import Memberships
@@ -33,6 +33,7 @@ from live_migration.coordinator.run import Run
 from live_migration.coordinator.source_jobs import pause_source_jobs
 from live_migration.coordinator.statistics import read_statistics
 from live_migration.coordinator.timescale_source import compressed_tables, publish_inner
+from live_migration.producer.homes import Homes
 from live_migration.producer.publication import (
     ALL_OPERATIONS,
     INSERT_ONLY,
@@ -121,14 +122,20 @@ async def _begin_change_log(run: Run, source: asyncpg.Connection, timeline: int,
     await create_slot(settings.source_uri(), settings.slot, timeout=settings.slot_timeout, on_wait=reporter.note)
     await renew_decoding_catalog(source, settings.publication)
     await outwait("the beginning of the change log")
+    homes = await _read_homes(run, source, {})
     with asking("source", "reading the WAL position"):
         lsn = int(await source.fetchval("select pg_current_wal_insert_lsn() - '0/0'::pg_lsn"))
     reporter.note(f"slot {settings.slot} made, the change log begins at {Lsn(lsn)}")
     await outwait("the first table snapshot")  # what committed below stands in the WAL, but may not be visible yet
-    with asking("source", "looking for TimescaleDB"):
-        has_timescale = await read_version(source) is not None
+    homes = await _read_homes(run, source, homes.learnt)  # what was made before the log begins, and is not in the first
+    await write_homes(settings, homes.learnt)
     statistics = await read_statistics(source)
-    await _enter_schema(run, lsn, timeline, members, statistics, has_timescale=has_timescale)
+    await _enter_schema(run, lsn, timeline, members, statistics, has_timescale=homes.is_used)
+
+
+async def _read_homes(run: Run, source: asyncpg.Connection, learnt: control.Homes) -> Homes:
+    """Give where chunks belong: any may be gone when the producer comes to its changes."""
+    return Homes(await run.patiently("reading the hypertables", lambda: read_layout(source)), learnt)
 
 
 async def _enter_schema(

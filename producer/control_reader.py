@@ -11,14 +11,23 @@ from aiokafka import TopicPartition
 from aiokafka import errors as kafka_errors
 from pydantic import ValidationError
 
-from live_migration.common.control import CONFIG, HELLO, HOMES, POSITION, LearntHomes, LogPosition, ProducerConfig
+from live_migration.common.control import (
+    CONFIG,
+    HELLO,
+    HOMES,
+    POSITION,
+    Homes,
+    LogPosition,
+    ProducerConfig,
+    unpack_homes,
+)
 from live_migration.common.errors import ConnectionLost, KafkaError
 from live_migration.common.kafka_clients import log_consumer
 from live_migration.common.settings import Settings
 
 _START_SECONDS = 60.0
 _POLL_MS = 1_000
-_Record = TypeVar("_Record", ProducerConfig, LogPosition, LearntHomes)
+_Record = TypeVar("_Record", ProducerConfig, LogPosition)
 
 
 _PERMANENT = (
@@ -56,6 +65,7 @@ class ControlReader:
         self._partition = TopicPartition(self._topic, 0)
         self._consumer = log_consumer(settings)
         self._newest: dict[bytes, bytes] = {}
+        self._homes: Homes | None = None  # as long as no record of them comes: they may be many
         self.hello_tokens: list[str] = []
         """Tokens of the producers that started, in their order; compaction may have taken away all but the newest."""
 
@@ -91,6 +101,8 @@ class ControlReader:
         for record in records.get(self._partition, []):
             if record.key is not None and record.value is not None:
                 self._newest[record.key] = record.value
+                if record.key.startswith(HOMES):
+                    self._homes = None
                 if record.key == HELLO:
                     self.hello_tokens.append(self._read_token(record.value))
 
@@ -117,13 +129,14 @@ class ControlReader:
         """Give the newest position record."""
         return self._parse(POSITION, LogPosition)
 
-    def homes(self) -> dict[str, tuple[str, ...]]:
-        """Give the homes of chunks that were learnt from the stream."""
-        found = self._parse(HOMES, LearntHomes)
-        try:
-            return found.unpack() if found else {}
-        except ValueError as error:
-            raise self._unreadable(HOMES.decode()) from error
+    def homes(self) -> Homes:
+        """Give the homes of chunks that are kept; to be read only."""
+        if self._homes is None:
+            try:
+                self._homes = unpack_homes(self._newest)
+            except ValueError as error:
+                raise self._unreadable(HOMES.decode()) from error
+        return self._homes
 
     def _parse(self, key: bytes, model: type[_Record]) -> _Record | None:
         value = self._newest.get(key)

@@ -1,7 +1,8 @@
 """Which hypertable a relation of the stream belongs to: from the stream's own catalog rows first, from the source's catalogs second.
 
 A chunk that was made and dropped while we lagged is in no catalog any more; the row that made it stands in the stream before
-its own first row. What was learnt so is kept in the control topic (`learnt`), for after a restart the stream does not repeat it.
+its own first row. And one that the catalogs showed to an earlier session may be gone while its changes are unread. So all that was
+ever known is kept in the control topic (`learnt`), from the coordinator's look at the source where the change log begins.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 
-from live_migration.common import pgoutput
+import asyncpg
+
+from live_migration.common import control, pgoutput
 from live_migration.common.errors import ConnectionLost
 from live_migration.common.home import Home
 from live_migration.common.postgres import asking, session
@@ -28,12 +31,13 @@ _IS_PUBLISHED = """
     select exists (select from pg_publication_tables
                    where pubname = any($1::text[]) and schemaname = '_timescaledb_catalog' and tablename = 'chunk')
 """
+_PRESENT = """
+    select n.nspname::text, c.relname::text from unnest($1::text[], $2::text[]) as asked (schema, name)
+    join pg_namespace n on n.nspname = asked.schema join pg_class c on c.relnamespace = n.oid and c.relname = asked.name
+"""
 _RELATIONS = """
     select n.nspname::text, c.relname::text from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.relkind in ('r', 'p')
 """
-
-Learnt = dict[str, tuple[str, ...]]
-"""Homes as they are kept: a relation's name in SQL to (hypertable's schema, name, chunk's schema, name, 'z' or '')."""
 
 
 def parse_relation(text: str) -> QualifiedName | None:
@@ -53,7 +57,8 @@ class StaleHomes(ConnectionLost):
 class Homes:
     """Knows the homes of relations, by name, for one session of the stream.
 
-    `known`: the relations that the source had when it was asked; None: any may be.
+    `known`: the relations that the source had when it was asked; None: any may be. `left`: relations of the source that are no
+    part of a hypertable any more.
     """
 
     def __init__(
@@ -63,20 +68,23 @@ class Homes:
         known: Collection[QualifiedName] | None = None,
         *,
         shows_compression: bool = True,
+        left: Collection[QualifiedName] = (),
     ) -> None:
         self._known = known
         self.shows_compression = shows_compression
         """Whether all rows that are compressed are in the stream; else those that come back by decompression are the only trace."""
         self.is_used = layout is not None
         """Whether the source has TimescaleDB."""
-        self.learnt: Learnt = dict(learnt)
+        self.learnt: control.Homes = dict(learnt)
+        """All that is known, as it is kept; only ever added to."""
         self._homes: dict[QualifiedName, Home] = {}
         self._hypertables: dict[int, QualifiedName] = {}
         self._hidden: set[QualifiedName] = set()
         self._columns: dict[str, tuple[str, ...]] = {}
         for name, (schema, table, chunk_schema, chunk, kind) in self.learnt.items():
             home = Home(QualifiedName(schema, table), QualifiedName(chunk_schema, chunk), kind == "z")
-            self._homes[_require(name)] = home
+            if (relation := _require(name)) not in left:
+                self._homes[relation] = home
         if layout is not None:
             self._take_layout(layout)
 
@@ -84,11 +92,12 @@ class Homes:
         for hypertable in layout.hypertables.values():
             self._hypertables[hypertable.id] = hypertable.name
         for chunk in layout.chunks.values():
-            self._homes[chunk.name] = Home(layout.hypertables[chunk.hypertable].name, chunk.name)
+            self._learn(chunk.name, Home(layout.hypertables[chunk.hypertable].name, chunk.name))
         for compressed, name in layout.compressed_names.items():
             owner = layout.chunks.get(layout.compressed[compressed])
             if owner is not None:
-                self._homes[name] = Home(layout.hypertables[owner.hypertable].name, owner.name, is_compressed=True)
+                home = Home(layout.hypertables[owner.hypertable].name, owner.name, is_compressed=True)
+                self._learn(name, home)
         self._hidden = set(layout.own_tables)
 
     def find(self, name: QualifiedName) -> Home | None:
@@ -200,8 +209,20 @@ async def read_homes(
                 is_published = await connection.fetchval(_IS_PUBLISHED, list(publications))
                 can_watch = await can_watch_compressed(connection, layout.version)
                 rows = [] if is_published else await connection.fetch(_RELATIONS)
+                left = await _find_left(connection, layout, learnt)
     # The schemas of chunks are published together with the catalog, where the server can. Where nobody may watch compressed rows
     # (`chunk_watch`) no copy would help for long.
     has_schemas = connection.get_server_version().major >= FIRST_WITH_SCHEMA_PUBLICATIONS
     known = None if is_published else {*(QualifiedName(*row) for row in rows), *gone}
-    return Homes(layout, learnt, known, shows_compression=(is_published and has_schemas) or not can_watch)
+    shows_compression = (is_published and has_schemas) or not can_watch
+    return Homes(layout, learnt, known, shows_compression=shows_compression, left=left)
+
+
+async def _find_left(
+    connection: asyncpg.Connection, layout: Layout, learnt: Mapping[str, tuple[str, ...]]
+) -> frozenset[QualifiedName]:
+    """Give the relations that were part of a hypertable, and are there but are not so any more: detached chunks."""
+    parts = {*(chunk.name for chunk in layout.chunks.values()), *layout.compressed_names.values()}
+    gone = [name for name in map(_require, learnt) if name not in parts]
+    rows = await connection.fetch(_PRESENT, [name.schema for name in gone], [name.name for name in gone])
+    return frozenset(QualifiedName(*row) for row in rows)

@@ -15,13 +15,13 @@ from aiokafka import errors as kafka_errors
 
 from live_migration.common.control import (
     HELLO,
-    HOMES,
     POSITION,
     STATUS,
-    LearntHomes,
+    Homes,
     LogPosition,
     ProducerConfig,
     ProducerStatus,
+    pack_homes,
 )
 from live_migration.common.errors import KafkaError
 from live_migration.common.kafka import admin, topic_exists
@@ -92,16 +92,32 @@ class Publisher:
             KafkaError: another producer took over.
         """
         await self._control.read()
+        if len(homes := self._control.homes()) > len(self.homes):
+            self.homes = homes
         if self._control.hello_tokens[-1] != self._token:
             self._is_usable, self.is_superseded = False, True
             raise _superseded(self._settings)
+
+    async def catch_up(self) -> None:
+        """Read on to the topic's end: whatever was written before the call is then known.
+
+        Raises:
+            KafkaError: another producer took over.
+            BrokerLost: the broker cannot be reached.
+        """
+        if not self._is_usable:
+            raise BrokerLost("Kafka: our last transaction was not completed")
+        token = uuid4().hex
+        await _greet(self._producer, self._settings, token)
+        self._token = token
+        await self._control.read_until(token)
 
     async def publish(
         self,
         records: deque[Record],
         position: LogPosition | None,
         status: ProducerStatus | None,
-        homes: dict[str, tuple[str, ...]] | None = None,
+        homes: Homes | None = None,
     ) -> None:
         """Write all in one transaction, taking the records off the queue one by one. On return it is committed.
 
@@ -118,7 +134,7 @@ class Publisher:
             values.append((STATUS, status.model_dump_json().encode()))
         if homes is not None and len(homes) > len(self.homes):
             homes = dict(homes)
-            values.append((HOMES, LearntHomes.pack(homes).model_dump_json().encode()))
+            values += pack_homes(homes, len(self.homes))
         if not self._is_usable:
             raise BrokerLost("Kafka: our last transaction was not completed")
         self._is_usable = False

@@ -23,6 +23,7 @@ from live_migration.common.telemetry import get_logger
 from live_migration.producer.ack_tracker import AckTracker
 from live_migration.producer.batcher import BEGIN_FRAME_BYTES, LaneBuffer, Record, Route
 from live_migration.producer.homes import Homes
+from live_migration.producer.last_change import ChangeTail, LastChange
 from live_migration.producer.spans import BEFORE_MESSAGE_BYTES, SHORTEST_SPAN, SpanFinder, log_frames
 from live_migration.producer.splitting import Message, SplitRelation, SplitTable
 
@@ -53,8 +54,9 @@ _MOVE_PREFIXES = {
 class Router:
     """Takes the messages of one replication session, and gives them back as records, lane by lane.
 
-    Changes at or below a lane's last position, which a restart brings again, are counted and dropped; of a table with several lanes
-    those at or below the highest of all: a restart may send what is new elsewhere than it was sent before, never what is old.
+    What a restart brings again is dropped: of the transaction that the log ends in up to the last change received of it (`held`),
+    of others by a lane's last position; of a table with several lanes by the highest of all: a restart may send what is new elsewhere
+    than it was sent before, never what is old.
     """
 
     def __init__(
@@ -67,7 +69,14 @@ class Router:
         acks: AckTracker,
         homes: Homes | None = None,
         lane_map: LaneMap | None = None,
+        held: LastChange | None = None,
     ) -> None:
+        self._held = held
+        self._is_held = False  # the present message stands in the log
+        self._lsn = 0  # of the present message
+        self._passed = (0, 0)  # LSN and number of the last change that stands in the log
+        self._tail = ChangeTail()
+        self._is_open = False  # a Begin was received, and its Commit was not
         self._migration_id = migration_id
         self._homes = homes or Homes(None, {})
         self._hidden: dict[bytes, QualifiedName] = {}  # relations that are not replayed
@@ -113,6 +122,15 @@ class Router:
         """Last position of each lane."""
         return tuple(lane.position for lane in self._lanes)
 
+    @property
+    def last_change(self) -> LastChange | None:
+        """Where in a transaction the records end that were taken last; None between transactions."""
+        if self._held is not None:  # what the log holds goes further still
+            return self._held
+        if not self._is_open or not self._ordinal:
+            return None
+        return LastChange(self._commit_lsn, self._tail.lsn, self._tail.number, self._ordinal)
+
     def take(self) -> list[Record]:
         """Cut all lanes and give all records made since the last call: every change received so far is in them."""
         for lane in self._lanes:
@@ -130,7 +148,10 @@ class Router:
             FormatError: a message is not what the protocol says.
         """
         if isinstance(data, memoryview):
+            before = self._ordinal
             self._copied(data[_COPY_HEAD_BYTES:])
+            if self._ordinal > before:
+                self._tail.note(data, 0, len(data))
             self.pending_bytes = self.pending_bytes + len(data) if self.has_changes else 0
             return len(data)
         limit = self._segment_bytes
@@ -138,6 +159,7 @@ class Router:
         unpack, pack = _COPY_HEAD.unpack_from, FRAME.pack
         at, end = 0, len(data) - 5
         ordinal = self._ordinal
+        last_change = -1
         last_lane: LaneBuffer | None = None
         last_length = alike = 0
         while at < end:
@@ -160,12 +182,14 @@ class Router:
                     lane.size = size
                     lane.change_count += 1
                     lane.ordinal = ordinal
+                    last_change = at
                     at = following
                     if length == last_length and lane is last_lane:
                         alike += 1
                         if alike == _ALIKE:
                             count, message_bytes = self._take_span(data, at, lane, ordinal)
                             at += count * (BEFORE_MESSAGE_BYTES + message_bytes)
+                            last_change = at - (BEFORE_MESSAGE_BYTES + message_bytes) if count else last_change
                             ordinal += count
                             alike = 0 if count else -4 * _ALIKE
                     else:
@@ -175,16 +199,18 @@ class Router:
                 split = ready_splits.get(key)
                 if split is not None and self._take_split(split, data[start:following], ordinal + 1):
                     ordinal += 1
+                    last_change = at
                     at = following
                     continue
             self._ordinal = ordinal
-            if stream_kind == _XLOG_DATA and following > start:
-                self._dispatch(data[start:following])
-            else:
-                self._copied(data[at + _COPY_HEAD_BYTES : following])
+            self._copied(data[at + _COPY_HEAD_BYTES : following])
+            if self._ordinal > ordinal:
+                last_change = at
             ordinal = self._ordinal
             at = following
         self._ordinal = ordinal
+        if last_change >= 0:
+            self._tail.note(data, last_change, at)
         self.pending_bytes = self.pending_bytes + at if self.has_changes else 0
         return at
 
@@ -196,7 +222,7 @@ class Router:
             ordinal: of the change before it.
         """
         lane = self._described.get(key)
-        if lane is None or self._moves:
+        if lane is None or self._moves or self._is_held:
             return None
         if not lane.has_begin:
             size = lane.size + BEGIN_FRAME_BYTES + FRAME.size + message_bytes
@@ -242,6 +268,7 @@ class Router:
     def _copied(self, copied: Message) -> None:
         """Take what a CopyData message holds."""
         if copied[0] == _XLOG_DATA and len(copied) > XLOG_DATA_BYTES:
+            self._lsn = int.from_bytes(copied[1:9], "big")
             self._dispatch(copied[XLOG_DATA_BYTES:])
         else:
             self._keepalive(bytes(copied))
@@ -249,7 +276,7 @@ class Router:
     def _dispatch(self, message: Message) -> None:
         match message[0]:
             case pgoutput.INSERT | pgoutput.UPDATE | pgoutput.DELETE:
-                self._ordinal += 1
+                self._count()
                 self._change(message, (bytes(message[1:5]),))
             case pgoutput.BEGIN:
                 self._begin_transaction(bytes(message))
@@ -258,7 +285,7 @@ class Router:
             case pgoutput.RELATION:
                 self._relation(bytes(message))
             case pgoutput.TRUNCATE:
-                self._ordinal += 1
+                self._count()
                 self._truncate(bytes(message))
             case pgoutput.MESSAGE:
                 self._logical_message(message)
@@ -274,11 +301,51 @@ class Router:
         self._commit_lsn = int.from_bytes(message[1:9], "big")
         self._ordinal = 0
         self._moves = 0
+        self._is_open = True
+        if self._held is not None:
+            self._resume(self._held)
         self._acks.begin()
+
+    def _resume(self, held: LastChange) -> None:
+        if self._commit_lsn > held.commit_lsn:
+            self._held = None
+        if self._commit_lsn != held.commit_lsn:
+            return
+        self._is_held = True
+        # Each lane that the log ends in so gets its Commit, whatever is sent of the transaction now.
+        begun = [
+            lane
+            for lane in self._lanes
+            if lane.position.commit_lsn == held.commit_lsn and lane.position.ordinal < COMMIT_ORDINAL
+        ]
+        self._touched.update(dict.fromkeys(begun, b""))
+        for table in self._splits.values():
+            lanes = self._lanes[table.lanes.start : table.lanes.stop]
+            if not set(begun).isdisjoint(lanes):
+                self._meet(table, lanes)
+
+    def _count(self) -> None:
+        """Give the present change its ordinal; above all that the log has of its transaction as soon as it is not in the log."""
+        if self._is_held:
+            assert self._held is not None
+            lsn, number = self._passed
+            self._passed = (self._lsn, number + 1 if lsn == self._lsn else 1)
+            if self._passed > (self._held.lsn, self._held.number):
+                self._go_on()
+        self._ordinal += 1
+
+    def _go_on(self) -> None:
+        assert self._held is not None
+        self._ordinal = max(self._ordinal, self._held.ordinal)
+        self._held = None
+        self._is_held = False
 
     def _commit(self, message: bytes) -> None:
         if len(message) != _COMMIT_BYTES:
             raise FormatError(f"commit message of {len(message)} bytes after {self._where()}")
+        if self._is_held:
+            self._go_on()
+        self._is_open = False
         framed = frame(message)
         for lane, before in self._touched.items():
             if (self._commit_lsn, COMMIT_ORDINAL) > lane.position:
@@ -374,7 +441,7 @@ class Router:
         is_transactional = message[1] & 1
         if not is_transactional:
             return  # stands outside of transactions, and is not ordered with them
-        self._ordinal += 1
+        self._count()
         if bytes(message[10 : 10 + len(_PREFIX)]) != _PREFIX:
             self._mark(bytes(message[10:50]))
             return
@@ -418,7 +485,7 @@ class Router:
         """Put a change of a table with several lanes into the one of its key, or into the leader where it concerns them all."""
         table = split.table
         lanes = self._lanes[table.lanes.start : table.lanes.stop]
-        if (self._commit_lsn, self._ordinal) <= self._resumed_at:
+        if self._is_held or (self._commit_lsn, self._ordinal) <= self._resumed_at:
             # Who sent it may have gathered the table, and not come to the end of the transaction.
             self._meet(table, lanes)
             return
@@ -454,7 +521,7 @@ class Router:
 
     def _begin_segment(self, lane: LaneBuffer) -> None:
         """Let the next change, if it is for the lane, begin a segment."""
-        if lane.change_count and (self._commit_lsn, self._ordinal) > lane.position:
+        if lane.change_count and not self._is_held and (self._commit_lsn, self._ordinal) > lane.position:
             self._cut(lane)
 
     def _suspect(self, message: Message, oid: bytes) -> None:
@@ -485,7 +552,7 @@ class Router:
     ) -> None:
         self._touched.setdefault(lane, b"")
         ordinal = self._ordinal
-        if (self._commit_lsn, ordinal) <= lane.position:
+        if self._is_held or (self._commit_lsn, ordinal) <= lane.position:
             return
         self.has_changes = True
         framed_bytes = FRAME.size + len(message)

@@ -10,7 +10,7 @@ from uuid import UUID
 from aiokafka import errors as kafka_errors
 
 from live_migration.common.control import ProducerConfig
-from live_migration.common.errors import ConnectionLost, LiveMigrationError, Retry
+from live_migration.common.errors import ConnectionLost, LiveMigrationError, LogGap, Retry, SlotLost
 from live_migration.common.kafka import check_topics
 from live_migration.common.relation import QualifiedName
 from live_migration.common.settings import Settings
@@ -18,7 +18,7 @@ from live_migration.common.tasks import TaskGroup
 from live_migration.common.telemetry import get_logger
 from live_migration.producer.control_reader import BrokerLost, translate_broker_error
 from live_migration.producer.homes import StaleHomes, read_homes
-from live_migration.producer.losses import name_tables
+from live_migration.producer.losses import name_tables, something_remains
 from live_migration.producer.publisher import Publisher, topics_exist
 from live_migration.producer.replication import ReplicationConnection, StreamFailed
 from live_migration.producer.resume import check_slot, check_system, explain_repeated_failure
@@ -38,7 +38,7 @@ _MOST_FAILURES = 5
 
 
 async def run_producer(settings: Settings, stop: asyncio.Event) -> None:
-    """Produce until `stop` is set, then publish what was received and leave.
+    """Produce until `stop` is set, then publish what was received and leave; or until `clean` takes the migration away.
 
     Lost connections are retried for ever.
 
@@ -80,10 +80,12 @@ class _Service:
         self._source_backoff = _Backoff(stop)
         self._failed_at: int | None = None
         self._failures = 0
+        self._was_configured = False
+        self._is_over = False
         self._asked_for: set[QualifiedName] = set()  # relations that made a session begin anew
 
     async def run(self) -> None:
-        while not self._stop.is_set():
+        while not self._stop.is_set() and not self._is_over:
             try:
                 if await self._await_topics():
                     async with Publisher.open(self._settings) as publisher:
@@ -124,6 +126,9 @@ class _Service:
                     await self._pause(publisher, error)
                 config = await self._next_config(publisher)
         except LiveMigrationError as error:
+            await self._check_end(publisher, error)
+            if self._is_over:
+                return
             if error.retry is not Retry.STOP:
                 raise
             named = await name_tables(error, self._settings.source_uri(), publisher.config)
@@ -144,12 +149,44 @@ class _Service:
         return config
 
     async def _await_config(self, publisher: Publisher) -> ProducerConfig | None:
-        """Give the coordinator's word as soon as there is one, None when told to stop."""
-        if not publisher.config:
-            log.info("waiting for the coordinator's configuration", topic=self._settings.control_topic)
-        while not publisher.config and not self._stop.is_set():
+        """Give the coordinator's word as soon as there is one that holds, None when told to stop, or the migration is over.
+
+        Who begins when it has been ended waits: what comes next under the name may be on its way.
+        """
+        is_told = False
+        while not self._stop.is_set():
+            config = publisher.config
+            if config and not config.is_ended:
+                self._was_configured = True
+                return config
+            if config and self._was_configured:
+                self._end()
+                return None
+            if not is_told:
+                log.info("waiting for the coordinator's configuration", topic=self._settings.control_topic)
+                is_told = True
             await publisher.watch()
-        return publisher.config
+            if config and not await topics_exist(self._settings):
+                raise BrokerLost("the topics of the migration that was ended are gone")
+        return None
+
+    def _end(self) -> None:
+        log.info("the migration was ended by `live-migration clean`: nothing is left to do", slot=self._settings.slot)
+        self._is_over = True
+
+    async def _check_end(self, publisher: Publisher, error: LiveMigrationError) -> None:
+        """See whether an error comes of the migration's end; `clean` says so before it takes slot and topics away.
+
+        Raises:
+            BrokerLost: what is missing is all that a migration has. Then it was cleaned, or is made anew, whose topics come.
+        """
+        if isinstance(error, SlotLost | LogGap) and self._was_configured and not publisher.is_superseded:
+            if await topics_exist(self._settings):
+                await publisher.catch_up()
+            elif publisher.config and not await something_remains(self._settings.source_uri(), publisher.config):
+                raise BrokerLost("neither topics nor slot and publications are there any more") from error
+        if self._was_configured and publisher.config and publisher.config.is_ended:
+            self._end()
 
     async def _stream(self, publisher: Publisher, config: ProducerConfig) -> None:
         uri = self._settings.source_uri()
@@ -159,6 +196,8 @@ class _Service:
             before = publisher.position
             try:
                 homes = await read_homes(uri, publisher.homes, config.publications, self._asked_for)
+                if len(homes.learnt) > len(publisher.homes):  # before any of it can leave the catalogs
+                    await publisher.publish(deque(), None, None, homes.learnt)
                 session = Session(self._settings, config, publisher, stream, timeline, self._report, homes)
                 await session.run(self._stop)
             except BaseExceptionGroup as group:
@@ -186,6 +225,8 @@ class _Service:
 
     async def _pause(self, publisher: Publisher, error: ConnectionLost) -> None:
         """Wait before the source is tried again, and let everybody see why."""
+        if publisher.config and publisher.config.is_ended:
+            return
         await publisher.publish(deque(), None, self._report.make(error.message))
         await self._source_backoff.pause(error)
         await publisher.watch()  # the coordinator may have spoken meanwhile

@@ -18,6 +18,7 @@ from live_migration.common.tasks import TaskGroup
 from live_migration.common.telemetry import get_logger
 from live_migration.producer.ack_tracker import AckTracker
 from live_migration.producer.homes import Homes
+from live_migration.producer.last_change import LastChange
 from live_migration.producer.pace import Pace
 from live_migration.producer.probe import SourceProbe
 from live_migration.producer.publisher import Publisher
@@ -70,6 +71,7 @@ class Session:
             acks=self._acks,
             homes=homes,
             lane_map=config.lane_map,
+            held=LastChange(*position.change) if position and position.change else None,
         )
         self._homes = homes
         self._probe = SourceProbe(
@@ -169,6 +171,7 @@ class Session:
         position = LogPosition(
             confirm_lsn=self._acks.confirmable_lsn,
             lanes=tuple((commit_lsn, ordinal) for commit_lsn, ordinal in self._router.positions),
+            change=self._router.last_change,
             system_identifier=self._config.system_identifier,
             timeline=self._timeline,
             sent_at=time.time(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import asyncpg
@@ -33,6 +35,13 @@ _TRACES = """
     union all select 'session ' || application_name from pg_stat_activity
               where application_name like 'live-migration%' and datname = current_database()
 """
+
+_ALARM = re.compile(r"SlotLost|LogGap|recopy|are lost")
+
+
+def alarms(exits: Iterable[str]) -> list[str]:
+    """Give the ends of processes that call changes lost: no fault of a round takes slot, publications or topics away, so it is wrong or true."""
+    return [line for line in exits if _ALARM.search(line)]
 
 
 async def compare(source: str, target: str, *, source_crashed_late: bool) -> list[str]:

@@ -13,6 +13,8 @@ for name in ("LD_PRELOAD", "FAKETIME_SHARED"):
 from live_migration.coordinator.cli import main
 main()
 """
+CACHE_SECONDS = 1
+"""After so long the library looks at its file again."""
 _FOLDERS = ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib", "/usr/local/lib", "/usr/lib64")
 
 
@@ -47,7 +49,7 @@ class Clock:
         variables = {
             "LD_PRELOAD": self._library,
             "FAKETIME_TIMESTAMP_FILE": self._file,
-            "FAKETIME_CACHE_DURATION": 1,
+            "FAKETIME_CACHE_DURATION": CACHE_SECONDS,
             "FAKETIME_DONT_FAKE_MONOTONIC": 1,
             "PYTHONMALLOC": "malloc",  # a consumer would start itself anew for it, without the library
         }

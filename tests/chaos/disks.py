@@ -1,4 +1,4 @@
-"""Small disks that can be filled: tmpfs in a mount namespace of our own, which needs root and ends with us."""
+"""Small disks that can be filled or made read-only: tmpfs in a mount namespace of our own, which needs root and ends with us."""
 
 from __future__ import annotations
 
@@ -42,3 +42,24 @@ def mount(folder: Path) -> None:
 def unmount(folder: Path) -> None:
     """Take the disk away; whoever still has it open keeps it until then."""
     subprocess.run(["umount", "--lazy", str(folder)], check=False, capture_output=True)
+
+
+def lay_read_only(folder: Path) -> None:
+    """Let nothing be made, opened for writing, renamed or deleted on the disk any more (EROFS), until `lift_read_only`.
+
+    What is open for writing already can still be written: Linux makes no disk read-only that has such files, but lays the same disk over it so.
+
+    Raises:
+        subprocess.CalledProcessError: this is not allowed.
+    """
+    subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True, capture_output=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True, capture_output=True)
+    except subprocess.CalledProcessError:
+        unmount(folder)
+        raise
+
+
+def lift_read_only(folder: Path) -> None:
+    """Take away what `lay_read_only` has laid over the disk."""
+    unmount(folder)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import asyncpg
@@ -50,6 +52,25 @@ class Fault(ABC):
         Raises:
             Missed: there was no victim.
         """
+
+
+class LogEnd:
+    """A server's log from now on: what it says of a fault is the fault's effect."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._size = self._length()
+
+    def tells(self, pattern: re.Pattern[str]) -> bool:
+        """Tell whether anything that came since matches; a log that was begun anew counts from its beginning."""
+        if not self._path.exists():
+            return False
+        with self._path.open("rb") as file:
+            file.seek(self._size if self._length() >= self._size else 0)
+            return pattern.search(file.read().decode(errors="replace")) is not None
+
+    def _length(self) -> int:
+        return self._path.stat().st_size if self._path.exists() else 0
 
 
 async def to_its_end(work: Coroutine[Any, Any, None]) -> None:

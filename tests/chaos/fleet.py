@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -23,6 +24,7 @@ from tests.e2e.processes import COMMAND
 Kind = Literal["migrate", "producer", "consumer"]
 _STOP = StopOrder((signal.SIGTERM,), 5.0)
 _DRAIN_SECONDS = 25.0
+_ERROR = re.compile(r"^error: .*(?:\n  next: .*)?", re.MULTILINE)
 
 
 @dataclass(slots=True)
@@ -183,6 +185,30 @@ class Fleet:
         """Give the clocks of the running processes by the processes' names."""
         running = [each.name for each in self._managed if each.is_running]
         return {name: clock for name, clock in self._clocks.items() if name in running}
+
+    def wearer(self, name: str) -> int | None:
+        """Give the pid of the process with this name if the library of wrong clocks is loaded in it."""
+        process = next((each.process for each in self._managed if each.name == name and each.is_running), None)
+        if process is None or self._library is None:
+            return None
+        try:
+            maps = Path(f"/proc/{process.pid}/maps").read_text()
+        except OSError:
+            return None
+        return process.pid if self._library.name in maps else None
+
+    def has_ended(self, kind: Kind) -> bool:
+        """Tell whether the commands of a kind that are to run have all ended in order."""
+        return all(each.is_done or each.is_dismissed for each in self._managed if each.kind == kind)
+
+    def worker_errors(self) -> list[str]:
+        """Give the errors that ended workers of `migrate`'s own, one line each: it starts them again, and we see no exit."""
+        logs = sorted((self._folder / "data" / "logs").glob("*.log"))
+        return [
+            f"{log.stem}: {error.replace(chr(10), ' | ')}"
+            for log in logs
+            for error in _ERROR.findall(log.read_text(errors="replace"))
+        ]
 
     def join(self) -> str:
         """Let another consumer join, a command of its own; gives its name."""

@@ -6,6 +6,7 @@ import asyncio
 import random
 import signal
 
+from tests.chaos.clock import CACHE_SECONDS
 from tests.chaos.fault import Fault, Missed, Scene
 
 
@@ -44,7 +45,11 @@ class Terminate(Fault):
 
 
 class ClockJump(Fault):
-    """The clock of one of our processes jumps, to and fro, and stays wrong until the round's end."""
+    """The clock of one of our processes jumps, to and fro, and stays wrong until the round's end.
+
+    It hits when one process with the library in it lives on for the second within which the library sees a jump. Whether that process
+    asked for the time meanwhile cannot be seen from outside.
+    """
 
     name = "clock jump"
     weight = 12  # in few rounds only
@@ -58,10 +63,16 @@ class ClockJump(Fault):
         if not clocks:
             raise Missed(f"skipped: {scene.fleet.no_clocks or 'no command of its own runs'}")
         clock = self.rng.choice(sorted(clocks))
+        seen = 0
         for offset in self.offsets:
+            before = scene.fleet.wearer(clock)
             clocks[clock].set(offset)
-            await asyncio.sleep(self.rng.uniform(0.5, 2.5))
-        return f"{clock} by {', then '.join(f'{offset:+} s' for offset in self.offsets)}"
+            seconds = self.rng.uniform(0.5, 2.5)
+            await asyncio.sleep(seconds)
+            seen += seconds >= CACHE_SECONDS and before is not None and scene.fleet.wearer(clock) == before
+        if not seen:
+            raise Missed(f"{clock} did not live through a jump")
+        return f"{clock} by {', then '.join(f'{offset:+} s' for offset in self.offsets)}, lived through {seen}"
 
 
 FLEET_FAULTS: tuple[type[Fault], ...] = (ComeAndGo, Terminate, ClockJump)

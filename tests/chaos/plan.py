@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from tests.chaos.fault import Fault
 from tests.chaos.faults import FAULTS
 from tests.chaos.fleet_faults import FLEET_FAULTS, ClockJump
-from tests.chaos.server_faults import SERVER_FAULTS
+from tests.chaos.server_faults import LATER_SERVER_FAULTS, SERVER_FAULTS
 from tests.support.workload import lanes_by_key
 
 ALL_FAULTS = (*FAULTS, *SERVER_FAULTS, *FLEET_FAULTS)
+LATER_SEED = 100_000
+"""From this seed on `LATER_FAULTS` are drawn, too; below it every seed draws what it drew when its rounds were logged."""
+LATER_FAULTS = LATER_SERVER_FAULTS
 PHASES = ("start", "prepare", "schema", "copy", "replay", "cutover")
 UNFOLLOWED_SHARE = 0.3
 """Share of the rounds that update and delete rows of a table without identity, which is copied again behind the last barrier."""
@@ -68,15 +71,21 @@ def _unfollowed(seed: int) -> float:
     return rng.choice((0.002, 0.02)) if rng.random() < UNFOLLOWED_SHARE else 0.0
 
 
-def make_plan(seed: int, faults: Sequence[type[Fault]] = ALL_FAULTS, *, brief: bool = False) -> Plan:
+def faults_of(seed: int) -> tuple[type[Fault], ...]:
+    """Give the faults that a seed draws from."""
+    return (*ALL_FAULTS, *LATER_FAULTS) if seed >= LATER_SEED else ALL_FAULTS
+
+
+def make_plan(seed: int, faults: Sequence[type[Fault]] | None = None, *, brief: bool = False) -> Plan:
     """Decide about a round: at least seven faults, one for each phase at the least.
 
     Args:
         seed: decides about everything.
-        faults: to choose from.
+        faults: to choose from; by default those that the seed draws from.
         brief: seven faults and little data.
     """
     rng = random.Random(seed)
+    faults = faults_of(seed) if faults is None else faults
     has_clocks = ClockJump in faults and rng.random() < 0.25
     possible = tuple(fault for fault in faults if has_clocks or fault is not ClockJump)
     phases = [

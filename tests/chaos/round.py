@@ -149,6 +149,8 @@ class Round:
                 if found := await self._compare(source_crashed_late=scene.source_restarts > restarts):
                     raise RoundFailed("; ".join(found))
                 await self._verify_and_clean(fleet)
+            if alarms := checks.alarms([*fleet.exits, *fleet.worker_errors()]):
+                raise RoundFailed(f"a process calls changes lost: {'; '.join(alarms)}")
         except RoundFailed:
             raise
         except Exception as error:  # a statement of the workload that failed, first of all
@@ -313,6 +315,9 @@ class Round:
         code, out = await fleet.run("clean", timeout=90)
         if code != 0:
             raise RoundFailed(f"clean says {code}: {out}")
+        deadline = time.monotonic() + _LEAVING_SECONDS  # else what the producer makes of it is not seen
+        while not fleet.has_ended("producer") and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
         for uri in (self.source, self.target):
             if left := await self._traces(uri):
                 raise RoundFailed(f"clean left {left}")

@@ -5,19 +5,29 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from contextlib import AsyncExitStack, suppress
+import re
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
 
 import asyncpg
 
-from tests.chaos.fault import Fault, Missed, Scene, direct, to_its_end
+from tests.chaos.disks import lay_read_only, lift_read_only
+from tests.chaos.fault import Fault, LogEnd, Missed, Scene, direct, to_its_end
 from tests.chaos.world import GONE, Disk, Side
 from tests.support.workload import TABLES
 
+_TOO_MANY = "53300"
+_DISK_FULL = "53100"
+_READ_ONLY = re.compile(r"Read-only file system|ReadOnlyFileSystemException")
+_BROKER_FULL = re.compile(r"No space left on device|unsafe memory access")
+"""The second is how the JVM tells that a page of a mapped index could not be had."""
+
 
 class _Lock(Fault):
-    """Somebody holds a lock on one of the user's tables."""
+    """Somebody holds a lock on one of the user's tables. Whether anybody of ours then wanted it is not looked at."""
 
     side: ClassVar[Side]
     modes: ClassVar[tuple[str, ...]]
@@ -25,15 +35,19 @@ class _Lock(Fault):
     async def inject(self, scene: Scene) -> str:
         table, mode = self.rng.choice(TABLES), self.rng.choice(self.modes)
         seconds = self.rng.uniform(1, 8)
+        is_held = False
         try:
             async with direct(scene, self.side) as connection:
                 await connection.execute(f"begin; set local lock_timeout = '4s'; lock table {table} in {mode} mode")
+                is_held = True
                 await asyncio.sleep(seconds)
                 await connection.execute("rollback")
         except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError) as error:
             raise Missed(f"{table} is not there") from error
-        except GONE as error:
-            return f"{table}: {type(error).__name__}"
+        except (*GONE, TimeoutError) as error:
+            if not is_held:
+                raise Missed(f"{table} could not be locked: {type(error).__name__}") from error
+            return f"{table} in {mode} mode until {type(error).__name__}"
         return f"{table} in {mode} mode for {seconds:.1f} s"
 
 
@@ -50,7 +64,7 @@ class LockSource(_Lock):
 
 
 class NoConnections(Fault):
-    """All of the target's connections are taken, and ours are cut."""
+    """All of the target's connections are taken, and ours are cut; it hits when one of ours was refused."""
 
     name = "target out of connections"
 
@@ -59,6 +73,7 @@ class NoConnections(Fault):
         most = 0
         deadline = asyncio.get_running_loop().time() + seconds
         async with scene.world.busy["target"], AsyncExitStack() as stack:
+            refused = stack.enter_context(scene.world.proxies["target"].counting_errors(_TOO_MANY))
             is_cut = False
             while asyncio.get_running_loop().time() < deadline:
                 try:
@@ -72,9 +87,9 @@ class NoConnections(Fault):
                     await asyncio.sleep(0.05)
                 except GONE:
                     await asyncio.sleep(0.1)
-        if not most:
-            raise Missed("none could be taken")
-        return f"{most} taken for {seconds:.1f} s"
+        if not refused.total():
+            raise Missed(f"{most} taken, and nobody of ours was refused")
+        return f"{most} taken for {seconds:.1f} s, {refused.total()} of ours refused"
 
 
 class ReadOnly(Fault):
@@ -148,7 +163,13 @@ class EndSessions(Fault):
 
 
 class _Full(Fault):
+    """It hits when the lack of space was told: by the target to one of ours, by the broker in its log."""
+
     disk: ClassVar[Disk]
+
+    @abstractmethod
+    def watching(self, scene: Scene) -> AbstractContextManager[Callable[[], bool]]:
+        """Give what tells whether anybody met the full disk meanwhile."""
 
     async def inject(self, scene: Scene) -> str:
         folder = scene.world.disks.get(self.disk)
@@ -157,11 +178,14 @@ class _Full(Fault):
         spare, seconds = round(10 ** self.rng.uniform(3, 6)), self.rng.uniform(0.5, 6)
         filler = folder / "filler"
         async with scene.world.busy[self.disk]:
-            try:
-                _fill(filler, spare)
-                await asyncio.sleep(seconds)
-            finally:
-                filler.unlink(missing_ok=True)
+            with self.watching(scene) as is_met:
+                try:
+                    _fill(filler, spare)
+                    await asyncio.sleep(seconds)
+                finally:
+                    filler.unlink(missing_ok=True)
+                if not is_met():
+                    raise Missed(f"{spare} bytes free, and nobody wanted more")
         return f"{spare} bytes free for {seconds:.1f} s"
 
 
@@ -185,12 +209,22 @@ class TargetDiskFull(_Full):
     name = "target's disk full"
     disk = "target"
 
+    @contextmanager
+    def watching(self, scene: Scene) -> Iterator[Callable[[], bool]]:
+        with scene.world.proxies["target"].counting_errors(_DISK_FULL) as told:
+            yield lambda: told.total() > 0
+
 
 class BrokerDiskFull(_Full):
     """The broker ends itself when it cannot write; the world starts it again."""
 
     name = "broker's disk full"
     disk = "broker"
+
+    @contextmanager
+    def watching(self, scene: Scene) -> Iterator[Callable[[], bool]]:
+        log = LogEnd(scene.world.logs()["broker.log"])
+        yield lambda: log.tells(_BROKER_FULL)
 
 
 SERVER_FAULTS: tuple[type[Fault], ...] = (
@@ -203,3 +237,37 @@ SERVER_FAULTS: tuple[type[Fault], ...] = (
     TargetDiskFull,
     BrokerDiskFull,
 )
+
+
+class BrokerReadOnly(Fault):
+    """The broker's disk is read-only for a while (see `lay_read_only`), which ends the broker at its next checkpoint or new file.
+
+    It hits when the broker told of it. It is started again when the disk is mended, as an administrator does, also where it still runs: it has
+    given its folder up then.
+    """
+
+    name = "broker read-only"
+    weight = 3
+
+    async def inject(self, scene: Scene) -> str:
+        world, seconds = scene.world, self.rng.uniform(3, 12)
+        folder = world.disks.get("broker")
+        if folder is None:
+            raise Missed(f"skipped: {world.no_disks}")
+        async with world.busy["broker"]:
+            log = LogEnd(world.logs()["broker.log"])
+            lay_read_only(folder)
+            try:
+                await asyncio.sleep(seconds)
+            finally:
+                lift_read_only(folder)
+                is_met, is_up = log.tells(_READ_ONLY), world.broker.is_running
+                if is_met or not is_up:
+                    await to_its_end(world.restart_broker())
+        if not is_met:
+            raise Missed("the broker wanted to write nothing that it could not")
+        return f"for {seconds:.1f} s; the broker {'lived' if is_up else 'ended itself'}"
+
+
+LATER_SERVER_FAULTS: tuple[type[Fault], ...] = (BrokerReadOnly,)
+"""Those that came when rounds had been logged already: see `plan.LATER_SEED`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import time
 from collections import defaultdict
@@ -44,11 +45,13 @@ _WRITE = """
 
 @dataclass(slots=True)
 class Samples:
-    """What was measured: bytes by process and age, lag in seconds and in bytes of WAL."""
+    """What was measured: bytes by process and age, lag in seconds and in bytes of WAL, what the broker's log takes of its disk."""
 
     memory: dict[tuple[str, int], list[tuple[float, int]]] = field(default_factory=lambda: defaultdict(list))
     lag_seconds: list[float] = field(default_factory=list)
     slot_bytes: list[int] = field(default_factory=list)
+    broker_disk: list[tuple[float, int]] = field(default_factory=list)
+    """Seconds since the first one, bytes of the broker's log."""
     rows: int = 0
 
     def summary(self) -> dict[str, Any]:
@@ -76,6 +79,10 @@ class Samples:
                 "max": round(lags[-1], 2),
             },
             "slot_mib_max": _mebibytes(max(self.slot_bytes, default=0)),
+            "broker_disk_mib": {
+                "max": _mebibytes(max((size for _, size in self.broker_disk), default=0)),
+                "each_5_min": _at_each_5_minutes(self.broker_disk),
+            },
             "stream_rows": self.rows,
         }
 
@@ -100,6 +107,24 @@ def _each_5_minutes(samples: list[tuple[float, int]]) -> list[float]:
         slot = int(age // 300)
         slots[slot] = min(size, slots.get(slot, size))
     return [_mebibytes(size) for size in slots.values()]
+
+
+def _at_each_5_minutes(samples: list[tuple[float, int]]) -> list[float]:
+    """Give the first value of every five minutes, and the last of all."""
+    slots: dict[int, int] = {}
+    for age, size in samples:
+        slots.setdefault(int(age // 300), size)
+    return [_mebibytes(size) for size in [*slots.values(), *(size for _, size in samples[-1:])]]
+
+
+def disk_use(folder: Path) -> int:
+    """Give the bytes that a folder's files take of the disk, holes not counted; files that go meanwhile take none."""
+    used = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                used += os.lstat(os.path.join(parent, name)).st_blocks * 512
+    return used
 
 
 class Soak(Round):
@@ -187,8 +212,11 @@ class Soak(Round):
 
     async def _measure(self, scene: Scene) -> None:
         source, target = await asyncpg.connect(self.source), await asyncpg.connect(self.target)
+        began = time.monotonic()
         try:
             while True:
+                used = await asyncio.to_thread(disk_use, self.world.broker_log)
+                self.samples.broker_disk.append((time.monotonic() - began, used))
                 for kind in _KINDS:
                     for process in scene.fleet.processes(kind):
                         with suppress(psutil.NoSuchProcess):

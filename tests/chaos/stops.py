@@ -69,7 +69,8 @@ class _Stop(Fault):
 class StopConsumer(_Stop):
     """As the others, but one time in three for longer than lease and session in Kafka.
 
-    Then another consumer is there to take over, one more where it is the only one, and is still there when the stopped one wakes up.
+    Then another consumer is there to take over, one more where it is the only one, and is still there when the stopped one wakes up. It
+    misses where the stopped one held nothing to take over; where the target could not be asked that (`?`), it counts.
     """
 
     name = "stop consumer"
@@ -83,6 +84,8 @@ class StopConsumer(_Stop):
         async with AsyncExitStack() as beside:
             async with stopped(scene, victim):
                 before = await _held_by(scene, victim)
+                if before == 0:
+                    raise Missed("it held no claim")
                 if not _others(scene, victim):
                     await beside.enter_async_context(scene.fleet.extra("consumer"))
                 await asyncio.sleep(seconds)
@@ -125,7 +128,10 @@ class StopCoordinator(_Stop):
 
 
 class SecondProducer(Fault):
-    """A stopped producer wakes up beside its successor, which has taken the slot by then where there is one."""
+    """A stopped producer wakes up beside its successor, which has taken the slot by then where there is one.
+
+    It misses where nobody read the slot before or after; where the source could not be asked (`?`), it counts.
+    """
 
     name = "stop producer, start another"
 
@@ -142,6 +148,8 @@ class SecondProducer(Fault):
                 after = await _other_reader(scene, before)
                 if not other.is_running:
                     raise Missed("the successor does not run")
+                if before is None and after is None:
+                    raise Missed("nobody read the slot")
             await asyncio.sleep(_BESIDE_SECONDS)
         return (
             f"pid {victim.pid} for {seconds:.1f} s at the least; the slot was read by pid {before}, then by pid {after}"

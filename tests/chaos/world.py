@@ -73,6 +73,11 @@ class World:
         assert self._broker is not None
         return self._broker
 
+    @property
+    def broker_log(self) -> Path:
+        """The folder that holds the broker's topics."""
+        return self.disks["broker"] / "log" if "broker" in self.disks else self.broker.folder / "data"
+
     async def __aenter__(self) -> Self:
         try:
             for proxy in self.proxies.values():
@@ -83,7 +88,7 @@ class World:
             if not self.no_disks:
                 self._mount_disks()
             if "broker" in self.disks:
-                settings["log.dirs"] = str(self.disks["broker"] / "log")
+                settings["log.dirs"] = str(self.broker_log)
             self._broker = LocalKafka(settings=settings)
             for server in (*self.servers.values(), self._broker):
                 await self._stack.enter_async_context(server)
@@ -110,8 +115,12 @@ class World:
                 continue
             async with self.busy["broker"]:
                 self.broker_ends += 1
-                await self.broker.kill()
-                await self.broker.start()
+                await self.restart_broker()
+
+    async def restart_broker(self) -> None:
+        """End what is left of the broker and start it again; whoever calls holds `busy`."""
+        await self.broker.kill()
+        await self.broker.start()
 
     def uri(self, side: Side, database: str) -> str:
         """Give the direct way to a database, for the harness."""

@@ -55,6 +55,17 @@ async def connect(proxy: Proxy) -> _Client:
     return _Client(*await asyncio.open_connection("127.0.0.1", proxy.port))
 
 
+async def test_it_counts_what_a_server_refuses(proxy: Proxy) -> None:
+    client = await connect(proxy)
+    refused = b"E\0\0\0\x20SFATAL\0VFATAL\0C53300\0Msorry\0\0"
+    await client.ask(refused)
+    with proxy.counting_errors("53300") as found, proxy.counting_errors("53100") as others:
+        await client.ask(b"D\0\0\0\x20 53300 rows")
+        await client.ask(refused)
+    await client.ask(refused)
+    assert (found.total(), others.total()) == (1, 0)
+
+
 async def test_it_forwards_until_it_is_told_to_cut(proxy: Proxy) -> None:
     first, second = await connect(proxy), await connect(proxy)
     assert await first.ask(b"one") == b"one"

@@ -120,9 +120,9 @@ class Replayer:
         )  # fmt: skip
 
     def restart(self) -> None:
-        """Begin a new session: the stream describes its relations anew, and shows no chunk a second time."""
+        """Begin a new session: the stream describes its relations anew, shows no chunk a second time, and the source has none any more."""
         self._positions = list(self._router.positions)
-        self._homes = Homes(self._layout, self._homes.learnt)
+        self._homes = Homes(replace(self._layout, chunks={}, compressed={}, compressed_names={}), self._homes.learnt)
         self._router = self._make_router()
         self._router.drain(copy_data(list(self._relations.values())))
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
@@ -83,6 +84,8 @@ class _Connection:
                 if pause:
                     await asyncio.sleep(pause)
                 proxy.chunks += 1
+                if direction == "down":
+                    proxy.note_answer(chunk)
                 await proxy.flowing[direction].wait()
                 if direction == "down" and self._is_answer_lost:
                     proxy.losses += 1
@@ -118,6 +121,7 @@ class Proxy:
         """Pieces of data that came from either side."""
         self.losses = 0
         self.cuts = 0
+        self._listeners: list[tuple[bytes, Counter[bytes]]] = []
         self._budget: int | None = None
         self._lose: Matcher | None = None
         self._loses_once = True
@@ -187,6 +191,21 @@ class Proxy:
         """Cut the next connection over which `matcher` sees its request, or every one, as soon as the server has answered it."""
         self._lose = matcher
         self._loses_once = once
+
+    @contextmanager
+    def counting_errors(self, sqlstate: str) -> Iterator[Counter[bytes]]:
+        """Count the pieces of data in which a PostgreSQL server tells a client this error; the counter's total says how many."""
+        listener = (b"\0C" + sqlstate.encode() + b"\0", Counter[bytes]())
+        self._listeners.append(listener)
+        try:
+            yield listener[1]
+        finally:
+            self._listeners.remove(listener)
+
+    def note_answer(self, chunk: bytes) -> None:
+        for field, found in self._listeners:
+            if field in chunk:
+                found[field] += 1
 
     @property
     def is_pending(self) -> bool:

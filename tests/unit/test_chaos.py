@@ -9,11 +9,13 @@ from typing import Any, cast
 
 import pytest
 
+from tests.chaos.checks import alarms
 from tests.chaos.fault import Fault, Missed, Scene
+from tests.chaos.fleet import Fleet
 from tests.chaos.journal import append, has_hit, passed_seeds, read, summary
-from tests.chaos.plan import ALL_FAULTS, PHASES, Plan, Step, make_plan
+from tests.chaos.plan import ALL_FAULTS, LATER_FAULTS, LATER_SEED, PHASES, Plan, Step, make_plan
 from tests.chaos.round import Round
-from tests.chaos.soak import Samples
+from tests.chaos.soak import Samples, disk_use
 
 
 def told(plan: Plan) -> list[tuple[object, ...]]:
@@ -35,11 +37,44 @@ def test_every_round_has_a_fault_in_each_phase_and_seven_in_all() -> None:
 def test_every_fault_comes_up() -> None:
     seen = {type(step.fault) for seed in range(300) for step in make_plan(seed).steps}
     assert seen == set(ALL_FAULTS)
+    later = {type(step.fault) for seed in range(LATER_SEED, LATER_SEED + 300) for step in make_plan(seed).steps}
+    assert later == {*ALL_FAULTS, *LATER_FAULTS}
+
+
+def test_a_seed_whose_rounds_are_logged_draws_what_it_drew() -> None:
+    logged = "stop producer, stall, restart target, cut, target out of connections, stall, lock on source, stall, cut after bytes"
+    assert ", ".join(step.fault.name for step in make_plan(92001).steps) == logged
+    assert told(make_plan(LATER_SEED - 1)) == told(make_plan(LATER_SEED - 1, ALL_FAULTS))
 
 
 def test_some_rounds_change_rows_that_no_stream_can_name() -> None:
     shares = [make_plan(seed).unfollowed for seed in range(100)]
     assert 10 < sum(share > 0 for share in shares) < 60
+
+
+LOST = "error: replication slot x does not exist on the source: changes since its loss are lost\n  next: Run `live-migration migrate --recopy`: …"
+HARMLESS = "WARNING the topics have 1 replica: changes that the source has let go of may be lost with a broker's disk | error: cannot reach the source"
+
+
+def test_who_calls_changes_lost_raises_an_alarm() -> None:
+    exits = [
+        f"producer ended with code 1: {LOST}",
+        "migrate ended with code 1: Traceback … SlotLost",
+        "consumer-0 ended with code 1: Traceback … LogGap",
+        "producer ended with code 1: error: topic x has 2 partitions |   next: Run `live-migration migrate --recopy`",
+    ]
+    assert alarms([*exits, f"migrate ended with code 1: {HARMLESS}"]) == exits
+
+
+def test_errors_of_workers_that_we_did_not_start_are_seen(tmp_path: Path) -> None:
+    fleet = Fleet({}, tmp_path, own_workers=True, consumers=1)
+    assert fleet.worker_errors() == []
+    logs = tmp_path / "data" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "producer.log").write_text(f"streaming\n{LOST}\nstreaming\n")
+    (logs / "consumer-1.log").write_text("a warning of an error: none\n")
+    assert fleet.worker_errors() == [f"producer: {LOST.replace(chr(10), ' | ')}"]
+    assert alarms(fleet.worker_errors()) == fleet.worker_errors()
 
 
 class HitsNobody(Fault):
@@ -138,3 +173,21 @@ def test_a_soak_tells_how_memory_went() -> None:
         "each_5_min": [50.0, 60.0, 60.0],
     }
     assert told["lag_seconds"] == {"median": 0.6, "p99": 7.0, "max": 7.0}
+    assert told["broker_disk_mib"] == {"max": 0.0, "each_5_min": []}
+
+
+def test_a_soak_tells_how_much_the_broker_holds() -> None:
+    samples = Samples()
+    samples.broker_disk += [(age, 2**20 * (100 + age // 10 if age != 100 else 400)) for age in range(0, 701, 2)]
+    told = samples.summary()["broker_disk_mib"]
+    assert told == {"max": 400.0, "each_5_min": [100.0, 130.0, 160.0, 170.0]}
+
+
+def test_disk_use_is_what_is_taken_of_the_disk(tmp_path: Path) -> None:
+    before = disk_use(tmp_path)
+    (tmp_path / "lane-0").mkdir()
+    (tmp_path / "lane-0" / "0.log").write_bytes(b"x" * 2**20)
+    with (tmp_path / "lane-0" / "0.index").open("wb") as holes:
+        holes.truncate(10 * 2**20)  # as Kafka makes an index before there is anything in it
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    assert 2**20 <= disk_use(tmp_path) - before < 2 * 2**20

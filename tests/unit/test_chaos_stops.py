@@ -108,6 +108,33 @@ async def test_the_only_consumer_stops_for_longer_than_its_session_beside_anothe
     ]
 
 
+def answering(monkeypatch: pytest.MonkeyPatch, *answers: object) -> None:
+    """Let source and target answer so, one question after the other; the last answer holds."""
+    left = list(answers)
+
+    async def ask(*_: object) -> object:
+        return left.pop(0) if len(left) > 1 else left[0]
+
+    monkeypatch.setattr(stops, "_ask", ask)
+
+
+async def test_a_consumer_that_held_nothing_is_no_hit(fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch, 0)
+    with pytest.raises(Missed, match="held no claim"):
+        await StopConsumer(Sure()).inject(scene_of(fleet))
+    assert fleet.events == ["SIGSTOP 1", "SIGCONT 1"]
+    answering(monkeypatch, 2, 0)
+    assert "held 2 and then 0 claims" in await StopConsumer(Sure()).inject(scene_of(fleet))
+
+
+async def test_producers_that_read_no_slot_are_no_hit(fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch, None)
+    with pytest.raises(Missed, match="nobody read the slot"):
+        await SecondProducer(Sure()).inject(scene_of(fleet))
+    answering(monkeypatch, None, 7)
+    assert "by pid None, then by pid 7" in await SecondProducer(Sure()).inject(scene_of(fleet))
+
+
 async def test_where_two_consumers_run_no_other_is_started(fleet: FakeFleet) -> None:
     fleet.processes("consumer").append(FakeProcess(2, fleet.events))
     await StopConsumer(Sure()).inject(scene_of(fleet))

@@ -76,6 +76,17 @@ def test_version_that_nobody_tried_is_a_warning() -> None:
     assert levels(assess_server("target", replace(SERVER, version=190_000))) == ["warning"]
 
 
+@pytest.mark.parametrize(
+    ("version", "is_mended"), [(160_008, False), (160_009, True), (150_012, False), (180_000, True)]
+)
+def test_a_source_that_leaves_out_changes_of_tables_published_meanwhile_is_a_warning(
+    version: int, is_mended: bool
+) -> None:
+    found = assess_server("source", replace(SERVER, version=version))
+    assert levels(found) == ([] if is_mended else ["warning"])
+    assert assess_server("target", replace(SERVER, version=version)) == []
+
+
 @pytest.mark.parametrize("wal_level", ["replica", "minimal"])
 def test_wal_level_must_be_logical(wal_level: str) -> None:
     (finding,) = assess_source(replace(SOURCE, wal_level=wal_level), "UTF8", 5.0)

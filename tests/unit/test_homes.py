@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from live_migration.common.control import LearntHomes
+from live_migration.common.control import HOMES_A_RECORD, pack_homes, unpack_homes
 from live_migration.common.errors import FormatError
 from live_migration.common.home import Home, decode_home, decode_suspect, encode_home, encode_suspect
 from live_migration.common.relation import Column, QualifiedName, Relation, ReplicaIdentity
@@ -69,10 +69,38 @@ def test_a_chunk_that_the_stream_shows_being_made_is_learnt_and_kept(layout: str
         )
     assert homes.find(made) == Home(ROOT, made)
     learn(homes, catalog("compression_settings", "relid", "compress_relid"), 'store."rd ""2"" chunk"', "store.z")
-    packed = LearntHomes.model_validate_json(LearntHomes.pack(homes.learnt).model_dump_json())
-    later = Homes(Layout("2.29.2"), packed.unpack())  # both are gone from the source by now
+    later = Homes(
+        Layout("2.29.2"), unpack_homes(dict(pack_homes(homes.learnt)))
+    )  # both are gone from the source by now
     assert later.find(made) == Home(ROOT, made)
     assert later.find(QualifiedName("store", "z")) == Home(ROOT, made, is_compressed=True)
+
+
+def test_a_chunk_of_the_catalogs_is_kept_for_when_it_is_gone() -> None:
+    """Its changes may be unread yet."""
+    later = Homes(Layout("2.29.2"), Homes(LAYOUT, {}).learnt)
+    assert later.find(CHUNK) == Home(ROOT, CHUNK)
+    assert later.find(QualifiedName("store", "rd_1_compressed")) == Home(ROOT, CHUNK, is_compressed=True)
+
+
+def test_a_chunk_that_was_detached_is_nobodys() -> None:
+    homes = Homes(Layout("2.29.2"), Homes(LAYOUT, {}).learnt, left={CHUNK})
+    assert homes.find(CHUNK) is None
+    assert homes.find(QualifiedName("store", "rd_1_compressed")) == Home(ROOT, CHUNK, is_compressed=True)
+
+
+def test_many_homes_are_many_records_of_which_only_new_ones_are_written() -> None:
+    homes = {f"s.c{number}": ("s", "h", "s", f"c{number}", "") for number in range(2 * HOMES_A_RECORD)}
+    records = dict(pack_homes(homes))
+    assert [*records] == [b"homes", b"homes/1"]
+    assert unpack_homes(records) == homes
+    assert pack_homes(homes, len(homes)) == []
+    more = {**homes, "s.z": ("s", "h", "s", "c1", "z")}
+    added = dict(pack_homes(more, len(homes)))
+    assert [*added] == [b"homes/2"]
+    assert unpack_homes(records | added) == more
+    with pytest.raises(ValueError, match="decompressing"):
+        unpack_homes({b"homes": b'{"packed": "0000"}'})
 
 
 def test_a_hypertable_that_the_stream_shows_being_made_has_chunks() -> None:
