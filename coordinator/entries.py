@@ -16,6 +16,8 @@ _BATCH = 200
 """Entries in one transaction: few enough for max_locks_per_transaction."""
 _OPTIONAL = frozenset({"SECURITY LABEL", "CHUNK OF"})
 """What is done without: a chunk that cannot be made with the source's bounds is made by the first row in it."""
+_PRIVILEGED = frozenset({"EVENT TRIGGER", "PUBLICATION", "PUBLICATION TABLES IN SCHEMA"})
+"""What a role that is no superuser may be refused, whoever owns the database, and is done without then: no row depends on it."""
 
 
 async def run_entries(run: Run, step: str, entries: Sequence[Entry]) -> None:
@@ -95,7 +97,7 @@ async def _run_entry(run: Run, entry: Entry) -> TargetError | None:
             await run.target.execute(entry.statements)
     except asyncpg.PostgresError as error:
         refusal = refusal_of(error)
-        if entry.type in _OPTIONAL or (entry.type == "COMMENT" and entry.name.startswith("EXTENSION ")):
+        if _is_done_without(entry, error):
             run.reporter.warning(f"{entry.label} is not restored: {refusal}")
             return None
         return TargetError(
@@ -103,6 +105,15 @@ async def _run_entry(run: Run, entry: Entry) -> TargetError | None:
             hint=error.hint or "Mend the target so that this can be made, then run `live-migration migrate` again.",
         )
     return None
+
+
+def _is_done_without(entry: Entry, error: asyncpg.PostgresError) -> bool:
+    if entry.type == "COMMENT":
+        may_be_absent = entry.name.startswith(("EVENT TRIGGER ", "PUBLICATION ", "CONSTRAINT "))  # as a foreign key
+        is_absent = may_be_absent and isinstance(error, asyncpg.UndefinedObjectError)
+        return is_absent or entry.name.startswith("EXTENSION ")
+    is_refused = isinstance(error, asyncpg.InsufficientPrivilegeError)
+    return entry.type in _OPTIONAL or (entry.type in _PRIVILEGED and is_refused)
 
 
 def _may_be_there(entry: Entry) -> bool:

@@ -241,12 +241,26 @@ async def _read_foreign_keys(run: Run, *states: str) -> list[ForeignKey]:
 
 
 async def add_foreign_keys(run: Run) -> None:
-    """Add the foreign keys, not valid yet where that is possible; each in a transaction of its own."""
+    """Add the foreign keys, not valid yet where that is possible; each in a transaction of its own.
+
+    One that can only be added valid, and does not hold, is named and left out.
+    """
     version = await run.target.fetchval("select current_setting('server_version_num')::int")
     for key in await _read_foreign_keys(run, "pending"):
-        async with run.target_transaction(f"adding foreign key {key.name} of {key.table}") as target:
-            await target.execute(key.add_statement(version))
-            await target.execute("update _live_migration.foreign_keys set state = 'added' where oid = $1", key.oid)
+        statement = key.add_statement(version)
+        try:
+            async with run.target_transaction(f"adding foreign key {key.name} of {key.table}") as target:
+                await target.execute(statement)
+                await target.execute("update _live_migration.foreign_keys set state = 'added' where oid = $1", key.oid)
+        except TargetError as error:
+            if not isinstance(error.__cause__, asyncpg.ForeignKeyViolationError):
+                raise
+            run.reporter.warning(
+                f"rows on the target violate a foreign key, as on the source, and it is left out: {error.message}. "
+                f"Mend the rows, then add it: {statement}"
+            )
+            async with run.target_transaction(f"leaving foreign key {key.name} of {key.table} out") as target:
+                await target.execute("update _live_migration.foreign_keys set state = 'failed' where oid = $1", key.oid)
 
 
 async def run_late_statements(run: Run) -> None:

@@ -12,7 +12,7 @@ from live_migration.coordinator.dump_script import PG_CLASS, PG_CONSTRAINT, Entr
 class PostData:
     """The post-data entries by the time at which they are run, each in the archive's order.
 
-    `partitioned`: indexes of partitioned roots and their attachments, after all leaves have theirs.
+    `partitioned`: indexes of partitioned roots and of unlogged partitions, and all attachments, after the other leaves have theirs.
     `main`: rules, triggers, policies, publications and all else, at the cutover before the foreign keys.
     `last`: after the foreign keys: comments on constraints, event triggers.
     Left out are indexes that consumers build, foreign keys, and what is ours.
@@ -34,7 +34,7 @@ def sort_post_data(
 
     Args:
         built: (catalog, oid) of index and constraint entries that consumers build.
-        roots: the same, of partitioned tables.
+        roots: the same, of partitioned tables and their unlogged partitions.
         ours: (catalog, oid) of our publications and their members.
     """
     partitioned: list[Entry] = []

@@ -60,6 +60,7 @@ _ATTEMPTS = 30
 _INDEXES = """
     select i.indexrelid as oid, i.indrelid as table_oid, c.relname as name, t.relkind::text as table_kind,
            con.oid as constraint_oid, i.indisprimary as is_primary, i.indisunique as is_unique,
+           exists (select from pg_inherits h where h.inhrelid = i.indexrelid) as is_attached,
            coalesce(pg_relation_size(i.indexrelid), 0) as size_bytes  -- null for one that was dropped since the snapshot
     from pg_index i join pg_class c on c.oid = i.indexrelid join pg_class t on t.oid = i.indrelid
     left join pg_constraint con on con.conindid = i.indexrelid and con.conrelid = i.indrelid and con.contype in ('p', 'u', 'x')
@@ -341,8 +342,10 @@ def plan_keys(schema: SourceSchema) -> EntryKeys:
         key = (PG_CONSTRAINT, index["constraint_oid"]) if index["constraint_oid"] else (PG_CLASS, index["oid"])
         if index["table_oid"] in owners:
             built.add(key)
-        elif index["table_kind"] == "p" or index["table_oid"] in empty_roots:
-            roots.add(key)
+        elif index["table_kind"] == "p" or index["is_attached"] or index["table_oid"] in empty_roots:
+            roots.add(
+                key
+            )  # attached, and nobody's to build: a partition's that is unlogged, and empty until the cutover
     return EntryKeys(frozenset(built), frozenset(roots), schema.left_out)
 
 
