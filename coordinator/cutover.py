@@ -25,6 +25,12 @@ from live_migration.coordinator.chunk_watch import follow_chunks, unpublished_ch
 from live_migration.coordinator.drift import find_drift, shape_differences
 from live_migration.coordinator.handover import hand_over
 from live_migration.coordinator.identity_watch import reconcile
+from live_migration.coordinator.late_findings import (
+    assess_roles,
+    assess_taken_oids,
+    find_missing_roles,
+    find_taken_oids,
+)
 from live_migration.coordinator.memberships import find_left, require_publications
 from live_migration.coordinator.newcomers import bring_newcomers
 from live_migration.coordinator.run import APPLICATION, Run
@@ -224,6 +230,12 @@ async def _require_accounted_for(run: Run, source: asyncpg.Connection, problems:
     """Refuse while a table of the source is not on the target as it is, or not followed; `problems`: what else is known to be."""
     found = [*problems, *(await find_drift(run, source, run.target)).lines]
     found += await shape_differences(run, source, run.target)
+    with asking("source", "looking at what comes after the last barrier"):
+        late = [
+            *assess_roles(await find_missing_roles(source, run.target), is_begun=True),
+            *assess_taken_oids(await find_taken_oids(source, run.target)),
+        ]
+    found += [finding.what for finding in late]
     await require_publications(run, source, run.target)
     found += [
         f"{left} is not published any more, or not all of it: `live-migration migrate` publishes and copies it again"

@@ -18,8 +18,16 @@ from live_migration.common.postgres import CONNECTION_ERRORS, Side
 from live_migration.common.progress import name_list
 from live_migration.common.settings import Settings
 from live_migration.common.timescale import read_version, read_version_to_be
-from live_migration.coordinator import client_programs, findings, source_findings, timescale_facts, timescale_findings
+from live_migration.coordinator import (
+    client_programs,
+    findings,
+    late_findings,
+    source_findings,
+    timescale_facts,
+    timescale_findings,
+)
 from live_migration.coordinator.big_rows import assess_big_rows, find_big_rows
+from live_migration.coordinator.database_findings import find_databases
 from live_migration.coordinator.findings import Finding
 from live_migration.coordinator.hypertable_findings import find_hypertables
 from live_migration.coordinator.lane_findings import find_lanes
@@ -166,6 +174,8 @@ class _Preflight:
         if source and target:
             await self._check("target", self._check_pair, source, target)
             await self._check("target", self._check_conflicts, source, target)
+            await self._check("target", self._check_late, source, target)
+            await self._check("target", find_databases, source, target)
             await self._check("source", self._check_timescale, source, target)
             await self._check("source", self._check_hypertables, source, target)
         if self._settings.kafka:
@@ -335,6 +345,15 @@ class _Preflight:
             {f"{row['kind']} {row['name']}" for row in await each.fetch(_query("objects"))} for each in (source, target)
         ]
         return findings.assess_conflicts(sorted(ours & theirs))
+
+    async def _check_late(self, source: asyncpg.Connection, target: asyncpg.Connection) -> list[Finding]:
+        missing = await late_findings.find_missing_roles(source, target)
+        found = late_findings.assess_roles(missing, is_begun=self._migration is not None)
+        privileged = await late_findings.find_privileged(source, target, self._publications)
+        found += late_findings.assess_privileged(privileged)
+        if self._migration or self._is_same_database():
+            return found
+        return found + late_findings.assess_taken_oids(await late_findings.find_taken_oids(source, target))
 
     @property
     def _publications(self) -> list[str]:
