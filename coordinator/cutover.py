@@ -23,6 +23,7 @@ from live_migration.coordinator import steps
 from live_migration.coordinator.barrier import Barrier, await_barrier, changes_between, emit_barrier, emit_heartbeat
 from live_migration.coordinator.chunk_watch import follow_chunks, unpublished_chunks
 from live_migration.coordinator.drift import find_drift, shape_differences
+from live_migration.coordinator.dropped import settle_dropped
 from live_migration.coordinator.handover import hand_over
 from live_migration.coordinator.identity_watch import reconcile
 from live_migration.coordinator.late_findings import (
@@ -229,6 +230,7 @@ def _is_ours(transaction: OpenTransaction) -> bool:
 async def _require_accounted_for(run: Run, source: asyncpg.Connection, problems: Sequence[str] = ()) -> None:
     """Refuse while a table of the source is not on the target as it is, or not followed; `problems`: what else is known to be."""
     found = [*problems, *(await find_drift(run, source, run.target)).lines]
+    found += await settle_dropped(run, source)
     found += await shape_differences(run, source, run.target)
     with asking("source", "looking at what comes after the last barrier"):
         late = [

@@ -36,14 +36,12 @@ class Drift:
 
     @property
     def lines(self) -> list[str]:
-        """One line for each kind of difference."""
+        """One line for each kind of difference that stands in the way of the cutover; what was dropped may not."""
         lines = []
         if self.created:
             lines.append(f"created on the source and not followed: {name_list(self.created)}")
         if self.renamed:
             lines.append(f"renamed on the source: {name_list(self.renamed)}")
-        if self.dropped:
-            lines.append(f"dropped on the source: {name_list(self.dropped)}")
         return lines
 
 
@@ -97,7 +95,7 @@ async def watch_drift(run: Run) -> None:
 def _name_each(reporter: Reporter, kind: str, names: tuple[str, ...]) -> None:
     consequence = {
         "renamed": "stays under its old name on the target; the cutover is refused",
-        "dropped": "stays on the target; the cutover is refused",
+        "dropped": "stays on the target as of its last change; a partition, or hypertable, stands in the way of the cutover",
     }[kind]
     for name in names:
         reporter.warn_on_change(f"drift {kind} {name}", f"table {name}, {kind} on the source, {consequence}")

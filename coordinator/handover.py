@@ -17,6 +17,7 @@ from live_migration.consumer.copy_stream import CopyPlan, stream_copy
 from live_migration.coordinator import steps
 from live_migration.coordinator.aggregate_refresh import refresh_aggregates
 from live_migration.coordinator.changed_definitions import follow_definitions
+from live_migration.coordinator.dropped import forget_dropped_keys
 from live_migration.coordinator.dump_script import PG_CLASS
 from live_migration.coordinator.entries import run_entries
 from live_migration.coordinator.made_definitions import load_made
@@ -48,6 +49,7 @@ async def hand_over(run: Run, source: asyncpg.Connection) -> None:
     post_data = await read_post_data(run)
     run.reporter.note(f"restoring the rest of the schema: {len(post_data.main) + len(post_data.last)} objects")
     await run_entries(run, "post-data", post_data.main)
+    await _once(run, "dropped foreign keys", lambda: forget_dropped_keys(run, source))
     await _once(run, "foreign keys", lambda: add_foreign_keys(run))
     await _once(run, "triggers of newcomers", lambda: run_late_statements(run))
     await _once(run, "replica identities", lambda: take_identities_back(run))
