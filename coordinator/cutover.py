@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import asyncpg
 
 from live_migration.common import state
+from live_migration.common.catalog import sequence_positions
 from live_migration.common.control import POSITION, LogPosition
 from live_migration.common.errors import LiveMigrationError, PublicationLost, TargetError
 from live_migration.common.kafka import ControlReader
@@ -251,7 +252,10 @@ async def _require_accounted_for(run: Run, source: asyncpg.Connection, problems:
 
 
 async def _warn_of_late_writes(run: Run, source: asyncpg.Connection) -> None:
-    """Warn when the change log went on after the last barrier: somebody wrote to the source during the handover."""
+    """Warn when the change log, or a sequence, went on after the last barrier: somebody wrote to the source during the handover.
+
+    A sequence also tells of many a row that no stream carries: one of an unlogged table, say.
+    """
     with asking("target", "reading checkpoints"):
         last = await run.target.fetchval("select cutover_lsn from _live_migration.migration")
         rows = await run.target.fetch("select commit_lsn from _live_migration.checkpoints")
@@ -263,6 +267,19 @@ async def _warn_of_late_writes(run: Run, source: asyncpg.Connection) -> None:
         run.reporter.warning(
             f"the source {found} has changes that the target may lack. Run `live-migration verify` before you trust it."
         )
+    if moved := await _sequences_apart(run, source):
+        run.reporter.warning(
+            f"sequences of the source went on after they were set on the target: {name_list(moved)}. The source was written to: it may have rows "
+            "that the target lacks. Run `live-migration verify` before you trust it."
+        )
+
+
+async def _sequences_apart(run: Run, source: asyncpg.Connection) -> list[str]:
+    with asking("source", "reading sequences"):
+        theirs = {name: at async for some in sequence_positions(source) for name, *at in some}
+    with asking("target", "reading sequences"):
+        ours = {name: at async for some in sequence_positions(run.target) for name, *at in some}
+    return sorted(str(name) for name in theirs.keys() & ours.keys() if theirs[name] != ours[name])
 
 
 async def _await_log(run: Run, lsn: int) -> LogPosition | None:
