@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import asyncpg
+from pydantic import ValidationError
 
-from live_migration.common.control import CONFIG, OWNER, Owner, ProducerConfig
+from live_migration.common.control import CONFIG, OWNER, Owner
 from live_migration.common.errors import KafkaError, SlotError, SourceError
 from live_migration.common.kafka import admin, read_control, sending, topic_exists
 from live_migration.common.postgres import asking
@@ -84,7 +85,7 @@ async def require_ours_on_source(source: asyncpg.Connection, settings: Settings,
     foreign = [row["name"] for row in found if row["oid"] not in claim.publications] if is_known else []
     if foreign:
         used = f" in use by pid {slot.active_pid}" if slot is not None and slot.active_pid is not None else ""
-        with_slot = f"; slot {settings.slot}{used} is theirs, too" if slot is not None else ""
+        with_slot = f"; slot {settings.slot}{used} may be theirs, too" if slot is not None else ""
         raise SourceError(
             f"publications {', '.join(foreign)} on the source were not made by this migration{with_slot}: a migration named "
             f"{settings.name} into another target made them, or somebody by hand. Nothing was touched",
@@ -110,9 +111,14 @@ async def read_topics_owner(settings: Settings) -> str | None:
         if not await topic_exists(client, settings.control_topic):
             return None
     control = await read_control(settings)
-    if OWNER in control:
-        return Owner.model_validate_json(control[OWNER]).migration_id
-    return ProducerConfig.model_validate_json(control[CONFIG]).migration_id if CONFIG in control else None
+    record = control.get(OWNER) or control.get(CONFIG)  # of an older version the latter alone
+    try:
+        return Owner.model_validate_json(record).migration_id if record else None
+    except ValidationError as error:
+        raise KafkaError(
+            f"topic {settings.control_topic} holds a record that this program cannot read: whose it is is not known",
+            hint="Somebody else writes into the topic, or a newer program did: use that one, or delete the topic if nobody needs it.",
+        ) from error
 
 
 async def require_our_topics(settings: Settings, claim: Claim) -> None:

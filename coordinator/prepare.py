@@ -184,7 +184,7 @@ async def _enter_schema(
 
 
 async def _require_nothing_there(source: asyncpg.Connection, settings: Settings) -> None:
-    """Refuse what bears our names and was not made by this migration."""
+    """Refuse whatever bears our names, for nothing of ours can be there yet."""
     with asking("source", "looking for slot and publications of our name"):
         slot = await read_slot(source, settings.slot)
         publications = await publications_present(source, [settings.publication, settings.insert_publication])

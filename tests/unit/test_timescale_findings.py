@@ -353,7 +353,7 @@ def test_jobs_that_are_off_ask_for_nothing_but_are_named() -> None:
         first, other = assess_jobs(off, is_same=True, pause=pause)
         assert (first.level, first.what, "[1000]" in other.what) == ("warning", named, False)
     alone = replace(off, jobs=off.jobs[:1])
-    assert only(assess_jobs(alone, is_same=True, pause=False), "warning") == named
+    assert only(assess_jobs(alone, is_same=True, pause=False), "warning").startswith(named)
     assert "on the target" not in only(assess_jobs(alone, is_same=False, pause=False, is_flat=True), "warning")
     assert assess_jobs(replace(off, jobs=(replace(ACTION, is_scheduled=False),)), is_same=True, pause=True) == []
     assert of_target(replace(SOURCE, jobs=(POLICY,)), is_begun=True) == [], "paused by ours, or taken back by somebody"
