@@ -84,9 +84,14 @@ class Applier:
                         await self._apply_run(run)
 
     async def _truncate(self, step: TruncateStep) -> None:
-        names = dict.fromkeys(table.sql for table in step.tables)  # chunks stand for the same hypertable
+        names = {table.sql: table for table in step.tables}  # chunks stand for the same hypertable
+        held = [sql for sql, table in names.items() if table.hypertable and table.hypertable.is_materialization]
+        others = [sql for sql in names if sql not in held]
         try:
-            await self._connection.execute(f"truncate {', '.join(names)}")
+            for sql in held:
+                await self._connection.execute(f"delete from {sql}")
+            if others:
+                await self._connection.execute(f"truncate {', '.join(others)}")
         except CONNECTION_ERRORS:
             raise
         except asyncpg.PostgresError as error:

@@ -18,8 +18,8 @@ from live_migration.common.postgres import terminate_backend
 from live_migration.common.segment import Position
 
 _IS_APPLIED = """exists (select from _live_migration.migration m
-                          where m.topic_id = ${} and m.phase in ('replay', 'cutover', 'done'))"""
-"""Whether lanes are applied at all, from this incarnation of the change log."""
+                          where m.topic_id = ${} and m.phase in ('replay', 'cutover') and m.cutover_lsn is null)"""
+"""Whether lanes are applied at all, from this incarnation of the change log: not behind the last barrier."""
 
 _OWNER = """
     select c.epoch, c.owner, c.backend_pid, c.backend_start,

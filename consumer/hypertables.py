@@ -32,11 +32,14 @@ class HypertableInfo:
     fixed: frozenset[str]
     segment_by: tuple[str, ...]
     stored: tuple[ColumnInfo, ...]
+    is_materialization: bool
+    """Whether it holds the rows of a continuous aggregate: it takes no TRUNCATE."""
 
 
 _DIMENSIONS = """
     select h.id, d.column_name::text as column, d.column_type::oid as type_oid, d.interval_length as interval,
-           d.partitioning_func is not null as is_computed
+           d.partitioning_func is not null as is_computed,
+           exists (select from _timescaledb_catalog.continuous_agg a where a.mat_hypertable_id = h.id) as is_materialization
     from _timescaledb_catalog.hypertable h join _timescaledb_catalog.dimension d on d.hypertable_id = h.id
     where h.schema_name = $1 and h.table_name = $2
     order by d.interval_length is null, d.id
@@ -88,4 +91,5 @@ async def read_hypertable(
         | frozenset([column.name for column in columns if column.identity == "a"]),
         segment_by=tuple(await connection.fetchval(_SEGMENT_BY, oid) or ()),
         stored=tuple(column for column in columns if not column.generated),
+        is_materialization=first["is_materialization"],
     )

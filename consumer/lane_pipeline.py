@@ -346,7 +346,11 @@ class LanePipeline:
                 self._release(flush)
                 if flush.may_commit:
                     break
-                flush = await self._next_flush()
+                try:
+                    flush = await self._next_flush()
+                except ChunkChangedUnseen as error:
+                    error.is_undone = True  # and with it the target transaction that is open
+                    raise
             to = Advance(flush.next_offset, flush.position, barrier, change_count, byte_count, commit_time)
             await self._skips.finish(self._connection, skipped)
             reached = await advance(self._connection, self._checkpoint, to)

@@ -266,14 +266,15 @@ class PartitionTask:
     async def _mark(self, error: ChunkChangedUnseen) -> None:
         """Have a chunk copied anew at the lane's next beginning.
 
-        Where the target shows whole transactions only, what came before in the same one may not be applied yet: it is copied again then.
+        Where the target shows whole transactions only, what came before in the same one may not be applied yet, or was undone: it is copied
+        again then.
         """
         self._log.info("chunk is copied anew", reason=error.message)
         event = (error.relation.oid, self._decoded_lsn)
         if event == self._unseen_at:  # the copy did not show it: whatever keeps it from that, it is no reason to spin
             await asyncio.sleep(STOPPED_SECONDS)
         self._unseen_at = event
-        behind = self._decoded_lsn + 1 if self._migration.lane_count == 1 else None
+        behind = self._decoded_lsn + 1 if self._migration.lane_count == 1 or error.is_undone else None
         try:
             async with session(self._settings.source_uri(), "source", application="live-migration lane") as source:
                 with asking("source", f"looking for chunk {error.home.chunk}"):

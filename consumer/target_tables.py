@@ -148,6 +148,8 @@ class ChunkChangedUnseen(RelationRefused):
         message = f"compressed rows of chunk {home.chunk} of {home.hypertable} changed on the source unseen"
         super().__init__(LaneStopped(message, hint="The chunk is copied again."), relation, snapshot)
         self.home = home
+        self.is_undone = False
+        """Whether what came before it, a TRUNCATE perhaps, is applied again behind it: the target transaction was not at its end."""
 
 
 class RebuildFirst(RelationRefused):

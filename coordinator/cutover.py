@@ -12,10 +12,11 @@ from collections.abc import Sequence
 import asyncpg
 
 from live_migration.common import state
+from live_migration.common.catalog import sequence_positions
 from live_migration.common.control import POSITION, LogPosition
 from live_migration.common.errors import LiveMigrationError, PublicationLost, TargetError
 from live_migration.common.kafka import ControlReader
-from live_migration.common.postgres import asking, session
+from live_migration.common.postgres import asking, session, terminate_backend
 from live_migration.common.progress import name_list
 from live_migration.common.settings import Settings
 from live_migration.common.state import Phase
@@ -27,6 +28,7 @@ from live_migration.coordinator.handover import hand_over
 from live_migration.coordinator.identity_watch import reconcile
 from live_migration.coordinator.memberships import find_left, require_publications
 from live_migration.coordinator.newcomers import bring_newcomers
+from live_migration.coordinator.recopy import FENCE_LANES
 from live_migration.coordinator.run import APPLICATION, Run
 from live_migration.coordinator.skip import describe_skips, read_skips
 from live_migration.coordinator.timescale_handover import keep_aggregates
@@ -35,6 +37,11 @@ from live_migration.producer.slot import OpenTransaction, describe_transactions,
 _QUIET_SECONDS = 10.0
 _START_SECONDS = 10.0
 _LOG_SECONDS = 30.0
+# Whoever has a transaction open, which can commit nothing any more, could keep locks that the hand-over needs.
+_AT_WORK = """
+    select a.pid, a.backend_start from unnest($1::int[], $2::timestamptz[]) as held (pid, backend_start)
+    join pg_stat_activity a using (pid, backend_start) where a.xact_start is not null
+"""
 
 
 class CutoverRefused(LiveMigrationError):
@@ -156,7 +163,6 @@ async def _prove_everything_arrived(run: Run, source: asyncpg.Connection) -> Non
     problems = await bring_newcomers(run, source)
     await _require_accounted_for(run, source, [f"{name} cannot be brought: {why}" for name, why in problems.items()])
     await follow_chunks(run, source, run.target)
-    await keep_aggregates(run, source)
     first = await emit_barrier(source, migration_id)
     run.reporter.note("the first barrier is in the WAL; waiting until the target has reached it")
     positions = await await_barrier(run, first, what="first barrier")
@@ -164,6 +170,8 @@ async def _prove_everything_arrived(run: Run, source: asyncpg.Connection) -> Non
     if late:
         raise await _busy(source, "")
     await _require_quiet(run, source)
+    # Between the barriers: what invalidates a bucket later is a write that refuses the cutover, and a refresh that takes it is one, too.
+    await keep_aggregates(run, source)
     second = await emit_barrier(source, migration_id)
     await await_barrier(run, second, what="second barrier")
     changed = await changes_between(run.settings, {p.lane: p.next_offset for p in positions}, second)
@@ -177,9 +185,19 @@ async def _prove_everything_arrived(run: Run, source: asyncpg.Connection) -> Non
 
 
 async def _record_barrier(run: Run, barrier: Barrier) -> None:
+    """Record it, and have no lane write to the target from here on: one that begins again would copy chunks beside the hand-over."""
     async with run.target_transaction("recording the barrier") as target:
+        held = await target.fetch(
+            "select backend_pid, backend_start from _live_migration.checkpoints where backend_pid is not null"
+        )
         await target.execute("update _live_migration.migration set cutover_lsn = $1", barrier.after_lsn)
+        await target.execute(FENCE_LANES)
         await steps.finish(target, run.epoch, steps.BARRIER)
+    with asking("target", "ending what lanes are at"):
+        for row in await run.target.fetch(
+            _AT_WORK, [row["backend_pid"] for row in held], [row["backend_start"] for row in held]
+        ):
+            await terminate_backend(run.target, row["pid"], row["backend_start"])
     run.reporter.note("the target holds every change of the source")
 
 
@@ -251,7 +269,10 @@ async def _require_accounted_for(run: Run, source: asyncpg.Connection, problems:
 
 
 async def _warn_of_late_writes(run: Run, source: asyncpg.Connection) -> None:
-    """Warn when the change log went on after the last barrier: somebody wrote to the source during the handover."""
+    """Warn when the change log, or a sequence, went on after the last barrier: somebody wrote to the source during the handover.
+
+    A sequence also tells of many a row that no stream carries: one of an unlogged table, say.
+    """
     with asking("target", "reading checkpoints"):
         last = await run.target.fetchval("select cutover_lsn from _live_migration.migration")
         rows = await run.target.fetch("select commit_lsn from _live_migration.checkpoints")
@@ -263,6 +284,19 @@ async def _warn_of_late_writes(run: Run, source: asyncpg.Connection) -> None:
         run.reporter.warning(
             f"the source {found} has changes that the target may lack. Run `live-migration verify` before you trust it."
         )
+    if moved := await _sequences_apart(run, source):
+        run.reporter.warning(
+            f"sequences of the source went on after they were set on the target: {name_list(moved)}. The source was written to: it may have rows "
+            "that the target lacks. Run `live-migration verify` before you trust it."
+        )
+
+
+async def _sequences_apart(run: Run, source: asyncpg.Connection) -> list[str]:
+    with asking("source", "reading sequences"):
+        theirs = {name: at async for some in sequence_positions(source) for name, *at in some}
+    with asking("target", "reading sequences"):
+        ours = {name: at async for some in sequence_positions(run.target) for name, *at in some}
+    return sorted(str(name) for name in theirs.keys() & ours.keys() if theirs[name] != ours[name])
 
 
 async def _await_log(run: Run, lsn: int) -> LogPosition | None:

@@ -107,7 +107,7 @@ async def _mark_suspects(run: Run, source: asyncpg.Connection) -> None:
 
 
 async def keep_aggregates(run: Run, source: asyncpg.Connection) -> None:
-    """Note before the last barriers how far the aggregates are materialized: a policy may refresh after them."""
+    """Note before the last barrier how far the aggregates are materialized: a policy may refresh after it."""
     state = await _read_aggregates(source)
     if state is None:
         return

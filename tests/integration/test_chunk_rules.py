@@ -119,10 +119,7 @@ async def test_an_event_on_a_chunk_that_is_marked_for_later_has_it_copied_early_
             await it.until_applied()
             assert await it.rows(0) == {}, "copied early, and truncated"
             assert await _marks(it.target) == ["it was made unseen"]
-            content = orjson.dumps({"kind": "call", "migration_id": it.migration_id})
-            lane.transaction([logical_message("live_migration", content)])
-            lane.cut()
-            await it.send()
+            await _call(it)
             await it.until(lambda: _is_unmarked(it))
         assert await it.rows(0) == {7: "unseen"}
 
@@ -138,12 +135,48 @@ async def test_a_copy_from_before_what_was_missed_leaves_the_mark(
             await it.until(lambda: _is_copied(it))
             assert await _marks(it.target) == ["it was compressed"]
             await it.target.execute(mark, 1)
-            content = orjson.dumps({"kind": "call", "migration_id": it.migration_id})
-            it.lanes[0].transaction([logical_message("live_migration", content)])
-            it.lanes[0].cut()
-            await it.send()
+            await _call(it)
             await it.until(lambda: _is_unmarked(it))
         assert await it.rows(0) == {7: "unseen"}
+
+
+async def _call(it: Replay) -> None:
+    """Have the lane look for what is due."""
+    content = orjson.dumps({"kind": "call", "migration_id": it.migration_id})
+    it.lanes[0].transaction([logical_message("live_migration", content)])
+    it.lanes[0].cut()
+    await it.send()
+
+
+async def _add_plain(it: Replay, columns: str) -> None:
+    """Put an ordinary table into the lane of the hypertable."""
+    it.lanes[0].describe("plain", relation("plain", [("id", INT4, True), ("v", TEXT, False)]))
+    await it.target.execute(f"create table public.plain ({columns})")
+    await it.target.execute(
+        """insert into _live_migration.tables (oid, schema_name, table_name, lane, publication, columns, binary_copy, state)
+           values ($1, 'public', 'plain', 0, 'all', $2, true, 'ready')""",
+        oid_of("plain"), COLUMNS,
+    )  # fmt: skip
+
+
+async def test_a_truncate_that_is_undone_with_an_open_transaction_does_not_take_what_was_copied(
+    source_database: str, target_database: str, kafka_bootstrap: str, unique_name: str
+) -> None:
+    """A deferrable constraint keeps the lane's transaction open to the source's commit; rows that come unseen before that undo it."""
+    async with chunk_in_lane(source_database, target_database, kafka_bootstrap, unique_name) as it:
+        lane = it.lanes[0]
+        await _add_plain(it, "id integer unique deferrable, v text")
+        lane.transaction([insert("chunk_1", "1", "old")])
+        lane.cut()
+        lane.transaction([insert("plain", "1", "x"), truncate("t0", "chunk_1"), insert("packed", "1")], cut_after=2)
+        lane.cut()
+        await it.send()
+        async with it.consumer():
+            await it.until_applied()
+            await _call(it)
+            await it.until(lambda: _is_unmarked(it))
+        assert await it.rows(0) == {7: "unseen"}
+        assert await it.target.fetchval("select count(*) from public.plain") == 1
 
 
 async def test_half_a_segment_before_a_truncate_of_a_chunk_alone_is_not_applied_twice(
@@ -152,13 +185,7 @@ async def test_half_a_segment_before_a_truncate_of_a_chunk_alone_is_not_applied_
     """A lane that stops in a segment's midst begins again at its beginning, with nothing of it applied."""
     async with chunk_in_lane(source_database, target_database, kafka_bootstrap, unique_name) as it:
         lane = it.lanes[0]
-        lane.describe("plain", relation("plain", [("id", INT4, True), ("v", TEXT, False)]))
-        await it.target.execute("create table public.plain (id integer, v text)")
-        await it.target.execute(
-            """insert into _live_migration.tables (oid, schema_name, table_name, lane, publication, columns, binary_copy, state)
-               values ($1, 'public', 'plain', 0, 'all', $2, true, 'ready')""",
-            oid_of("plain"), COLUMNS,
-        )  # fmt: skip
+        await _add_plain(it, "id integer, v text")
         lane.transaction([insert("plain", "1", "before")])
         lane.cut()
         lane.transaction([insert("plain", "2", "in the same segment"), truncate("chunk_1")])
