@@ -2,7 +2,8 @@
 
 `config` is written by the coordinator for the producer; `position` by the producer in the same Kafka transaction as the segments
 it speaks of; `status` by the producer for whoever shows progress; `hello` by a starting producer, to find the end of the log; `homes`
-by both, the producer with the segments: which hypertables chunks belong to; in as many records as they need, `homes`, `homes/1` and so on.
+by both, the producer with the segments: which hypertables chunks belong to; in as many records as they need, `homes`, `homes/1` and so on;
+`owner` by the coordinator that made the topics: whose they are.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ POSITION = b"position"
 STATUS = b"status"
 HELLO = b"hello"
 HOMES = b"homes"
+OWNER = b"owner"
 HOMES_A_RECORD = 10_000
 """Some 100 kB packed; the topic takes 2 MiB."""
 
@@ -31,6 +33,12 @@ MESSAGE_PREFIX = "live_migration"
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Owner(_Record):
+    """Whose topics these are."""
+
+    migration_id: str
 
 
 class ProducerConfig(_Record):

@@ -88,18 +88,13 @@ async def create_topics(settings: Settings) -> None:
         factor = settings.replication_factor or min(3, brokers)
         in_sync = {"min.insync.replicas": "2" if factor >= 3 else "1"}
         changes = CHANGES_CONFIG | CHANGES_FILES
+        await _require_absent(client, settings)
         topics = [
             NewTopic(
                 settings.changes_topic, settings.lane_map.lane_count, factor, topic_configs={**changes, **in_sync}
             ),
             NewTopic(settings.control_topic, 1, factor, topic_configs={**CONTROL_CONFIG, **in_sync}),
         ]
-        for topic in topics:
-            if await topic_exists(client, topic.name):
-                raise KafkaError(
-                    f"topic {topic.name} exists already",
-                    hint="It may hold another migration's changes. Choose another --name, or delete the topic if nobody needs it.",
-                )
         if await topic_exists(client, settings.dead_letter_topic):
             await _check_config(client, settings.dead_letter_topic)
         else:
@@ -114,6 +109,21 @@ async def create_topics(settings: Settings) -> None:
                     hint="Check our rights at the broker, and --replication-factor.",
                 )
         await _await_leaders(client, settings)
+
+
+async def require_no_topics(settings: Settings) -> None:
+    """Raise KafkaError when a change topic or a control topic of our name exists."""
+    async with admin(settings) as client:
+        await _require_absent(client, settings)
+
+
+async def _require_absent(client: AdminClient, settings: Settings) -> None:
+    for topic in (settings.changes_topic, settings.control_topic):
+        if await topic_exists(client, topic):
+            raise KafkaError(
+                f"topic {topic} exists already",
+                hint="It may hold another migration's changes. Choose another --name, or delete the topic if nobody needs it.",
+            )
 
 
 async def delete_topics(settings: Settings, *, with_letters: bool = False) -> list[str]:

@@ -82,7 +82,7 @@ class ChildGuard:
                 use one folder, and the successor of a killed process waits until its server has stopped.
         """
         with contextlib.ExitStack() as stack:
-            lock_fds = (stack.enter_context(await _lock_file(lock)).fileno(),) if lock else ()
+            lock_fds = (stack.enter_context(await lock_file(lock)).fileno(),) if lock else ()
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "live_migration.common.supervisor"],
                 stdin=subprocess.PIPE,
@@ -152,11 +152,15 @@ class ChildGuard:
             raise LocalServerError("The guard process that would stop our servers is gone.") from error
 
 
-async def _lock_file(path: Path) -> IO[bytes]:
-    """Open and lock a file, waiting for the guard of a process that was killed just now."""
+async def lock_file(path: Path, *, patience: float = _LOCK_TIMEOUT_SECONDS) -> IO[bytes]:
+    """Open and lock a file until it is closed, waiting for the guard of a process that was killed just now.
+
+    Raises:
+        LocalServerError: it is locked for longer than `patience` seconds.
+    """
     file = path.open("wb")
     try:
-        async with asyncio.timeout(_LOCK_TIMEOUT_SECONDS):
+        async with asyncio.timeout(patience):
             while not _try_lock(file):
                 await asyncio.sleep(0.05)
     except TimeoutError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import asyncpg
 from aiokafka import errors as kafka_errors
@@ -15,41 +16,71 @@ from live_migration.common.postgres import asking, session
 from live_migration.common.progress import name_list
 from live_migration.common.settings import Settings
 from live_migration.common.state import Migration, Phase
+from live_migration.common.supervisor import LocalServerError, lock_file
 from live_migration.coordinator.control_topic import announce_end
 from live_migration.coordinator.cutover import is_coordinator_alive
 from live_migration.coordinator.dead_letters import count_letters
 from live_migration.coordinator.giving_back import give_back
+from live_migration.coordinator.ownership import (
+    Claim,
+    find_on_source,
+    read_claim,
+    read_topics_owner,
+    require_ours_on_source,
+)
 from live_migration.coordinator.prepare import remove_from_source
 from live_migration.coordinator.run import APPLICATION
-from live_migration.coordinator.source_jobs import held_target_jobs
+from live_migration.coordinator.source_jobs import held_target_jobs, read_jobs
 from live_migration.producer.slot import identify_system, read_slot
 
 Note = Callable[[str], None]
+_FULL = """
+    select format('%s.%s', n.nspname, c.relname) as name from pg_class c join pg_namespace n on n.oid = c.relnamespace
+    where c.relreplident = 'f' and c.relkind in ('r', 'p') order by 1
+"""
+_LOCK_SECONDS = 5.0
 _TELL_SECONDS = 10.0
 """For the word to the producer: a broker that hangs must not keep the slot, and with it the source's WAL."""
 
 
-async def clean(settings: Settings, *, prune: bool, note: Note) -> None:
+async def clean(settings: Settings, *, prune: bool, note: Note) -> bool:
     """Remove slot, publications, topics and state, and restore what was changed on the source; parts that are missing are passed over.
 
-    The state goes last, so that an attempt that failed half way can be repeated. `prune` removes `settings.dir`, too.
+    The state goes last, so that an attempt that failed half way can be repeated. `prune` removes `settings.dir`, too. False: something may be
+    left on the source, for the target holds no state that would name it.
 
     Raises:
         TargetError: a coordinator is alive, or the target holds another migration, or its jobs are held.
-        SourceError: SOURCE is not the migration's source.
+        SourceError: SOURCE is not the migration's source, or slot and publications there are another migration's.
     """
     async with session(settings.target_uri(), "target", application=f"{APPLICATION} clean") as target:
         with asking("target", "reading the migration's state"):
             migration = await state.read_migration(target)
         if migration is not None:
             await _require_ours(settings, target, migration)
-            await _tell_producer(settings, migration, note)
-        await _clean_source(settings, target, migration, note)
-        await _clean_kafka(settings, migration, prune, note)
+        claim = await read_claim(target) if migration is not None else None
+        is_known = await _clean_source(settings, target, migration, claim, note)
+        await _clean_kafka(settings, migration, claim, prune, note)
         await _clean_target(target, migration, note)
     if prune:
-        await asyncio.to_thread(shutil.rmtree, settings.dir, ignore_errors=True)
-        note(f"removed {settings.dir}")
+        await _remove_folder(settings.dir, note)
+    return is_known
+
+
+async def _remove_folder(folder: Path, note: Note) -> None:
+    """Remove the folder of our own broker and of logs, unless a broker runs there: another migration's, with its change log."""
+    lock = folder / "kafka" / "lock"
+    if lock.parent.is_dir():
+        try:
+            file = await lock_file(lock, patience=_LOCK_SECONDS)
+        except LocalServerError:
+            note(f"left {folder}: a broker runs there, of another migration with this --dir")
+            return
+        with file:
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+    else:
+        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+    note(f"removed {folder}")
 
 
 async def _require_ours(settings: Settings, target: asyncpg.Connection, migration: Migration) -> None:
@@ -80,9 +111,11 @@ async def _require_ours(settings: Settings, target: asyncpg.Connection, migratio
 
 async def _tell_producer(settings: Settings, migration: Migration, note: Note) -> None:
     """Let the producer know before the slot goes, which it would take for a loss."""
+    reachable = _reachable(settings, migration)
     try:
         async with asyncio.timeout(_TELL_SECONDS):
-            await announce_end(_reachable(settings, migration), migration)
+            if reachable.kafka and await read_topics_owner(reachable) in (None, str(migration.id)):
+                await announce_end(reachable, migration)
     except (LiveMigrationError, kafka_errors.KafkaError, TimeoutError) as error:
         why = error.message if isinstance(error, LiveMigrationError) else error or type(error).__name__
         note(f"a producer that still runs cannot be told that its migration ends: {why}")
@@ -95,16 +128,42 @@ def _reachable(settings: Settings, migration: Migration | None) -> Settings:
 
 
 async def _clean_source(
-    settings: Settings, target: asyncpg.Connection, migration: Migration | None, note: Note
-) -> None:
+    settings: Settings, target: asyncpg.Connection, migration: Migration | None, claim: Claim | None, note: Note
+) -> bool:
     async with session(settings.source_uri(), "source", application=f"{APPLICATION} clean") as source:
-        if migration is None:
+        if migration is None or claim is None:
             await _require_idle(source, settings)
-        for dropped in await remove_from_source(source, settings):
-            note(f"dropped {dropped} on the source")
-        if migration is not None:
-            for line in await give_back(target, source, settings):
-                note(line)
+            await _remove(source, settings, note)
+            return not await _name_unknown(source, note)
+        if claim.is_begun:
+            await require_ours_on_source(source, settings, claim)
+            await _tell_producer(settings, migration, note)
+            await _remove(source, settings, note)
+        elif found := await find_on_source(source, settings):
+            note(f"left {name_list(found)} on the source, which this migration has not made")
+        for line in await give_back(target, source, settings):
+            note(line)
+        return True
+
+
+async def _remove(source: asyncpg.Connection, settings: Settings, note: Note) -> None:
+    for dropped in await remove_from_source(source, settings):
+        note(f"dropped {dropped} on the source")
+
+
+async def _name_unknown(source: asyncpg.Connection, note: Note) -> bool:
+    """Name what a migration may have changed whose state is gone; tell whether there is such."""
+    with asking("source", "looking for what a migration may have changed"):
+        tables = [row["name"] for row in await source.fetch(_FULL)]
+        jobs = [job for job in await read_jobs(source) if not job.is_scheduled]
+    found = [f"REPLICA IDENTITY FULL of {name_list(tables)}"] * bool(tables)
+    found += [f"jobs that are off: {name_list(jobs)}"] * bool(jobs)
+    if found:
+        note(
+            "the target holds no migration, so what one has changed on the source is not known any more. Look whether this is meant to be so: "
+            f"{'; '.join(found)}. `alter table … replica identity default` and `select alter_job(…, scheduled => true)` give it back"
+        )
+    return bool(found)
 
 
 async def _require_idle(source: asyncpg.Connection, settings: Settings) -> None:
@@ -118,11 +177,16 @@ async def _require_idle(source: asyncpg.Connection, settings: Settings) -> None:
         )
 
 
-async def _clean_kafka(settings: Settings, migration: Migration | None, prune: bool, note: Note) -> None:
+async def _clean_kafka(
+    settings: Settings, migration: Migration | None, claim: Claim | None, prune: bool, note: Note
+) -> None:
     reachable = _reachable(settings, migration)
-    if not reachable.kafka:
+    if not reachable.kafka or (claim is not None and not claim.is_begun):
         return
     try:
+        if claim is not None and await read_topics_owner(reachable) not in (None, claim.migration_id):
+            note(f"left topics {settings.changes_topic} and {settings.control_topic}, which are another migration's")
+            return
         letters = await count_letters(reachable)
         for topic in await kafka.delete_topics(reachable, with_letters=prune or not letters):
             note(f"deleted topic {topic}")

@@ -251,11 +251,12 @@ async def clean_up(settings: Settings, *, prune: bool) -> None:
     folder = adopted.dir / "kafka"
     if was_given or prune or not (folder / "server.properties").exists():
         kept = adopted if was_given else adopted.model_copy(update={"kafka": None})
-        await clean(kept, prune=prune, note=note)
+        is_known = await clean(kept, prune=prune, note=note)
     else:
         async with LocalKafka(folder, flush_each_append=True) as broker:
-            await clean(adopted.model_copy(update={"kafka": broker.bootstrap}), prune=prune, note=note)
-    note("nothing of this migration is left on source and target")
+            is_known = await clean(adopted.model_copy(update={"kafka": broker.bootstrap}), prune=prune, note=note)
+    if is_known:
+        note("nothing of this migration is left on source and target")
 
 
 async def serve(run: Callable[[Settings, asyncio.Event], Awaitable[None]], settings: Settings) -> None:

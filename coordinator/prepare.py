@@ -27,6 +27,14 @@ from live_migration.coordinator.beside import beside
 from live_migration.coordinator.control_topic import producer_config, write_config, write_homes
 from live_migration.coordinator.giving_back import give_back
 from live_migration.coordinator.identity_watch import watch_identities
+from live_migration.coordinator.ownership import (
+    Claim,
+    read_claim,
+    record_publication,
+    require_our_topics,
+    require_ours_on_source,
+    sign_topics,
+)
 from live_migration.coordinator.planning import Memberships
 from live_migration.coordinator.recopy import adopt_memberships, drop_built_indexes, planned_tables
 from live_migration.coordinator.run import Run
@@ -37,6 +45,7 @@ from live_migration.producer.homes import Homes
 from live_migration.producer.publication import (
     ALL_OPERATIONS,
     INSERT_ONLY,
+    Operations,
     PublishedTable,
     add_tables,
     create_publication,
@@ -66,21 +75,25 @@ _TOPIC_ATTEMPTS = 10
 
 async def prepare(run: Run) -> None:
     """Make what the change log needs on Kafka and the source, then enter phase `schema`."""
-    with asking("target", "beginning to prepare"):
-        is_again = await steps.begin(run.target, _STEP)
+    claim = await read_claim(run.target)
     async with run.source_session("prepare") as source:
-        if is_again:
+        if claim.is_begun:
+            await _require_ours(run, source, claim)
             run.reporter.note("preparing again: what an earlier attempt left on the source is made anew")
             await drop_built_indexes(run)
-            await remove_from_source(source, run.settings)
-            await _make_topics_anew(run.settings)
+            await _remove_ours(run, source)
+            await _make_topics_anew(run.settings, claim)
         else:
+            # Looked at first: once the step is recorded, what is there is taken for ours.
             await _require_nothing_there(source, run.settings)
-            await kafka.create_topics(run.settings)
+            await kafka.require_no_topics(run.settings)
+            async with run.target_transaction("beginning to prepare") as target:
+                await steps.begin(target, _STEP)
+            await _create_topics(run.settings, claim)
         try:
             await _prepare_source(run, source)
         except SlotTimeout:
-            await remove_from_source(source, run.settings)
+            await _remove_ours(run, source)
             for line in await give_back(run.target, source, run.settings):
                 run.reporter.note(line)
             raise
@@ -94,8 +107,8 @@ async def _prepare_source(run: Run, source: asyncpg.Connection) -> None:
             f"the source is another cluster now: {identity.system_identifier}, was {run.migration.source_system}",
             hint="Check SOURCE, or `live-migration clean` and start again.",
         )
-    await create_publication(source, settings.publication, ALL_OPERATIONS)
-    await create_publication(source, settings.insert_publication, INSERT_ONLY)
+    await _create_publication(run, source, settings.publication, ALL_OPERATIONS)
+    await _create_publication(run, source, settings.insert_publication, INSERT_ONLY)
     await publish_inner(run, source)
     if settings.pause_source_jobs:
         await pause_source_jobs(run, source)
@@ -106,6 +119,16 @@ async def _prepare_source(run: Run, source: asyncpg.Connection) -> None:
     members = await publish_tables(run, source, only=planned)
     _announce(run, members)
     await beside(_begin_change_log(run, source, identity.timeline, members), [watch_identities(run)])
+
+
+async def _create_publication(run: Run, source: asyncpg.Connection, name: str, operations: Operations) -> None:
+    """Create a publication that the state knows for ours as soon as it is there."""
+
+    async def announce(oid: int) -> None:
+        async with run.target_transaction(f"recording publication {name}") as target:
+            await record_publication(target, oid, name)
+
+    await create_publication(source, name, operations, announce=announce)
 
 
 async def _begin_change_log(run: Run, source: asyncpg.Connection, timeline: int, members: Memberships) -> None:
@@ -161,7 +184,7 @@ async def _enter_schema(
 
 
 async def _require_nothing_there(source: asyncpg.Connection, settings: Settings) -> None:
-    """Refuse what bears our names and was not made by this migration."""
+    """Refuse whatever bears our names, for nothing of ours can be there yet."""
     with asking("source", "looking for slot and publications of our name"):
         slot = await read_slot(source, settings.slot)
         publications = await publications_present(source, [settings.publication, settings.insert_publication])
@@ -177,6 +200,19 @@ async def _require_nothing_there(source: asyncpg.Connection, settings: Settings)
         )
 
 
+async def _require_ours(run: Run, source: asyncpg.Connection, claim: Claim) -> None:
+    await require_ours_on_source(source, run.settings, claim)
+    await require_our_topics(run.settings, claim)
+
+
+async def _remove_ours(run: Run, source: asyncpg.Connection) -> None:
+    """Drop slot and publications unless a successor may have made its own under the same names by now."""
+    with asking("target", "looking whether we are still the coordinator"):
+        await steps.require_role(run.target, run.epoch)
+    await require_ours_on_source(source, run.settings, await read_claim(run.target))
+    await remove_from_source(source, run.settings)
+
+
 async def remove_from_source(source: asyncpg.Connection, settings: Settings) -> list[str]:
     """Drop slot and publications where they exist; give what was dropped."""
     dropped = []
@@ -188,12 +224,17 @@ async def remove_from_source(source: asyncpg.Connection, settings: Settings) -> 
     return dropped
 
 
-async def _make_topics_anew(settings: Settings) -> None:
+async def _create_topics(settings: Settings, claim: Claim) -> None:
+    await kafka.create_topics(settings)
+    await sign_topics(settings, claim.migration_id)
+
+
+async def _make_topics_anew(settings: Settings, claim: Claim) -> None:
     """Delete and make the topics, until nothing stands in them that a producer of the log before has written."""
     for _ in range(_TOPIC_ATTEMPTS):
         await kafka.delete_topics(settings)
         await _await_topics_gone(settings)
-        await kafka.create_topics(settings)
+        await _create_topics(settings, claim)
         await fence_producers(
             settings
         )  # whoever began before can commit nothing from here on; whoever begins now waits for us

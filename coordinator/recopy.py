@@ -17,6 +17,7 @@ from live_migration.common.state import Phase
 from live_migration.coordinator import steps
 from live_migration.coordinator.losses import find_loss
 from live_migration.coordinator.made_definitions import load_made
+from live_migration.coordinator.ownership import read_claim, require_our_topics, require_ours_on_source
 from live_migration.coordinator.planning import Memberships
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.timescale_catalog import POST_RESTORE
@@ -124,8 +125,17 @@ async def begin_recopy(run: Run) -> None:
         )
     if loss is not None:
         await _require_copyable(run)
+        await _require_ours(run)
         run.reporter.warning(f"every table is copied again: {loss.message}")
         await _void(run)
+
+
+async def _require_ours(run: Run) -> None:
+    """Refuse where what is to be made anew is another migration's, before anything is forgotten."""
+    claim = await read_claim(run.target)
+    async with run.source_session("recopy") as source:
+        await require_ours_on_source(source, run.settings, claim)
+    await require_our_topics(run.settings, claim)
 
 
 async def _require_copyable(run: Run) -> None:

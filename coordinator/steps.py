@@ -23,12 +23,9 @@ async def require_role(target: asyncpg.Connection, epoch: int) -> None:
         raise Fenced("another coordinator runs this migration now")
 
 
-async def begin(target: asyncpg.Connection, name: str) -> bool:
-    """Record that a step begins; tell whether it was begun before."""
-    status: str = await target.execute(
-        "insert into _live_migration.steps (name) values ($1) on conflict do nothing", name
-    )
-    return status == "INSERT 0 0"
+async def begin(target: asyncpg.Connection, name: str) -> None:
+    """Record that a step begins, if it was not begun before."""
+    await target.execute("insert into _live_migration.steps (name) values ($1) on conflict do nothing", name)
 
 
 async def is_done(target: asyncpg.Connection, name: str) -> bool:

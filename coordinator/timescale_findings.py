@@ -457,13 +457,14 @@ def assess_jobs(source: SourceFacts, *, is_same: bool, pause: bool, is_flat: boo
     target gets plain tables and no jobs.
     """
     scheduled = [job for job in source.jobs if job.is_scheduled]
+    off = _assess_off(source, is_flat=is_flat)
     if not scheduled:
-        return []
+        return off
     if pause:
-        return _assess_pausing(source, scheduled)
+        return off + _assess_pausing(source, scheduled)
     policies = [job for job in scheduled if job.is_policy]
     actions = [job for job in scheduled if not job.is_policy]
-    found = []
+    found = off
     if policies and is_same:
         found.append(
             error(
@@ -497,6 +498,19 @@ def assess_jobs(source: SourceFacts, *, is_same: bool, pause: bool, is_flat: boo
             )
         )
     return found
+
+
+def _assess_off(source: SourceFacts, *, is_flat: bool) -> list[Finding]:
+    """Name policies that are off before anything has begun: nobody may mean them to be, as after a migration whose state was lost."""
+    off = [job for job in source.jobs if not job.is_scheduled and job.is_policy]
+    if not off:
+        return []
+    return [
+        warning(
+            f"policies of the source are off{'' if is_flat else ', and will be on the target'}: {name_list(off)}",
+            f"If they are not meant to be: `select alter_job({off[0].id}, scheduled => true)`.",
+        )
+    ]
 
 
 def _assess_pausing(source: SourceFacts, scheduled: list[Job]) -> list[Finding]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -118,10 +118,19 @@ async def publications_present(connection: asyncpg.Connection, names: Sequence[s
     return [row[0] for row in rows]
 
 
-async def create_publication(connection: asyncpg.Connection, name: str, operations: Operations) -> None:
-    """Create an empty publication. It touches no table yet."""
+async def create_publication(
+    connection: asyncpg.Connection,
+    name: str,
+    operations: Operations,
+    *,
+    announce: Callable[[int], Awaitable[None]] | None = None,
+) -> None:
+    """Create an empty publication, which touches no table yet. `announce` is called with its oid before it is there."""
     with asking("source", f"creating publication {name}"):
-        await connection.execute(f"create publication {quote_identifier(name)} with (publish = '{operations}')")
+        async with connection.transaction():
+            await connection.execute(f"create publication {quote_identifier(name)} with (publish = '{operations}')")
+            if announce is not None:
+                await announce(await connection.fetchval("select oid from pg_publication where pubname = $1", name))
 
 
 async def renew_decoding_catalog(connection: asyncpg.Connection, name: str) -> None:

@@ -89,6 +89,12 @@ _SLOT = """
 """
 
 
+_DROP_UNREAD = """
+    select pg_drop_replication_slot(slot_name) from pg_replication_slots
+    where slot_name = $1 and confirmed_flush_lsn = $2 and active_pid is null
+"""
+
+
 async def identify_system(uri: str) -> SystemIdentity:
     """Ask the source who it is, over a replication connection.
 
@@ -139,7 +145,7 @@ async def create_slot(uri: str, name: str, *, timeout: float, on_wait: Callable[
     The server waits for the transactions that run now; `on_wait` is told every few seconds which.
 
     Raises:
-        SlotTimeout: they did not end within `timeout` seconds; no slot is left.
+        SlotTimeout: they did not end within `timeout` seconds; no slot of ours is left.
         SourceError: the source refuses.
     """
     async with (
@@ -157,13 +163,24 @@ async def create_slot(uri: str, name: str, *, timeout: float, on_wait: Callable[
             with asking("source", f"creating slot {name}"):
                 return int(await creation)
         except BaseException:
-            # A backend that waits does not notice that its client left; it would make the slot later.
-            creation.cancel()
-            await asyncio.wait([creation], timeout=5)
             with asking("source", f"giving up slot {name}"):
-                await watcher.execute("select pg_terminate_backend($1, 5000)", pid)
-            await drop_slot(watcher, name)
+                await _give_up(creation, watcher, pid, name)
             raise
+
+
+async def _give_up(creation: asyncio.Future[object], watcher: asyncpg.Connection, pid: int, name: str) -> None:
+    """End the creation, and drop the slot that it made: no other, for a successor of ours may have made its own by now.
+
+    Until it is made the slot goes with its backend. The one that was made stands where it began: nobody reads it yet.
+    """
+    # A backend that waits does not notice that its client left; it would make the slot later.
+    await watcher.execute("select pg_terminate_backend($1, 5000)", pid)
+    await asyncio.wait([creation], timeout=5)
+    if not creation.done():
+        creation.cancel()
+        await asyncio.wait([creation], timeout=5)
+    elif not creation.cancelled() and creation.exception() is None:
+        await watcher.execute(_DROP_UNREAD, name, creation.result())
 
 
 async def _watch_creation(

@@ -181,8 +181,8 @@ create table _live_migration.workers (
 
 create table _live_migration.source_changes (   -- what `clean` gives back
     id bigint generated always as identity primary key,
-    kind text not null,                     -- replica_identity, job, database_setting
-    oid oid,                                -- of the table; a job's id
+    kind text not null,                     -- replica_identity, job, database_setting; publication: not given back, but known for ours
+    oid oid,                                -- of the table or publication; a job's id
     object text not null,
     before text not null,
     after text not null,

@@ -128,6 +128,21 @@ async def test_paused_jobs_come_back_as_they_were(source_uri: str, target_databa
     assert await jobs_of(source_uri) == before
 
 
+async def test_jobs_that_are_off_are_named_where_the_state_that_knows_them_is_lost(
+    source_uri: str, target_database: str
+) -> None:
+    async with begun(source_uri, target_database) as (run, _):
+        async with run.source_session("test") as source:
+            await pause_source_jobs(run, source)
+        settings = run.settings
+    await execute(target_database, "drop schema _live_migration cascade")
+    notes: list[str] = []
+    assert not await clean(settings, prune=False, note=notes.append)
+    (named,) = notes
+    assert "jobs that are off: " in named
+    assert "Retention Policy" in named
+
+
 async def test_jobs_that_others_changed_or_dropped_since_are_left(source_uri: str, target_database: str) -> None:
     async with begun(source_uri, target_database) as (run, _), run.source_session("test") as source:
         await pause_source_jobs(run, source)

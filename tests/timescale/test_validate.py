@@ -92,6 +92,10 @@ async def test_one_version_on_both_sides(timescale_source_database: str, timesca
     consented = await found(timescale_source_database, timescale_target_database, pause_source_jobs=True)
     assert {each.level for each in consented} == {"warning"}
     assert "Retention Policy" in about(consented, "are paused until `clean`").what
+    off = "select alter_job(job_id, scheduled => false) from timescaledb_information.jobs where proc_name = 'policy_retention'"
+    await execute(timescale_source_database, off)
+    named = about(await found(timescale_source_database, timescale_target_database), "policies of the source are off")
+    assert (named.level, "Retention Policy" in named.what) == ("warning", True)
 
 
 async def test_nothing_is_asked_again_of_a_migration_that_has_begun(

@@ -55,6 +55,8 @@ TARGET = TargetFacts(
 
 TRIED = "none of those that were tried"
 """Said of any version but those, in a finding that has a test of its own."""
+OFF = "policies of the source are off"
+"""Likewise."""
 
 
 def of_source(**changes: object) -> list[Finding]:
@@ -63,7 +65,7 @@ def of_source(**changes: object) -> list[Finding]:
 
 def of_target(source: SourceFacts = SOURCE, target: TargetFacts = TARGET, **options: bool) -> list[Finding]:
     given = {"flatten": False, "pause_source_jobs": False, "is_begun": False, **options}
-    return [each for each in assess_target(source, target, **given) if TRIED not in each.what]
+    return [each for each in assess_target(source, target, **given) if TRIED not in each.what and OFF not in each.what]
 
 
 def with_server(**changes: object) -> TargetFacts:
@@ -344,8 +346,14 @@ def test_jobs_that_our_role_may_not_pause() -> None:
     assert "`grant alice to mover`" in told
 
 
-def test_jobs_that_are_off_ask_for_nothing() -> None:
-    off = replace(SOURCE, jobs=(replace(POLICY, is_scheduled=False, is_alterable=False),))
-    assert assess_jobs(off, is_same=True, pause=False) == []
-    assert assess_jobs(off, is_same=True, pause=True) == []
+def test_jobs_that_are_off_ask_for_nothing_but_are_named() -> None:
+    off = replace(SOURCE, jobs=(replace(POLICY, is_scheduled=False, is_alterable=False), ACTION))
+    named = f"{OFF}, and will be on the target: Retention Policy [1000] of public.metrics"
+    for pause in (False, True):
+        first, other = assess_jobs(off, is_same=True, pause=pause)
+        assert (first.level, first.what, "[1000]" in other.what) == ("warning", named, False)
+    alone = replace(off, jobs=off.jobs[:1])
+    assert only(assess_jobs(alone, is_same=True, pause=False), "warning").startswith(named)
+    assert "on the target" not in only(assess_jobs(alone, is_same=False, pause=False, is_flat=True), "warning")
+    assert assess_jobs(replace(off, jobs=(replace(ACTION, is_scheduled=False),)), is_same=True, pause=True) == []
     assert of_target(replace(SOURCE, jobs=(POLICY,)), is_begun=True) == [], "paused by ours, or taken back by somebody"
