@@ -27,8 +27,8 @@ from tests.support.workload import Workload, differences, read_rows
 pytestmark = [pytest.mark.e2e, pytest.mark.integration]
 
 PROMISED_SECONDS = 30
-LONGEST_PAUSE_IN_COPY = load_settings({}).lease / 2
-"""Copying goes on long before the lease of who left has run out."""
+LONGEST_PAUSE_IN_COPY = load_settings({}).lease
+"""Who stays does not wait for the lease of who left to run out."""
 
 GATES = """
     create function public.gate(number int) returns boolean language plpgsql as $$

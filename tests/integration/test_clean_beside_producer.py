@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from structlog.testing import capture_logs
 
 from live_migration.common.errors import LogGap, SlotLost
@@ -38,6 +39,12 @@ from tests.support.workload import differences, read_rows
 pytestmark = pytest.mark.integration
 
 ENDED = "the migration was ended by `live-migration clean`: nothing is left to do"
+
+
+@pytest.fixture(autouse=True)
+def every_level() -> None:
+    """Whoever ran before in this process may have set a level, which hides lines from `capture_logs`."""
+    structlog.reset_defaults()
 
 
 @pytest.fixture
@@ -142,6 +149,7 @@ async def test_a_migration_that_goes_on_after_a_clean_that_failed_loses_its_slot
     migration = Migration(source_database, target_database, kafka_bootstrap, unique_name, tmp_path, partitions=2)
     async with migration:
         await migration.until_phase("replay")
+        await until_streaming(migration.settings)
         await migration.stop()
         async with session(target_database, "target") as target:
             await announce_end(migration.settings, await require_migration(target))
