@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import asyncpg
@@ -36,16 +37,18 @@ def producer_config(settings: Settings, migration: Migration) -> ProducerConfig:
 
 async def write_config(settings: Settings, config: ProducerConfig) -> None:
     """Put the configuration into the control topic; it is there when this returns."""
-    async with sending(settings, settings.control_topic) as producer:
-        await producer.send_and_wait(
-            settings.control_topic, key=CONFIG, value=config.model_dump_json().encode(), partition=0
-        )
+    await write_records(settings, [(CONFIG, config.model_dump_json().encode())])
 
 
 async def write_homes(settings: Settings, homes: Homes) -> None:
     """Put what chunks the source has into the control topic, before any producer reads it; it is there when this returns."""
+    await write_records(settings, pack_homes(homes))
+
+
+async def write_records(settings: Settings, records: Sequence[tuple[bytes, bytes]]) -> None:
+    """Put records, key and value, into the control topic; they are there when this returns."""
     async with sending(settings, settings.control_topic) as producer:
-        for key, value in pack_homes(homes):
+        for key, value in records:
             await producer.send_and_wait(settings.control_topic, key=key, value=value, partition=0)
 
 

@@ -13,9 +13,10 @@ from pydantic import ValidationError
 
 from live_migration.common.control import CONFIG, OWNER, Owner
 from live_migration.common.errors import KafkaError, SlotError, SourceError
-from live_migration.common.kafka import admin, read_control, sending, topic_exists
+from live_migration.common.kafka import admin, read_control, topic_exists
 from live_migration.common.postgres import asking
 from live_migration.common.settings import Settings
+from live_migration.coordinator.control_topic import write_records
 from live_migration.producer.slot import read_slot
 
 _KIND = "publication"
@@ -100,9 +101,7 @@ async def require_ours_on_source(source: asyncpg.Connection, settings: Settings,
 
 async def sign_topics(settings: Settings, migration_id: str) -> None:
     """Write into the control topic, which was made just now, whose it is."""
-    async with sending(settings, settings.control_topic) as producer:
-        value = Owner(migration_id=migration_id).model_dump_json().encode()
-        await producer.send_and_wait(settings.control_topic, key=OWNER, value=value, partition=0)
+    await write_records(settings, [(OWNER, Owner(migration_id=migration_id).model_dump_json().encode())])
 
 
 async def read_topics_owner(settings: Settings) -> str | None:

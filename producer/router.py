@@ -76,7 +76,6 @@ class Router:
         self._lsn = 0  # of the present message
         self._passed = (0, 0)  # LSN and number of the last change that stands in the log
         self._tail = ChangeTail()
-        self._is_open = False  # a Begin was received, and its Commit was not
         self._migration_id = migration_id
         self._homes = homes or Homes(None, {})
         self._hidden: dict[bytes, QualifiedName] = {}  # relations that are not replayed
@@ -127,7 +126,7 @@ class Router:
         """Where in a transaction the records end that were taken last; None between transactions."""
         if self._held is not None:  # what the log holds goes further still
             return self._held
-        if not self._is_open or not self._ordinal:
+        if not self._acks.in_transaction or not self._ordinal:
             return None
         return LastChange(self._commit_lsn, self._tail.lsn, self._tail.number, self._ordinal)
 
@@ -203,7 +202,12 @@ class Router:
                     at = following
                     continue
             self._ordinal = ordinal
-            self._copied(data[at + _COPY_HEAD_BYTES : following])
+            if stream_kind == _XLOG_DATA and following > start:
+                if self._held is not None:
+                    self._lsn = int.from_bytes(data[at + _COPY_HEAD_BYTES + 1 : at + _COPY_HEAD_BYTES + 9], "big")
+                self._dispatch(data[start:following])
+            else:
+                self._copied(data[at + _COPY_HEAD_BYTES : following])
             if self._ordinal > ordinal:
                 last_change = at
             ordinal = self._ordinal
@@ -301,7 +305,6 @@ class Router:
         self._commit_lsn = int.from_bytes(message[1:9], "big")
         self._ordinal = 0
         self._moves = 0
-        self._is_open = True
         if self._held is not None:
             self._resume(self._held)
         self._acks.begin()
@@ -345,7 +348,6 @@ class Router:
             raise FormatError(f"commit message of {len(message)} bytes after {self._where()}")
         if self._is_held:
             self._go_on()
-        self._is_open = False
         framed = frame(message)
         for lane, before in self._touched.items():
             if (self._commit_lsn, COMMIT_ORDINAL) > lane.position:
