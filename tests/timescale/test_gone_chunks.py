@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from live_migration.producer.service import run_producer
 from tests.e2e.migration import Migration, Service
-from tests.fixtures.fix_postgres import Server, execute
-from tests.fixtures.fix_timescale import timescale_database
+from tests.fixtures.fix_postgres import execute
 from tests.timescale import world
 
 pytestmark = [pytest.mark.e2e, pytest.mark.integration]
@@ -40,12 +38,10 @@ class _Later(Service):
         super().start()
 
 
-@pytest.fixture(params=["same", "other"])
-async def source(request: pytest.FixtureRequest) -> AsyncIterator[str]:
-    server: Server = request.getfixturevalue("timescale_source" if request.param == "same" else "other_timescale")
-    async with timescale_database(server) as uri:
-        await world.make(uri)
-        yield uri
+@pytest.fixture
+async def source(source_of_either_version: str) -> str:
+    await world.make(source_of_either_version)
+    return source_of_either_version
 
 
 async def _change_and_drop(source: str) -> dict[str, list[str]]:

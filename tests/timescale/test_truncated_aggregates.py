@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.migration import Migration
-from tests.fixtures.fix_postgres import Server, execute
-from tests.fixtures.fix_timescale import timescale_database
+from tests.fixtures.fix_postgres import execute
 from tests.timescale import world
 
 pytestmark = [pytest.mark.e2e, pytest.mark.integration]
@@ -20,12 +18,10 @@ _MATERIALIZED = """
 """
 
 
-@pytest.fixture(params=["same", "other"])
-async def source(request: pytest.FixtureRequest) -> AsyncIterator[str]:
-    server: Server = request.getfixturevalue("timescale_source" if request.param == "same" else "other_timescale")
-    async with timescale_database(server) as uri:
-        await world.make(uri)
-        yield uri
+@pytest.fixture
+async def source(source_of_either_version: str) -> str:
+    await world.make(source_of_either_version)
+    return source_of_either_version
 
 
 async def test_an_aggregate_that_is_truncated_is_empty_on_the_target_and_filled_again(
