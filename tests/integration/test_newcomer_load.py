@@ -16,6 +16,11 @@ from tests.support.workload import Workload
 
 pytestmark = pytest.mark.integration
 
+_WAITING = "select count(*) from pg_stat_activity where state = 'idle in transaction' and datname = current_database()"
+_END_WAITING = """
+    select count(pg_terminate_backend(pid)) from pg_stat_activity where state = 'idle in transaction' and datname = current_database()
+       and to_regclass('app.new_0') is not null
+"""
 _NOTED = "select count(*) from {table} where {column} like $1"
 
 
@@ -121,6 +126,26 @@ async def test_the_target_of_a_newcomer_that_was_widened_is_widened(source_datab
             while not await count(target_database, has_it, table):
                 await asyncio.sleep(0.05)
         widening.cancel()
+
+
+async def test_a_transaction_that_is_lost_before_the_publication_is_begun_again(source_database: str) -> None:
+    table = "app.new_0"
+    newcomer = Newcomer(table, "key", 0.0, 5, straddle(table, begins_first=True), "stays", 0.0)
+    await Workload(source_database, 1).create(rows=100)
+    await execute(source_database, "create publication ours for table app.by_key")
+    load = NewcomerLoad(source_database, source_database, NewcomerPlan((newcomer,), (), 0.1), [])
+    running = asyncio.create_task(load.run())
+    async with asyncio.timeout(30):
+        while not await count(source_database, _END_WAITING):
+            await asyncio.sleep(0.02)
+        while not load.happened["straddle lost"]:
+            await asyncio.sleep(0.02)
+        while not await count(source_database, _WAITING):  # the next one has begun
+            await asyncio.sleep(0.02)
+        await execute(source_database, f"alter publication ours add table {table}")
+        await running
+    assert load.happened == {"made with key": 1, "straddle lost": 1, "straddled": 1, "stays": 1}
+    assert await count(source_database, f"select count(*) from {table}") == 48
 
 
 async def test_a_transaction_that_loses_its_session_is_told_and_the_rest_goes_on(source_database: str) -> None:

@@ -16,6 +16,7 @@ _LOST = (OSError, asyncpg.InterfaceError, *CONNECTION_ERRORS)
 _IN_THE_WAY = (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError)
 _PUBLISHED_SECONDS = 30.0
 """How long a transaction stays open for a publication that does not come: the coordinator may be away."""
+_TRIES = 3
 _LOCK = "set local lock_timeout = '1s';"
 _PUBLICATIONS = """
     select pubname::text from pg_publication p join pg_publication_rel r on r.prpubid = p.oid where r.prrelid = to_regclass($1)
@@ -124,10 +125,14 @@ class NewcomerLoad:
                 begun.set()
                 await begin()
 
-        try:
-            await self._write_across(table, straddle, begin_once)
-        except (*_LOST, *_IN_THE_WAY):
-            self.happened["straddle lost"] += 1
+        for _ in range(_TRIES):
+            try:
+                await self._write_across(table, straddle, begin_once)
+                break
+            except (*_LOST, *_IN_THE_WAY):
+                self.happened["straddle lost"] += 1
+            if await self._publications(table):  # then it may even have committed
+                break
         await begin_once()
 
     async def _write_across(self, table: str, straddle: Straddle, begin: Callable[[], Awaitable[None]]) -> None:
@@ -146,11 +151,15 @@ class NewcomerLoad:
                 await self._define(
                     _FIRST_ROWS.format(table=table, count=3) if table.startswith("app.new_") else _SHOW[table]
                 )
-            for piece in straddle.after:
+            for piece in straddle.after if is_published else ():
                 await write_piece(connection, piece)
-            async with self.around_commit(straddle) if is_published else nullcontext():
+            if not is_published:
+                await transaction.rollback()
+                self.happened["straddle without publication"] += 1
+                return
+            async with self.around_commit(straddle):
                 await transaction.commit()
-            self.happened["straddled" if is_published else "straddle without publication"] += 1
+            self.happened["straddled"] += 1
         finally:
             connection.terminate()
 
