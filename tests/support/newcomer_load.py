@@ -146,7 +146,7 @@ class NewcomerLoad:
             await begin()
             for piece in straddle.before:
                 await write_piece(connection, piece)
-            is_published = await self._until_published(table)
+            is_published = await self._until_published(table, connection)
             if is_published and straddle.is_shown:
                 await self._define(
                     _FIRST_ROWS.format(table=table, count=3) if table.startswith("app.new_") else _SHOW[table]
@@ -163,11 +163,14 @@ class NewcomerLoad:
         finally:
             connection.terminate()
 
-    async def _until_published(self, table: str) -> bool:
+    async def _until_published(self, table: str, connection: asyncpg.Connection) -> bool:
+        """Tell whether it came to be while the session had its transaction open."""
         try:
             async with asyncio.timeout(_PUBLISHED_SECONDS):
                 while not await self._publications(table):
                     await asyncio.sleep(0.1)
+                    if connection.is_closed():
+                        raise asyncpg.InterfaceError("the session was lost meanwhile")
         except TimeoutError:
             return False
         return True
