@@ -14,6 +14,7 @@ SHARE = 0.8
 _ROW_BYTES = 270
 """About what the stream has for a row of one."""
 _COMMIT_SECONDS = 10.0
+_READER_SECONDS = 10.0
 
 
 class BreakWithin(Fault):
@@ -33,9 +34,10 @@ class BreakWithin(Fault):
 
     async def inject(self, scene: Scene) -> str:
         proxy = scene.world.proxies["source"]
-        proxy.slow_down(self.speed)
-        self.armed.set()
         try:
+            await _until_read(scene)
+            proxy.slow_down(self.speed)
+            self.armed.set()
             async with asyncio.timeout(_COMMIT_SECONDS):
                 await self.committed.wait()
             await asyncio.sleep(self.seconds)
@@ -43,6 +45,7 @@ class BreakWithin(Fault):
         except TimeoutError as error:
             raise Missed("the transaction did not commit") from error
         finally:
+            self.armed.set()
             proxy.heal()
         return f"{self.how}, {what}, {self.seconds:.1f} s behind the commit, at {self.speed} bytes/s"
 
@@ -64,14 +67,23 @@ class BreakWithin(Fault):
         return f"{count} connections"
 
 
+async def _until_read(scene: Scene) -> None:
+    """Wait for a while until somebody reads the slot: else nothing of the transaction is sent in time."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_READER_SECONDS):
+            while not await _readers(scene, "count(active_pid)"):
+                await asyncio.sleep(0.1)
+
+
 async def _end_walsender(scene: Scene) -> str:
-    count = 0
-    with suppress(*GONE):
-        async with direct(scene, "source") as connection:
-            count = await connection.fetchval(
-                "select count(pg_terminate_backend(active_pid)) from pg_replication_slots where slot_name = $1",
-                scene.database,
-            )
-    if not count:
+    if not await _readers(scene, "count(pg_terminate_backend(active_pid))"):
         raise Missed("nobody read the slot")
     return "terminated"
+
+
+async def _readers(scene: Scene, count: str) -> int:
+    with suppress(*GONE):
+        async with direct(scene, "source") as connection:
+            query = f"select {count} from pg_replication_slots where slot_name = $1"
+            return int(await connection.fetchval(query, scene.database))
+    return 0

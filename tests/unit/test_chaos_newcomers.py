@@ -196,6 +196,13 @@ async def broken(monkeypatch: pytest.MonkeyPatch, *, commits: bool) -> list[str]
     fault = BreakWithin(random.Random(1), 500)
     fault.how, fault.seconds = "cut source", 0.0
     monkeypatch.setattr(straddles, "_COMMIT_SECONDS", 5.0 if commits else 0.0)
+    readers = iter([0, 1])
+
+    async def read(*_: object) -> int:
+        events.append("looks who reads")
+        return next(readers)
+
+    monkeypatch.setattr(straddles, "_readers", read)
     injecting = asyncio.create_task(fault.inject(Scene(cast(Any, world), cast(Any, None), "x", 3.0)))
     await fault.armed.wait()
     events.append("commits" if commits else "is lost")
@@ -211,8 +218,9 @@ async def broken(monkeypatch: pytest.MonkeyPatch, *, commits: bool) -> list[str]
 async def test_the_stream_is_slow_before_the_transaction_commits_and_breaks_behind(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert await broken(monkeypatch, commits=True) == ["slow", "commits", "cut", "healed"]
-    assert await broken(monkeypatch, commits=False) == ["slow", "is lost", "healed"]
+    looks = ["looks who reads"] * 2
+    assert await broken(monkeypatch, commits=True) == [*looks, "slow", "commits", "cut", "healed"]
+    assert await broken(monkeypatch, commits=False) == [*looks, "slow", "is lost", "healed"]
 
 
 def test_a_round_says_what_it_makes(tmp_path: Any) -> None:
