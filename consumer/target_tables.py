@@ -15,6 +15,7 @@ from live_migration.common.lanes import BYTEWISE_TYPES
 from live_migration.common.relation import Column, QualifiedName, Relation, ReplicaIdentity, quote_identifier
 from live_migration.common.visibility import EVERYTHING, CopySnapshot
 from live_migration.consumer.hypertables import HypertableInfo, read_hypertable
+from live_migration.consumer.type_modifiers import FIXED_OIDS, may_lose
 
 FOLDABLE_TYPES = BYTEWISE_TYPES
 """Built-in types whose values are equal exactly when their bytes are (text ones under a deterministic collation); enums too."""
@@ -312,7 +313,7 @@ class TargetTables:
             )
         for column in relation.columns:
             target = found[column.name]
-            if column.type_oid < 16384 and target.type_oid < 16384 and column.type_oid != target.type_oid:
+            if _has_other_type(column, target):
                 (type_name,) = await self._type_names([(column.type_oid, column.type_modifier)])
                 alter = f"ALTER TABLE {name.sql} ALTER COLUMN {quote_identifier(column.name)} TYPE {type_name};"
                 raise LaneStopped(
@@ -330,7 +331,7 @@ class TargetTables:
         for oid, modifier in types:
             name = (
                 await self._connection.fetchval("select format_type($1::oid, $2::int)", oid, modifier)
-                if oid < 16384
+                if oid < FIXED_OIDS
                 else None
             )
             names.append(name or "<its type on the source>")
@@ -359,6 +360,17 @@ class TargetTables:
                 hint="Give the target's table a unique index over the replica identity's columns.",
             )
         return operators
+
+
+def _has_other_type(column: Column, target: ColumnInfo) -> bool:
+    """Tell whether the target's type is another, or may lose something of the source's values.
+
+    One that was made wider before the source's takes them all. Of types that both are user-defined nothing is told here: a domain
+    may be exchanged for another, upon which the coordinator has the table copied once more.
+    """
+    if min(column.type_oid, target.type_oid) < FIXED_OIDS and column.type_oid != target.type_oid:
+        return True
+    return may_lose(column.type_oid, column.type_modifier, target.type_modifier)
 
 
 def _generated_here(relation: Relation, name: QualifiedName, column: ColumnInfo) -> LaneStopped:

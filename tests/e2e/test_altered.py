@@ -1,0 +1,79 @@
+"""DDL on the source that writes no file anew: what the target would lose of the values stops the lane until the target is altered, too."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from tests.e2e.migration import Migration
+from tests.fixtures.fix_postgres import execute
+from tests.support.workload import differences, read_rows
+
+pytestmark = [pytest.mark.e2e, pytest.mark.integration]
+
+WIDER = {  # table -> type before, type afterwards, value that only the type afterwards holds
+    "amount": ("numeric(10,2)", "numeric", "1.2345"),
+    "scaled": ("numeric(10,2)", "numeric(12,4)", "1.2345"),
+    "moment": ("timestamptz(0)", "timestamptz", "'2026-01-01 00:00:00.123456Z'"),
+    "span": ("interval(0)", "interval(3)", "'1.234 s'"),
+    "name": ("varchar(3)", "varchar(5)", "'ab   '"),
+    "amounts": ("numeric(10,2)[]", "numeric[]", "'{1.2345}'"),
+    "by_domain": ("cents", "numeric", "1.2345"),
+}
+STOPPED = "select string_agg(hint, ' ') from _live_migration.checkpoints where error is not null"
+
+
+async def mend(migration: Migration, mended: set[str]) -> None:
+    """Run on the target what the stopped lanes ask for."""
+    connection = await asyncpg.connect(migration.target)
+    for statement in re.findall(r'ALTER TABLE "public"\.[^;]*;', await connection.fetchval(STOPPED) or ""):
+        if statement not in mended:
+            await connection.execute(statement)
+            mended.add(statement)
+    await connection.close()
+
+
+async def test_no_value_is_rounded_where_the_source_has_come_to_hold_more(
+    source_database: str, target_database: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    await execute(source_database, "create domain cents as numeric(10,2)")
+    for table, (before, _, _) in WIDER.items():
+        await execute(source_database, f"create table {table} (id int primary key, v {before})")
+        await execute(source_database, f"insert into {table} select i from generate_series(1, 5) i")
+    await execute(source_database, "create table early (id int primary key, v numeric(10,2))")
+    async with Migration(source_database, target_database, kafka_bootstrap, unique_name, tmp_path) as migration:
+        await migration.until_phase("replay")
+        await execute(target_database, "alter table early alter v type numeric")
+        await execute(source_database, "insert into early values (1, 1.23)")
+        for table, (_, after, value) in WIDER.items():
+            await execute(
+                source_database,
+                f"alter table {table} alter v type {after}",
+                f"insert into {table} values (100, {value})",
+                f"update {table} set v = {value} where id = 1",
+            )
+        await migration.until("a lane stops", STOPPED)
+        for consumer in migration.consumers:
+            await consumer.crash()
+        await execute(target_database, "update _live_migration.checkpoints set error = null, hint = null")
+        for consumer in migration.consumers:
+            consumer.start()
+        mended: set[str] = set()
+        async with asyncio.timeout(120):
+            while len(mended) < len(WIDER):
+                migration.raise_failures()
+                await mend(migration, mended)
+                await asyncio.sleep(0.1)
+        assert any('"amount" ALTER COLUMN "v" TYPE numeric;' in statement for statement in mended)
+        await migration.until("the other table's row", "select exists (select from public.early)")
+        assert not any('"early"' in statement for statement in mended)
+        await execute(source_database, "alter table early alter v type numeric", "insert into early values (2, 1.2345)")
+        for table, (_, _, value) in WIDER.items():
+            await execute(source_database, f"update {table} set v = {value} where id = 2")
+        await migration.finish()
+    tables = (*WIDER, "early")
+    assert not differences(*[await read_rows(uri, tables) for uri in (migration.source, migration.target)])
