@@ -1,4 +1,4 @@
-"""DDL on the source that writes no file anew: what the target would lose of the values stops the lane until the target is altered, too."""
+"""DDL on the source that writes no file anew: a column that holds more than the target's, a name that comes to mean another column."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from live_migration.coordinator import drift
 from tests.e2e.migration import Migration
 from tests.fixtures.fix_postgres import execute
 from tests.support.workload import differences, read_rows
@@ -77,3 +78,81 @@ async def test_no_value_is_rounded_where_the_source_has_come_to_hold_more(
         await migration.finish()
     tables = (*WIDER, "early")
     assert not differences(*[await read_rows(uri, tables) for uri in (migration.source, migration.target)])
+
+
+EXCHANGED = """
+    create table anew (id int primary key, v int, x int);
+    create table swapped (id int primary key, a int, b int);
+    create table replaced (id int primary key, v int, w int);
+    create table quiet (id int primary key, v int);
+    create table renamed (id int primary key, a int);
+    create table parts (id int primary key, a int, b int) partition by range (id);
+    create table parts_1 partition of parts for values from (0) to (1000);
+"""
+EXCHANGED_TABLES = {
+    "anew": "i, i",
+    "swapped": "i, -i",
+    "replaced": "i, -i",
+    "quiet": "i",
+    "renamed": "i",
+    "parts": "i, -i",
+}
+
+
+async def test_a_table_in_which_a_name_comes_to_mean_another_column_is_copied_once_more(
+    source_database: str,
+    target_database: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(drift, "_INTERVAL_SECONDS", 0.5)
+    await execute(source_database, EXCHANGED)
+    for table, values in EXCHANGED_TABLES.items():
+        await execute(source_database, f"insert into {table} select i, {values} from generate_series(1, 5) i")
+    async with Migration(source_database, target_database, kafka_bootstrap, unique_name, tmp_path) as migration:
+        await migration.until_phase("replay")
+        await execute(
+            source_database,
+            "alter table anew drop v; alter table anew add v int default 0",
+            "alter table swapped rename a to tmp; alter table swapped rename b to a; alter table swapped rename tmp to b",
+            "alter table replaced drop v; alter table replaced rename w to v",
+            "alter table quiet drop v; alter table quiet add v int default 7",
+            "alter table renamed rename a to z",
+            "alter table parts rename a to tmp; alter table parts rename b to a; alter table parts rename tmp to b",
+            "insert into anew values (100, 1, 2)",
+            "insert into swapped values (100, 1, 2)",
+            "insert into replaced values (100, 1)",
+            "insert into renamed values (100, 1)",
+            "insert into parts values (100, 1, 2)",
+        )
+        await execute(target_database, "alter table renamed rename a to z", "alter table replaced drop w")
+        expected = {f"public.{table}" for table in ("anew", "swapped", "replaced", "quiet", "parts_1")}
+        async with asyncio.timeout(60):
+            while exchanged(migration) != expected:
+                migration.raise_failures()
+                await asyncio.sleep(0.05)
+        await migration.finish()
+    assert exchanged(migration) == expected
+    read = [await by_name(uri) for uri in (migration.source, migration.target)]
+    assert read[0] == read[1]
+
+
+def exchanged(migration: Migration) -> set[str]:
+    """Give the tables that were said to be copied once more for their columns' names."""
+    return {
+        warning.split(" ")[0] for warning in migration.observer.warnings if "that others had the names of" in warning
+    }
+
+
+async def by_name(uri: str) -> dict[str, list[str]]:
+    """Give the tables' rows, whatever the order of their columns."""
+    connection = await asyncpg.connect(uri)
+    try:
+        return {
+            table: [row[0] for row in await connection.fetch(f"select to_jsonb(t)::text from {table} t order by id")]
+            for table in EXCHANGED_TABLES
+        }
+    finally:
+        await connection.close()
