@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from live_migration.common.relation import FIXED_OIDS, TIMESTAMPS
+
 FILE_MARK = """concat_ws(' ', c.relfilenode, (
     select string_agg(concat_ws(':', a.attnum, a.xmin, a.atttypid, encode(convert_to(a.attname::text, 'UTF8'), 'hex')), ' ' order by a.attnum)
     from pg_attribute a where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped))"""
@@ -26,7 +28,7 @@ def find_rewrite(before: str | None, now: str | None) -> str:
 
     VACUUM FULL, CLUSTER, TRUNCATE and a move to another tablespace make a new file alone, a default or a comment a new definition alone.
     ALTER TYPE and ADD COLUMN with a volatile default make both. A name that has come to mean another column makes no file: the
-    target knows columns by their names alone.
+    target knows columns by their names alone. Nor do some types that take the place of others, see `_is_doubtful`.
     """
     if not before or not now:
         return ""
@@ -34,11 +36,37 @@ def find_rewrite(before: str | None, now: str | None) -> str:
     defined = {(column.number, column.written_by) for column in columns}
     if file != file_now and any((column.number, column.written_by) not in defined for column in columns_now):
         return ANEW
-    numbers = {column.name: column.number for column in columns if column.name}
+    numbers = {column.name: column.number for column in reversed(columns) if column.name}
     moved = [column.name for column in columns_now if numbers.get(column.name, column.number) != column.number]
     if moved:
         return f"has columns on the source that others had the names of (RENAME COLUMN, or dropped and added anew): {', '.join(moved)}"
+    types = {column.number: column.type_oid for column in reversed(columns) if column.type_oid}
+    doubtful = [
+        column.name
+        for column in columns_now
+        if _is_doubtful(types.get(column.number, column.type_oid), column.type_oid)
+    ]
+    if doubtful:
+        return f"has columns on the source whose type was altered (timestamp to or from timestamptz, a domain to another): {', '.join(doubtful)}"
     return ""
+
+
+def remember(before: str, now: str) -> str:
+    """Give a mark that knows the columns of a later one, too, where `find_rewrite` finds nothing in between.
+
+    So a name that came since, by RENAME COLUMN on both sides, is known when it goes and comes again.
+    """
+    known = before.split(" ")
+    return " ".join([*known, *(column for column in now.split(" ")[1:] if column not in known)])
+
+
+def _is_doubtful(before: int, now: int) -> bool:
+    """Tell whether a type that took the place of another, with no file made, may have the target keep other values.
+
+    A session in UTC writes nothing for timestamp and timestamptz, for which the target's ALTER goes by its own session's zone. Which
+    modifier a domain has no stream tells: the target's may have rounded what came.
+    """
+    return before != now and ({before, now} <= TIMESTAMPS or min(before, now) >= FIXED_OIDS)
 
 
 def _parse(mark: str) -> tuple[str, list[_Column]]:

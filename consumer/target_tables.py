@@ -12,10 +12,18 @@ from live_migration.common.catalog import ColumnInfo, read_columns
 from live_migration.common.errors import LaneStopped
 from live_migration.common.home import Home
 from live_migration.common.lanes import BYTEWISE_TYPES
-from live_migration.common.relation import Column, QualifiedName, Relation, ReplicaIdentity, quote_identifier
+from live_migration.common.relation import (
+    FIXED_OIDS,
+    TIMESTAMPS,
+    Column,
+    QualifiedName,
+    Relation,
+    ReplicaIdentity,
+    quote_identifier,
+)
 from live_migration.common.visibility import EVERYTHING, CopySnapshot
 from live_migration.consumer.hypertables import HypertableInfo, read_hypertable
-from live_migration.consumer.type_modifiers import FIXED_OIDS, may_lose
+from live_migration.consumer.type_modifiers import may_lose
 
 FOLDABLE_TYPES = BYTEWISE_TYPES
 """Built-in types whose values are equal exactly when their bytes are (text ones under a deterministic collation); enums too."""
@@ -315,7 +323,11 @@ class TargetTables:
             target = found[column.name]
             if _has_other_type(column, target):
                 (type_name,) = await self._type_names([(column.type_oid, column.type_modifier)])
-                alter = f"ALTER TABLE {name.sql} ALTER COLUMN {quote_identifier(column.name)} TYPE {type_name};"
+                quoted = quote_identifier(column.name)
+                # On the source that writes nothing anew in a session in UTC; where another's zone counted, the table is copied once more.
+                is_zoned = column.type_oid != target.type_oid and {column.type_oid, target.type_oid} <= TIMESTAMPS
+                using = f" USING {quoted} AT TIME ZONE 'UTC'" if is_zoned else ""
+                alter = f"ALTER TABLE {name.sql} ALTER COLUMN {quoted} TYPE {type_name}{using};"
                 raise LaneStopped(
                     f"column {column.name} of {relation.name} is {type_name} on the source and {target.type} on the target",
                     hint=f"Mend the target, the lane then goes on by itself: {alter}",

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-FIXED_OIDS = 10000
-"""Below it a type has the same oid on every server; above it types are made by initdb, by extensions or by users."""
-
 # each type, then its array, whose modifier is that of its elements
 _NUMERIC = frozenset({1700, 1231})
 _INTERVAL = frozenset({1186, 1187})

@@ -1,4 +1,5 @@
-"""DDL on the source that writes no file anew: a column that holds more than the target's, a name that comes to mean another column."""
+"""DDL on the source that writes no file anew: a column that holds more than the target's, a name that comes to mean
+another column, a type that takes the place of another."""
 
 from __future__ import annotations
 
@@ -86,6 +87,7 @@ EXCHANGED = """
     create table replaced (id int primary key, v int, w int);
     create table quiet (id int primary key, v int);
     create table renamed (id int primary key, a int);
+    create table twice (id int primary key, a int);
     create table parts (id int primary key, a int, b int) partition by range (id);
     create table parts_1 partition of parts for values from (0) to (1000);
 """
@@ -95,8 +97,10 @@ EXCHANGED_TABLES = {
     "replaced": "i, -i",
     "quiet": "i",
     "renamed": "i",
+    "twice": "i",
     "parts": "i, -i",
 }
+NOTED = "select file_mark like $1 from _live_migration.tables where table_name = 'twice'"
 
 
 async def test_a_table_in_which_a_name_comes_to_mean_another_column_is_copied_once_more(
@@ -120,6 +124,7 @@ async def test_a_table_in_which_a_name_comes_to_mean_another_column_is_copied_on
             "alter table replaced drop v; alter table replaced rename w to v",
             "alter table quiet drop v; alter table quiet add v int default 7",
             "alter table renamed rename a to z",
+            "alter table twice rename a to z",
             "alter table parts rename a to tmp; alter table parts rename b to a; alter table parts rename tmp to b",
             "insert into anew values (100, 1, 2)",
             "insert into swapped values (100, 1, 2)",
@@ -128,7 +133,10 @@ async def test_a_table_in_which_a_name_comes_to_mean_another_column_is_copied_on
             "insert into parts values (100, 1, 2)",
         )
         await execute(target_database, "alter table renamed rename a to z", "alter table replaced drop w")
-        expected = {f"public.{table}" for table in ("anew", "swapped", "replaced", "quiet", "parts_1")}
+        await execute(target_database, "alter table twice rename a to z")
+        await migration.until("the name is noted", NOTED, f"%:{b'z'.hex()}%")
+        await execute(source_database, "alter table twice drop z", "alter table twice add z int default 7")
+        expected = {f"public.{table}" for table in ("anew", "swapped", "replaced", "quiet", "twice", "parts_1")}
         async with asyncio.timeout(60):
             while exchanged(migration) != expected:
                 migration.raise_failures()
@@ -154,5 +162,80 @@ async def by_name(uri: str) -> dict[str, list[str]]:
             table: [row[0] for row in await connection.fetch(f"select to_jsonb(t)::text from {table} t order by id")]
             for table in EXCHANGED_TABLES
         }
+    finally:
+        await connection.close()
+
+
+ZONED = """
+    create domain cents as numeric(10,2);
+    create domain precise as numeric;
+    create table zone (id int primary key, v timestamp);
+    create table back (id int primary key, v timestamptz);
+    create table told (id int primary key, v timestamp);
+    create table domains (id int primary key, v cents);
+    insert into zone select i, '2026-01-01 00:00:00' from generate_series(1, 5) i;
+    insert into back select i, '2026-07-01 00:00:00Z' from generate_series(1, 5) i;
+    insert into told select i, '2026-01-01 00:00:00' from generate_series(1, 5) i;
+    insert into domains select i, i from generate_series(1, 5) i;
+"""
+IN_BERLIN = """
+    do $$begin execute format('alter database %I set timezone = ''Europe/Berlin''', current_database()); end$$
+"""
+TOLD = """ALTER TABLE "public"."told" ALTER COLUMN "v" TYPE timestamp with time zone USING "v" AT TIME ZONE 'UTC';"""
+
+
+async def test_a_type_that_goes_by_the_sessions_zone_or_is_a_domain_is_copied_once_more(
+    source_database: str,
+    target_database: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(drift, "_INTERVAL_SECONDS", 0.5)
+    await execute(source_database, ZONED)
+    await execute(target_database, IN_BERLIN)
+    async with Migration(source_database, target_database, kafka_bootstrap, unique_name, tmp_path) as migration:
+        await migration.until_phase("replay")
+        await execute(
+            source_database,
+            "set timezone = 'UTC'; alter table zone alter v type timestamptz",
+            "set timezone = 'UTC'; alter table back alter v type timestamp",
+            "set timezone = 'UTC'; alter table told alter v type timestamptz",
+            "alter table domains alter v type precise",
+            "insert into domains values (100, 1.2345)",
+            "insert into told values (100, '2026-07-01 00:00:00Z')",
+        )
+        await execute(
+            target_database, "alter table zone alter v type timestamptz", "alter table back alter v type timestamp"
+        )
+        await migration.until("the lane stops", STOPPED)
+        mended: set[str] = set()
+        await mend(migration, mended)
+        assert mended == {TOLD}
+        await migration.until("the lane goes on", "select exists (select from public.told where id = 100)")
+        assert await in_utc(migration.target, "told") == await in_utc(migration.source, "told")
+        async with asyncio.timeout(60):
+            while len(retyped(migration)) < 4:
+                migration.raise_failures()
+                await asyncio.sleep(0.05)
+        await migration.until("the row is rounded", "select exists (select from public.domains where v = 1.23)")
+        await execute(target_database, "alter table domains alter v type precise")
+        await migration.finish()
+    assert retyped(migration) == {"public.zone", "public.back", "public.told", "public.domains"}
+    for table in ("zone", "back", "told", "domains"):
+        assert await in_utc(migration.target, table) == await in_utc(migration.source, table), table
+
+
+def retyped(migration: Migration) -> set[str]:
+    """Give the tables that were said to be copied once more for a column's type."""
+    return {warning.split(" ")[0] for warning in migration.observer.warnings if "whose type was altered" in warning}
+
+
+async def in_utc(uri: str, table: str) -> list[str]:
+    """Give a table's rows as a session in UTC sees them."""
+    connection = await asyncpg.connect(uri, server_settings={"timezone": "UTC"})
+    try:
+        return [row[0] for row in await connection.fetch(f"select to_jsonb(t)::text from {table} t order by id")]
     finally:
         await connection.close()
