@@ -1,5 +1,5 @@
 """DDL on the source that writes no file anew: a column that holds more than the target's, a name that comes to mean
-another column, a type that takes the place of another."""
+another column, a type that takes the place of another; and columns that the target computes itself."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import asyncpg
 import pytest
 
 from live_migration.coordinator import drift
+from live_migration.coordinator.cutover import CutoverRefused
 from tests.e2e.migration import Migration
 from tests.fixtures.fix_postgres import execute
 from tests.support.workload import differences, read_rows
@@ -239,3 +240,36 @@ async def in_utc(uri: str, table: str) -> list[str]:
         return [row[0] for row in await connection.fetch(f"select to_jsonb(t)::text from {table} t order by id")]
     finally:
         await connection.close()
+
+
+async def test_a_generated_column_that_is_computed_otherwise_is_to_be_mended_before_the_cutover(
+    source_database: str, target_database: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    await execute(
+        source_database,
+        "create table sums (id int primary key, v int, g int generated always as (v + 1) stored)",
+        "create table mended (id int primary key, v text, g bool generated always as (v in ('a', 'b')) stored)",
+        "insert into sums select i, i from generate_series(1, 5) i",
+        "insert into mended select i, 'a' from generate_series(1, 5) i",
+    )
+    async with Migration(source_database, target_database, kafka_bootstrap, unique_name, tmp_path) as migration:
+        await migration.until_phase("replay")
+        anew = "alter table mended drop g, add g bool generated always as (v in ('b', 'c')) stored"
+        await execute(
+            source_database,
+            "alter table sums drop g, add g int generated always as (v + 100) stored",
+            anew,
+            "insert into sums values (100, 1)",
+            "insert into mended values (100, 'c')",
+        )
+        await execute(target_database, anew)
+        with pytest.raises(CutoverRefused) as refused:
+            await migration.finish()
+        assert re.findall("ALTER TABLE .*;", refused.value.message) == [
+            'ALTER TABLE "public"."sums" ALTER COLUMN "g" SET EXPRESSION AS ((v + 100));'
+        ]
+        await execute(target_database, *re.findall("ALTER TABLE .*;", refused.value.message))
+        migration.start_coordinator()
+        await migration.finish()
+    tables = ("sums", "mended")
+    assert not differences(*[await read_rows(uri, tables) for uri in (migration.source, migration.target)])
