@@ -12,9 +12,18 @@ from live_migration.common.catalog import ColumnInfo, read_columns
 from live_migration.common.errors import LaneStopped
 from live_migration.common.home import Home
 from live_migration.common.lanes import BYTEWISE_TYPES
-from live_migration.common.relation import Column, QualifiedName, Relation, ReplicaIdentity, quote_identifier
+from live_migration.common.relation import (
+    FIXED_OIDS,
+    TIMESTAMPS,
+    Column,
+    QualifiedName,
+    Relation,
+    ReplicaIdentity,
+    quote_identifier,
+)
 from live_migration.common.visibility import EVERYTHING, CopySnapshot
 from live_migration.consumer.hypertables import HypertableInfo, read_hypertable
+from live_migration.consumer.type_modifiers import may_lose
 
 FOLDABLE_TYPES = BYTEWISE_TYPES
 """Built-in types whose values are equal exactly when their bytes are (text ones under a deterministic collation); enums too."""
@@ -312,9 +321,13 @@ class TargetTables:
             )
         for column in relation.columns:
             target = found[column.name]
-            if column.type_oid < 16384 and target.type_oid < 16384 and column.type_oid != target.type_oid:
+            if _has_other_type(column, target):
                 (type_name,) = await self._type_names([(column.type_oid, column.type_modifier)])
-                alter = f"ALTER TABLE {name.sql} ALTER COLUMN {quote_identifier(column.name)} TYPE {type_name};"
+                quoted = quote_identifier(column.name)
+                # On the source that writes nothing anew in a session in UTC; where another's zone counted, the table is copied once more.
+                is_zoned = column.type_oid != target.type_oid and {column.type_oid, target.type_oid} <= TIMESTAMPS
+                using = f" USING {quoted} AT TIME ZONE 'UTC'" if is_zoned else ""
+                alter = f"ALTER TABLE {name.sql} ALTER COLUMN {quoted} TYPE {type_name}{using};"
                 raise LaneStopped(
                     f"column {column.name} of {relation.name} is {type_name} on the source and {target.type} on the target",
                     hint=f"Mend the target, the lane then goes on by itself: {alter}",
@@ -330,7 +343,7 @@ class TargetTables:
         for oid, modifier in types:
             name = (
                 await self._connection.fetchval("select format_type($1::oid, $2::int)", oid, modifier)
-                if oid < 16384
+                if oid < FIXED_OIDS
                 else None
             )
             names.append(name or "<its type on the source>")
@@ -359,6 +372,17 @@ class TargetTables:
                 hint="Give the target's table a unique index over the replica identity's columns.",
             )
         return operators
+
+
+def _has_other_type(column: Column, target: ColumnInfo) -> bool:
+    """Tell whether the target's type is another, or may lose something of the source's values.
+
+    One that was made wider before the source's takes them all. Of types that both are user-defined nothing is told here: a domain
+    may be exchanged for another, upon which the coordinator has the table copied once more.
+    """
+    if min(column.type_oid, target.type_oid) < FIXED_OIDS and column.type_oid != target.type_oid:
+        return True
+    return may_lose(column.type_oid, column.type_modifier, target.type_modifier)
 
 
 def _generated_here(relation: Relation, name: QualifiedName, column: ColumnInfo) -> LaneStopped:

@@ -13,6 +13,7 @@ from live_migration.common.postgres import asking
 from live_migration.common.progress import name_list
 from live_migration.common.relation import QualifiedName
 from live_migration.common.timescale import INTERNAL_SCHEMA
+from live_migration.coordinator.generated import generated_differences
 from live_migration.coordinator.observer import Reporter
 from live_migration.coordinator.rewrites import mark_rewritten
 from live_migration.coordinator.run import Run
@@ -138,7 +139,7 @@ async def read_other_names(target: asyncpg.Connection) -> dict[QualifiedName, Qu
 
 
 async def shape_differences(run: Run, source: asyncpg.Connection, target: asyncpg.Connection) -> list[str]:
-    """Say where the target lacks a table, a column or a sequence of the source, or has it otherwise."""
+    """Say where the target lacks a table, a column or a sequence of the source, or has it otherwise, or computes it by another expression."""
     ours = await run.patiently("reading the tables' shape", lambda: read_shapes(source))
     sequences = await run.patiently("listing sequences", lambda: list_sequences(source))
     with asking("target", "reading the tables' shape"):
@@ -149,6 +150,7 @@ async def shape_differences(run: Run, source: asyncpg.Connection, target: asyncp
         for name, shape in sorted(ours.items())
         if (line := _difference(name, shape, theirs.get(names.get(name, name))))
     ]
+    found += await generated_differences(run, source, target)
     missing = [str(name) for name in sequences if name not in there]
     return found + ([f"the target lacks sequences: {name_list(missing)}"] if missing else [])
 

@@ -65,7 +65,7 @@ create table _live_migration.tables (
     snapshot text,                          -- pg_current_snapshot() of the copy
     horizon pg_lsn,                         -- insert position right after the snapshot
     timeline integer,                       -- on which both were taken
-    file_mark text,                         -- which file and column definitions the copy saw: of others, its rows may have got new values
+    file_mark text,                         -- which file and columns the copy saw: of others, its rows may have got new values
     row_count bigint not null default 0,    -- copied
     byte_count bigint not null default 0,
     started_at timestamptz,
