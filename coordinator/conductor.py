@@ -71,6 +71,12 @@ async def conduct(
         await say_what_is_held(opened, reporter)
 
 
+async def _is_work_left(run: Run) -> bool:
+    """Tell whether anything is left for producer and consumers: nothing is behind the last barrier."""
+    async with run.target_session("workers") as target:
+        return not await steps.has_passed_barrier(target)
+
+
 async def _until(stop: asyncio.Event, work: Coroutine[None, None, None]) -> None:
     """Run the work until it ends or `stop` is set, then cancel it."""
     task, stopping = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
@@ -172,7 +178,12 @@ class _Conductor:
             await run.publications_changed(run.target)
         if run.phase is not Phase.DONE:
             await self._pool.start()
-            watchers = [self._pool.watch(), watch_identities(run), watch_slot(run), watch_timeline(run)]
+            watchers = [
+                self._pool.watch(lambda: _is_work_left(run)),
+                watch_identities(run),
+                watch_slot(run),
+                watch_timeline(run),
+            ]
             await beside(self._lead_to_done(run), watchers)
         await self._pool.stop()
         await self._finish(run)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 import asyncpg
 
 from live_migration.common import state
 from live_migration.common.catalog import sequence_positions
 from live_migration.common.control import POSITION, LogPosition
-from live_migration.common.errors import LiveMigrationError, PublicationLost, TargetError
+from live_migration.common.errors import ConnectionLost, KafkaError, LiveMigrationError, PublicationLost, TargetError
 from live_migration.common.kafka import ControlReader
 from live_migration.common.postgres import asking, session, terminate_backend
 from live_migration.common.progress import name_list
@@ -328,14 +329,14 @@ async def _sequences_apart(run: Run, source: asyncpg.Connection) -> list[str]:
 
 
 async def _await_log(run: Run, lsn: int) -> LogPosition | None:
-    """Wait until the change log holds everything before `lsn`; None when that does not come to pass."""
-    deadline = time.monotonic() + _LOG_SECONDS
-    async with ControlReader(run.settings) as reader:
-        while time.monotonic() < deadline:
-            control = await reader.read()
-            if POSITION in control:
-                position = LogPosition.model_validate_json(control[POSITION])
-                if position.confirm_lsn > lsn:
-                    return position
-            await asyncio.sleep(0.05)
+    """Wait until the change log holds everything before `lsn`; None when that does not come to pass, be it that the broker is gone for good."""
+    with suppress(TimeoutError, ConnectionLost, KafkaError):
+        async with asyncio.timeout(_LOG_SECONDS), ControlReader(run.settings) as reader:
+            while True:
+                control = await reader.read()
+                if POSITION in control:
+                    position = LogPosition.model_validate_json(control[POSITION])
+                    if position.confirm_lsn > lsn:
+                        return position
+                await asyncio.sleep(0.05)
     return None

@@ -20,7 +20,7 @@ from live_migration.common.state import Migration, Phase
 from live_migration.coordinator.control_topic import announce_publication_change
 from live_migration.coordinator.observer import Reporter
 from live_migration.coordinator.phases import is_transition_allowed
-from live_migration.coordinator.steps import require_role
+from live_migration.coordinator.steps import has_passed_barrier, require_role
 
 _T = TypeVar("_T")
 APPLICATION = "live-migration"
@@ -100,7 +100,12 @@ class Run:
             await state.set_phase(self.target, self.epoch, phase)
 
     async def publications_changed(self, target: asyncpg.Connection) -> None:
-        """Tell the producer that a publication was changed; `target` is the calling task's session."""
+        """Tell the producer that a publication was changed; `target` is the calling task's session.
+
+        Nobody is told behind the last barrier, where the broker may be gone: what is read then is applied no more.
+        """
+        if await has_passed_barrier(target):
+            return
         change = await announce_publication_change(self.settings, target, self.epoch, self.migration)
         # The row may have been read anew meanwhile, in another phase.
         self.migration = replace(self.migration, publication_change=change)

@@ -607,8 +607,12 @@ async def test_a_worker_that_dies_again_and_again_ends_the_run_with_its_log(
         await pool.start()
         with pytest.raises(workers.WorkerFailed, match="no luck for the"):
             async with asyncio.timeout(60):
-                await pool.watch()
+                await pool.watch(_true)
     assert any("ended with code 3" in warning for warning in observer.warnings)
+
+
+async def _true() -> bool:
+    return True
 
 
 async def test_workers_are_asked_to_end_and_get_their_settings_by_environment_alone(
