@@ -11,7 +11,7 @@ import asyncpg
 
 from live_migration.common import state
 from live_migration.common.errors import LaneStopped, LiveMigrationError, Retry
-from live_migration.common.postgres import asking, connect, session
+from live_migration.common.postgres import asking, connect
 from live_migration.common.settings import Settings
 from live_migration.common.state import Phase
 from live_migration.coordinator import steps
@@ -29,7 +29,7 @@ from live_migration.coordinator.opening import open_migration
 from live_migration.coordinator.prepare import prepare
 from live_migration.coordinator.publication_watch import publish_again, watch_publications
 from live_migration.coordinator.recopy import begin_recopy
-from live_migration.coordinator.run import APPLICATION, Run
+from live_migration.coordinator.run import APPLICATION, Run, target_session
 from live_migration.coordinator.schema import restore_schema
 from live_migration.coordinator.slot_watch import watch_slot
 from live_migration.coordinator.timeline_watch import follow_timeline, watch_timeline
@@ -131,9 +131,7 @@ class _Conductor:
         try:
             epoch = await state.acquire_coordinator_lease(keeper, self._owner, self._settings.lease)
             try:
-                async with session(
-                    self._settings.target_uri(), "target", application=f"{APPLICATION} conductor"
-                ) as target:
+                async with target_session(self._settings, self._owner, "conductor") as target:
                     run = Run(self._settings, self._reporter, target, epoch, await state.require_migration(target))
                     await beside(self._lead(run), [self._keep(keeper, epoch)])
             finally:

@@ -201,8 +201,8 @@ async def _record_barrier(run: Run, barrier_lsn: int) -> None:
         held = await target.fetch(
             "select backend_pid, backend_start from _live_migration.checkpoints where backend_pid is not null"
         )
+        await target.execute(FENCE_LANES)  # first, for it may wait: nobody is to wait for the migration's row meanwhile
         await target.execute("update _live_migration.migration set cutover_lsn = $1", barrier_lsn)
-        await target.execute(FENCE_LANES)
         await steps.finish(target, run.epoch, steps.BARRIER)
     with asking("target", "ending what lanes are at"):
         for row in await run.target.fetch(

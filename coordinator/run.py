@@ -26,8 +26,12 @@ _T = TypeVar("_T")
 APPLICATION = "live-migration"
 """Our sessions' application_name begins with this."""
 
-
 _DROPPED_ATTEMPTS = 50
+
+
+def target_session(settings: Settings, owner: str, what: str) -> AbstractAsyncContextManager[asyncpg.Connection]:
+    """Open a session of the coordinator `owner` on the target, which its successor ends by its name."""
+    return session(settings.target_uri(), "target", application=f"{APPLICATION} {what} {state.session_tag(owner)}")
 
 
 @dataclass(slots=True)
@@ -78,7 +82,7 @@ class Run:
 
     def target_session(self, what: str) -> AbstractAsyncContextManager[asyncpg.Connection]:
         """Open another session on the target."""
-        return session(self.settings.target_uri(), "target", application=f"{APPLICATION} {what}")
+        return target_session(self.settings, self.migration.owner or "", what)
 
     @asynccontextmanager
     async def target_transaction(self, doing: str) -> AsyncIterator[asyncpg.Connection]:
