@@ -71,6 +71,14 @@ async def conduct(
         await say_what_is_held(opened, reporter)
 
 
+async def _record_broker(run: Run) -> None:
+    """Record the broker's address, which may be another one now: only who leads the migration, once its topics were found there."""
+    if run.settings.kafka_servers() != run.migration.kafka:
+        async with run.target_transaction("recording the broker's address") as target:
+            await target.execute("update _live_migration.migration set kafka = $1", run.settings.kafka_servers())
+        await run.reload()
+
+
 async def _is_work_left(run: Run) -> bool:
     """Tell whether anything is left for producer and consumers: nothing is behind the last barrier."""
     async with run.target_session("workers") as target:
@@ -165,6 +173,7 @@ class _Conductor:
             self._recopy = False
         self._show(run)
         if run.phase is Phase.PREPARE:
+            await _record_broker(run)
             await prepare(run)
             self._show(run)
         elif run.phase is not Phase.DONE:
@@ -197,8 +206,11 @@ class _Conductor:
 
     async def _require_whole(self, run: Run) -> None:
         """Raise what is lost of slot or log, before anybody works with what is left; nothing is after the last barrier."""
-        if not await steps.has_passed_barrier(run.target) and (loss := await find_loss(run)) is not None:
+        if await steps.has_passed_barrier(run.target):
+            return
+        if (loss := await find_loss(run)) is not None:
             raise loss
+        await _record_broker(run)
 
     async def _lead_to_done(self, run: Run) -> None:
         if run.phase is Phase.SCHEMA:

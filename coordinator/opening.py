@@ -58,7 +58,7 @@ async def open_migration(settings: Settings, reporter: Reporter, *, must_exist: 
                 return None
         if migration.phase is not Phase.DONE:  # what is left then is done on the target, and the source may be gone
             await _require_same_source(settings, migration)
-        return await _resume(settings, migration, target, reporter)
+        return _resume(settings, migration, reporter)
 
 
 def with_hypertables(settings: Settings) -> Settings:
@@ -132,12 +132,9 @@ async def _require_same_source(settings: Settings, migration: Migration) -> None
         )
 
 
-async def _resume(settings: Settings, migration: Migration, target: asyncpg.Connection, reporter: Reporter) -> Settings:
+def _resume(settings: Settings, migration: Migration, reporter: Reporter) -> Settings:
     """Give the settings with what is fixed for a migration's life taken from its state."""
     kafka = settings.kafka or migration.kafka
-    if kafka != migration.kafka:
-        with asking("target", "recording the broker's address"):
-            await target.execute("update _live_migration.migration set kafka = $1", kafka)
     lanes = migration.lane_map
     if settings.lanes and settings.lane_map.split != lanes.split:
         begun = " ".join(f"--lanes {name}={count}" for name, count in lanes.split) or "no --lanes"

@@ -553,7 +553,14 @@ async def test_conduct_stops_keeps_its_state_and_resumes(make_settings: MakeSett
                 await asyncio.sleep(0.05)
         second = RecordingObserver()
         with pytest.raises(TargetError, match="already being run"):
-            await conduct(settings, stop=asyncio.Event(), ask_cutover=asyncio.Event(), observer=second)
+            await conduct(
+                settings.model_copy(update={"kafka": "127.0.0.1:1"}),
+                stop=asyncio.Event(),
+                ask_cutover=asyncio.Event(),
+                observer=second,
+            )
+        # Who is refused has changed nothing that the consumers read.
+        assert await fetch(settings.target_uri(), "select kafka from _live_migration.migration") == [(settings.kafka,)]
         stop.set()
         await conducting
         assert observer.phases == [Phase.PREPARE, Phase.SCHEMA, Phase.COPY]
