@@ -130,6 +130,14 @@ async def _require_same_source(settings: Settings, migration: Migration) -> None
             f"{describe(settings.source_uri())}, system {identity.system_identifier}",
             hint="Check SOURCE, or `live-migration clean` and start again.",
         )
+    async with session(settings.source_uri(), "source", application=f"{APPLICATION} opening") as source:
+        with asking("source", "asking whether it is a standby"):
+            is_standby = await source.fetchval("select pg_is_in_recovery()")
+    if is_standby:
+        raise SourceError(
+            f"SOURCE is a standby of the migration's source: {describe(settings.source_uri())}. Nothing is lost",
+            hint="Give the primary. After a failover, wait until the standby is promoted.",
+        )
 
 
 def _resume(settings: Settings, migration: Migration, reporter: Reporter) -> Settings:
