@@ -15,6 +15,7 @@ from live_migration.common.postgres import asking, connect
 from live_migration.common.settings import Settings
 from live_migration.common.state import Phase
 from live_migration.coordinator import steps
+from live_migration.coordinator.absent import watch_absent
 from live_migration.coordinator.beside import beside, translated
 from live_migration.coordinator.chunk_watch import watch_chunks
 from live_migration.coordinator.cutover import SourceBusy, cut_over
@@ -218,7 +219,14 @@ class _Conductor:
             self._show(run)
         await beside(
             self._follow(run),
-            [watch_drift(run), watch_trimming(run), watch_chunks(run), watch_newcomers(run), watch_publications(run)],
+            [
+                watch_drift(run),
+                watch_trimming(run),
+                watch_chunks(run),
+                watch_newcomers(run),
+                watch_publications(run),
+                watch_absent(run),
+            ],
         )
 
     async def _follow(self, run: Run) -> None:
