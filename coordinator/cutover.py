@@ -215,10 +215,11 @@ async def _record_barrier(run: Run, barrier_lsn: int) -> None:
 async def _busy(source: asyncpg.Connection, to: str, when: str = "between the two barriers") -> SourceBusy:
     with asking("source", "looking who writes"):
         rows = await source.fetch(
-            """select format('pid %s (%s, user %s)', pid, coalesce(nullif(application_name, ''), 'no application name'),
-                             usename) as who
+            """select format('pid %s (%s%s, user %s)', pid, coalesce(nullif(application_name, ''), 'no application name'),
+                             case when backend_type = 'client backend' then '' else ', a ' || backend_type end, usename) as who
                from pg_stat_activity
-               where datname = current_database() and backend_type = 'client backend' and pid <> pg_backend_pid()
+               where datname = current_database() and pid <> pg_backend_pid()
+                 and (backend_type = 'client backend' or backend_type ~ '^logical replication .*worker$')
                  and application_name not like $1
                order by state_change desc nulls last limit 10""",
             f"{APPLICATION}%",

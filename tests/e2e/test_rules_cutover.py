@@ -9,9 +9,11 @@ from typing import Any
 import asyncpg
 import pytest
 
+from live_migration.common.local_postgres import LocalPostgres
 from live_migration.coordinator import cutover
 from live_migration.coordinator.barrier import Barrier, emit_barrier
 from tests.e2e.migration import Migration
+from tests.fixtures.fix_postgres import DatabaseFactory
 from tests.support.workload import differences, read_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.integration]
@@ -149,3 +151,27 @@ async def test_a_write_that_commits_right_behind_the_last_barrier_is_not_taken_f
     if is_noticed:
         assert not differences(await read_rows(source_database, ["t"]), await read_rows(target_database, ["t"]))
     await source.close()
+
+
+async def test_a_subscription_of_the_source_is_named_among_those_who_write(
+    source_server: LocalPostgres, source_database: str, fresh_database: DatabaseFactory, unique_name: str
+) -> None:
+    """It writes by a worker of the server's, which is nobody's client."""
+    publisher = await asyncpg.connect(await fresh_database(source_server))
+    source = await asyncpg.connect(source_database)
+    name = unique_name
+    await publisher.execute(f"create publication {name}")
+    await publisher.execute(f"select pg_create_logical_replication_slot('{name}', 'pgoutput')")
+    where = await publisher.fetchval("select current_database()")
+    await source.execute(
+        f"create subscription {name} connection 'host=127.0.0.1 port={source_server.port} user=postgres dbname={where}' "
+        f"publication {name} with (create_slot = false, slot_name = '{name}', copy_data = false)"
+    )
+    try:
+        async with asyncio.timeout(30):
+            while "a logical replication" not in (await cutover._busy(source, "")).message:
+                await asyncio.sleep(0.05)
+    finally:
+        await source.execute(f"drop subscription {name}")
+        await source.close()
+        await publisher.close()
