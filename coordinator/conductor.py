@@ -23,6 +23,7 @@ from live_migration.coordinator.drift import watch_drift
 from live_migration.coordinator.handover import finish_after_handover
 from live_migration.coordinator.held import say_what_is_held
 from live_migration.coordinator.identity_watch import watch_identities
+from live_migration.coordinator.lease_watch import watch_leases
 from live_migration.coordinator.losses import find_loss
 from live_migration.coordinator.newcomers import watch_newcomers
 from live_migration.coordinator.observer import Observer, Reporter
@@ -225,6 +226,7 @@ class _Conductor:
                 watch_chunks(run),
                 watch_newcomers(run),
                 watch_publications(run),
+                watch_leases(run),
                 watch_absent(run),
             ],
         )
