@@ -596,7 +596,14 @@ async def test_conduct_stops_keeps_its_state_and_resumes(make_settings: MakeSett
                 await asyncio.sleep(0.05)
         second = RecordingObserver()
         with pytest.raises(TargetError, match="already being run"):
-            await conduct(settings, stop=asyncio.Event(), ask_cutover=asyncio.Event(), observer=second)
+            await conduct(
+                settings.model_copy(update={"kafka": "127.0.0.1:1"}),
+                stop=asyncio.Event(),
+                ask_cutover=asyncio.Event(),
+                observer=second,
+            )
+        # Who is refused has changed nothing that the consumers read.
+        assert await fetch(settings.target_uri(), "select kafka from _live_migration.migration") == [(settings.kafka,)]
         stop.set()
         await conducting
         assert observer.phases == [Phase.PREPARE, Phase.SCHEMA, Phase.COPY]
@@ -650,8 +657,12 @@ async def test_a_worker_that_dies_again_and_again_ends_the_run_with_its_log(
         await pool.start()
         with pytest.raises(workers.WorkerFailed, match="no luck for the"):
             async with asyncio.timeout(60):
-                await pool.watch()
+                await pool.watch(_true)
     assert any("ended with code 3" in warning for warning in observer.warnings)
+
+
+async def _true() -> bool:
+    return True
 
 
 async def test_workers_are_asked_to_end_and_get_their_settings_by_environment_alone(
