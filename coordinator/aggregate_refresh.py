@@ -16,6 +16,7 @@ from live_migration.coordinator.aggregate_state import AggregateState
 from live_migration.coordinator.hypertable_definitions import ContinuousAggregate
 from live_migration.coordinator.hypertable_gaps import read_target
 from live_migration.coordinator.hypertable_source import read_definitions
+from live_migration.coordinator.materialized_views import refresh_readers
 from live_migration.coordinator.run import Run
 
 _ARCHIVE = "watermarks"
@@ -58,7 +59,7 @@ async def refresh_aggregates(run: Run) -> None:
         return
     columns = {each.name: each.dimensions[0].column for each in definitions.hypertables}
     columns |= {each.name: each.time_column for each in definitions.aggregates}
-    refused = []
+    refused, refreshed = [], []
     for aggregate in definitions.aggregates:
         if (watermark := watermarks.get(aggregate.name)) is None:
             continue
@@ -68,10 +69,12 @@ async def refresh_aggregates(run: Run) -> None:
                 window = await _window(run, aggregate, columns[aggregate.parent], watermark)
                 name = f"{quote_literal(aggregate.name.sql)}::regclass"
                 await run.target.execute(f"call {server.function('refresh_continuous_aggregate')}({name}, {window})")
+            refreshed.append(aggregate.name)
         except TargetError as error:
             refused.append(error.message)
     if refused:
         run.reporter.warning(f"aggregates could not be refreshed, do it by hand: {name_list(refused)}")
+    await refresh_readers(run, refreshed)
 
 
 async def _window(run: Run, aggregate: ContinuousAggregate, parent_column: str, watermark: int) -> str:
