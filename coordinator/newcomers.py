@@ -7,7 +7,8 @@ Each goes through two transactions on the target, so that a coordinator that die
                 snapshot of the source from after that. Its lane copies it whole, then applies what the copy does not show.
 
 One that cannot be made is not published (a change in the stream would stop its lane) and is named; the cutover is refused while it is there.
-What becomes a hypertable on its way here, as CREATE TABLE and create_hypertable in two transactions do it, is made anew as one.
+What becomes a hypertable on its way here, as CREATE TABLE and create_hypertable in two transactions do it, is made anew as one. TimescaleDB refuses
+that for a published table: so no plain table is published that has not been there for two looks, but at the cutover.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from live_migration.common.postgres import asking
 from live_migration.common.progress import name_list
 from live_migration.common.relation import QualifiedName
 from live_migration.common.state import Phase
-from live_migration.common.timescale import read_layout
+from live_migration.common.timescale import read_layout, read_version
 from live_migration.coordinator import client_programs, planning, steps
 from live_migration.coordinator.barrier import emit_call
 from live_migration.coordinator.drift import PARENTS
@@ -55,9 +56,10 @@ _FOLLOW = """
 async def watch_newcomers(run: Run) -> None:
     """Bring newcomers now and then while lanes apply; never returns."""
     async with run.source_session("newcomers") as source:
+        seen: set[int] = set()
         while True:
             # Not before: in phase copy, TimescaleDB's catalog on the target is not its own yet.
-            problems = await bring_newcomers(run, source, phases=(Phase.REPLAY,))
+            problems = await bring_newcomers(run, source, phases=(Phase.REPLAY,), seen=seen)
             for name, reason in problems.items():
                 run.reporter.warn_on_change(
                     f"newcomer {name}", f"{name}, made on the source, cannot be brought: {reason}"
@@ -66,11 +68,17 @@ async def watch_newcomers(run: Run) -> None:
 
 
 async def bring_newcomers(
-    run: Run, source: asyncpg.Connection, *, phases: Sequence[Phase] = tuple(Phase)
+    run: Run, source: asyncpg.Connection, *, phases: Sequence[Phase] = tuple(Phase), seen: set[int] | None = None
 ) -> dict[str, str]:
     """Bring what was made on the source since the last look, let go of what is gone; give what could not be brought, and why.
 
     In other `phases` than these it does nothing: what it writes into the WAL between two barriers would look like a write.
+
+    Args:
+        run: of the coordinator.
+        source: a session of the caller's.
+        phases: see above.
+        seen: plain tables of the last looks, to be kept by the caller: where the source has TimescaleDB, one is brought that is among them. None: at once.
     """
     # A session that began in TimescaleDB's restoring mode knows none of its statements ever after.
     async with run.following, run.target_session("newcomers") as target:
@@ -78,9 +86,9 @@ async def bring_newcomers(
             return {}
         tables = await run.list_tables(source)
         await let_go(run, source, target, tables)
-        problems, has_changed = await _bring(run, source, target, tables)
+        problems, has_changed = await _bring(run, source, target, tables, seen)
         if has_changed:  # into hypertables, which they remain
-            again, _ = await _bring(run, source, target, await run.list_tables(source))
+            again, _ = await _bring(run, source, target, await run.list_tables(source), seen)
             problems |= again
         return problems | await bring_jobs(run, source, target)
 
@@ -90,11 +98,14 @@ async def _bring(
     source: asyncpg.Connection,
     target: asyncpg.Connection,
     tables: Sequence[TableInfo],
+    seen: set[int] | None,
 ) -> tuple[dict[str, str], bool]:
     """Make and follow newcomers; give what could not be brought, and whether some are to be made anew, of another kind."""
     with asking("target", "reading the plan"):
         known = await target.fetch(KNOWN)
     newcomers, problems = await _find(source, known, tables)
+    if seen is not None and await _has_timescale(source):
+        newcomers = _settled(newcomers, seen)
     if newcomers:
         problems |= await _make(run, source, target, newcomers)
     with asking("target", "reading the plan"):
@@ -103,6 +114,23 @@ async def _bring(
         return problems, False
     more, has_changed = await _follow(run, source, target, waiting)
     return problems | more, has_changed
+
+
+async def _has_timescale(source: asyncpg.Connection) -> bool:
+    with asking("source", "looking at its extensions"):
+        return await read_version(source) is not None
+
+
+def _settled(newcomers: Sequence[Newcomer], seen: set[int]) -> list[Newcomer]:
+    """Give those that may be brought now, and note the plain tables that were `seen`. Pure but for that.
+
+    A plain table may be on its way to become a hypertable, which TimescaleDB refuses once it is published.
+    """
+    plain = {each.table.oid for each in newcomers if each.kind == "table"}
+    found = [each for each in newcomers if each.table.oid not in plain - seen]
+    seen.clear()
+    seen.update(plain)
+    return found
 
 
 async def _make(

@@ -56,6 +56,37 @@ async def _is_whole(migration: Migration) -> None:
     assert await world.value(target, _CHUNKS) == await world.value(source, _CHUNKS) == 3
 
 
+async def test_a_table_that_was_seen_before_it_became_a_hypertable(
+    source: str,
+    target_of_timescale: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """TimescaleDB would refuse create_hypertable for a table in a publication: no statement of the source's own may fail."""
+    bring, looked = newcomers.bring_newcomers, asyncio.Event()
+    made = False
+
+    async def noting(*arguments: Any, **options: Any) -> dict[str, str]:
+        is_there = made
+        problems = await bring(*arguments, **options)
+        if is_there:
+            looked.set()
+        return problems
+
+    async with Migration(
+        source, target_of_timescale, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True
+    ) as migration:
+        await migration.until_phase("replay", timeout=240)
+        monkeypatch.setattr(newcomers, "bring_newcomers", noting)
+        await execute(source, _TABLE, _ROWS)
+        made = True
+        await asyncio.wait_for(looked.wait(), 60)
+        await execute(source, _CONVERT)
+        await _is_whole(migration)
+
+
 def _converting(source: str) -> Publish:
     publish, done = newcomers._publish, []
 
