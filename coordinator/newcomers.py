@@ -196,8 +196,10 @@ async def _follow(
     Gives what could not be followed, and why; and whether some have become tables of another kind, and so were unmade.
     """
     tables = await run.list_tables(source)
-    if before := await _unmake_changed(run, source, target, tables):
-        oids = oids - before
+    before = await _unmake_changed(run, source, target, tables)
+    oids = oids - before
+    if not oids:
+        return {}, bool(before)
     try:
         await _publish(run, source, target, tables, oids)
         await await_older_transactions(
