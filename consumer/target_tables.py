@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import asyncpg
 
-from live_migration.common.catalog import ColumnInfo, read_columns
+from live_migration.common.catalog import BINARY_SAFE_TYPES, ColumnInfo, read_columns
 from live_migration.common.errors import LaneStopped
 from live_migration.common.home import Home
 from live_migration.common.lanes import BYTEWISE_TYPES
@@ -88,6 +88,7 @@ _TABLE = """
     select coalesce(t.root_schema, t.schema_name) as schema_name, coalesce(t.root_name, t.table_name) as table_name,
            t.lane, t.lanes, t.is_left_out, t.is_passed_over and t.copy_again as is_passed_over, t.snapshot, t.horizon - '0/0'::pg_lsn as horizon, c.oid, c.relkind::text as kind,
            to_regclass('_timescaledb_catalog.dimension') is not null as has_timescale,
+           coalesce((select binary_stream from _live_migration.migration), false) as is_binary,
            t.rebuild is not null and t.kind <> 'chunk'
                or exists (select from _live_migration.tables h where h.oid = t.hypertable_oid and h.rebuild is not null) as is_due
     from _live_migration.tables t
@@ -277,6 +278,8 @@ class TargetTables:
             raise LaneStopped(
                 f"table {name} does not exist on the target", hint="Restore it there; the lane then goes on by itself."
             )
+        if row["is_binary"]:
+            await self._require_binary_safe(relation)
         on_target = (await read_columns(self._connection, [row["oid"]])).get(row["oid"], ())
         columns = await self._match_columns(relation, name, on_target)
         indexes = await self._connection.fetch(_UNIQUE_INDEXES, row["oid"])
@@ -300,6 +303,19 @@ class TargetTables:
         if row["lanes"] > 1 and key_names and not table.is_full:  # else one lane takes all of its rows
             _require_order_per_key(table, row["lanes"])
         return table
+
+    async def _require_binary_safe(self, relation: Relation) -> None:
+        """Refuse a column that came after the form of the stream was chosen, whose values in it mean another thing here, as oids do."""
+        columns = [column for column in relation.columns if column.type_oid not in BINARY_SAFE_TYPES]
+        if not columns:
+            return
+        types = await self._type_names([(column.type_oid, column.type_modifier) for column in columns])
+        found = ", ".join(f"{column.name} ({kind})" for column, kind in zip(columns, types, strict=True))
+        raise LaneStopped(
+            f"the source's table {relation.name} has columns that the stream cannot carry in the binary form that its tables allowed at the "
+            f"start: {found}",
+            hint="Run `live-migration migrate --recopy`: it copies every table again, and chooses the text form.",
+        )
 
     async def _match_columns(
         self, relation: Relation, name: QualifiedName, on_target: Sequence[ColumnInfo]
