@@ -77,6 +77,11 @@ class TableInfo:
         return self.part in ("table", "hypertable")
 
     @property
+    def file(self) -> str | None:
+        """The number of the file that it lies in, a new one each time that it is written anew."""
+        return self.file_mark.split(maxsplit=1)[0] if self.file_mark else None
+
+    @property
     def sql(self) -> str:
         """Its name in a query for all of its rows and no others."""
         return self.name.sql if self.part == "hypertable" else f"only {self.name.sql}"

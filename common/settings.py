@@ -64,8 +64,8 @@ class Settings(BaseSettings):
     """Those of them that are left out, each `schema.table.name`."""
     pause_source_jobs: bool = False
     """Pause TimescaleDB's jobs on the source that move data, given back by `clean`; else `migrate` asks on a terminal."""
-    accept_unseen_deletes: bool = False
-    """Begin though DELETEs of whole compressed batches cannot be noticed: before TimescaleDB 2.29 without a superuser on the source."""
+    accept_unseen_changes: bool = False
+    """Begin though some changes of compressed chunks cannot be noticed: before TimescaleDB 2.29 without a superuser on the source, and before 2.16."""
     flatten: bool = False
     """Let hypertables become plain tables on a target without TimescaleDB."""
 

@@ -31,7 +31,7 @@ from live_migration.consumer.merged_chunks import (
     look_for_merged,
     mark_leftover,
     mark_newcomers,
-    note_ranges,
+    note_chunks,
     siblings,
 )
 from live_migration.consumer.plain_chunks import hypertable_to_copy, is_plain
@@ -167,7 +167,7 @@ async def rebuild_chunk(
         if is_chunk and condition and (chunk.is_early or condition != chunk.range):
             await _note_neighbours(source, target, chunk, condition, origin)
         if chunk.kind == "hypertable":
-            await note_ranges(source, target, chunk.oid)
+            await note_chunks(source, target, chunk.oid)
         await _empty(target, chunk, condition)
         count = await stream_copy(source, target, plan, blocks=None, freeze=False, on_bytes=lambda _: None)
         with server_errors("source", f"ending the copy of {chunk.name}"):

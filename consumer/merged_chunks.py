@@ -15,6 +15,7 @@ import asyncpg
 
 from live_migration.common.home import Home
 from live_migration.common.relation import QualifiedName
+from live_migration.common.rewriting import FILE_MARK
 from live_migration.common.timescale import chunk_ranges
 from live_migration.consumer.chunk_marks import mark_chunk
 from live_migration.consumer.claim_endings import CopyOrigin
@@ -48,6 +49,8 @@ _ABSORB = """
     where o.oid = $1 and c.hypertable_oid = o.hypertable_oid and c.kind = 'chunk' and c.state in ('copied', 'ready')
       and not c.oid = any($2::oid[])
 """
+_FILE_MARKS = f"select c.oid, {FILE_MARK} as file_mark from pg_class c where c.oid = any($1::oid[])"
+_SET_FILE_MARK = "update _live_migration.tables set file_mark = $2 where oid = $1"
 _SET_RANGE = "update _live_migration.tables set range = $2 where oid = $1"
 # Of rows that come from elsewhere: of a hypertable's root itself some versions say right away that it is empty.
 _EXPLAIN = "explain select from jsonb_populate_recordset(null::{root}, '[]') where {condition}"
@@ -233,11 +236,13 @@ async def absorb(
         await target.execute(_SET_RANGE, chunk, condition)
 
 
-async def note_ranges(source: asyncpg.Connection, target: asyncpg.Connection, hypertable: int) -> None:
-    """Record the ranges that the chunks of a hypertable have, which is copied whole: they are known now, however they were merged before."""
+async def note_chunks(source: asyncpg.Connection, target: asyncpg.Connection, hypertable: int) -> None:
+    """Record range and file that the chunks of a hypertable have, which is copied whole: known now, however they were merged or moved before."""
     with server_errors("target", "reading the plan"):
         chunks = [row["oid"] for row in await target.fetch(_CHUNKS, hypertable)]
     with server_errors("source", "looking at chunks"):
-        now = await chunk_ranges(source, chunks)
+        ranges = await chunk_ranges(source, chunks)
+        marks = await source.fetch(_FILE_MARKS, chunks)
     with server_errors("target", "recording ranges"):
-        await target.executemany(_SET_RANGE, list(now.items()))
+        await target.executemany(_SET_RANGE, list(ranges.items()))
+        await target.executemany(_SET_FILE_MARK, [(row["oid"], row["file_mark"]) for row in marks])

@@ -1,7 +1,8 @@
 """Chunks and tables of compressed rows that came after the plan: each is published, and what was missed before is copied anew.
 
 A chunk made by a session that TimescaleDB's own publishing of new chunks does not reach lacks its updates and deletes in the
-stream, or all of it. A chunk compressed since the plan has a table of compressed rows that nobody watches yet.
+stream, or all of it. A chunk compressed since the plan has a table of compressed rows that nobody watches yet. Where new tables of
+compressed rows are not in the stream from the first on, one may come and go between two looks: the chunk lies in another file then.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from live_migration.coordinator import planning
 from live_migration.coordinator.barrier import emit_call
 from live_migration.coordinator.prepare import publish_compressed
 from live_migration.coordinator.run import Run
-from live_migration.coordinator.timescale_source import can_watch_compressed
+from live_migration.coordinator.timescale_source import can_watch_compressed, publishes_schemas
 from live_migration.producer.publication import PublishedTable, add_tables, published_tables
 from live_migration.producer.slot import await_older_transactions
 
@@ -34,10 +35,13 @@ INTERVAL_SECONDS = 15.0
 _ATTEMPTS = 20
 
 _PLAN = """
-    select oid, schema_name, table_name, kind, publication, compressed_oid, range from _live_migration.tables
+    select oid, schema_name, table_name, kind, publication, compressed_oid, range, split_part(file_mark, ' ', 1) as file,
+           rebuild is not null or state not in ('copied', 'ready') as is_to_be_copied
+    from _live_migration.tables
     where kind <> 'table' and coalesce(newcomer, 'followed') = 'followed' and not is_left_out
 """
 _UNWATCHED = "it was compressed, and what then changed was not told at first"
+_MOVED = "it was written anew, as by compression, and what changed meanwhile was not told"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +49,15 @@ class Known:
     """The hypertables and chunks of the plan. `roots`: by oid, whether they are published with all operations.
 
     `ranges`: those of chunks that were planned, marked here or copied; one that came since and that its lane marked has none at first.
+    `files`: in which each chunk was when it was copied. `to_be_copied`: chunks whose next copy is still to come.
     """
 
     roots: dict[int, tuple[QualifiedName, bool]] = field(default_factory=dict)
     chunks: frozenset[int] = frozenset()
     compressed: frozenset[int] = frozenset()
     ranges: Mapping[int, str] = field(default_factory=dict)
+    files: Mapping[int, str] = field(default_factory=dict)
+    to_be_copied: frozenset[int] = frozenset()
 
     def is_new(self, chunk: TableInfo) -> bool:
         """Tell whether a chunk came after the plan and is in no copy."""
@@ -110,6 +117,19 @@ def find_grown(known: Known, tables: Sequence[TableInfo]) -> list[Missed]:
     ]
 
 
+def find_moved(known: Known, tables: Sequence[TableInfo]) -> list[Missed]:
+    """Give the chunks that lie in another file than when they were copied, or made, for then a file has its table's oid. Pure.
+
+    Compression and a merge make a new file, as VACUUM FULL, CLUSTER and TRUNCATE do, which cost a copy for nothing.
+    """
+    return [
+        Missed(table, known.roots[table.hypertable or 0][0], _MOVED, is_new=known.is_new(table))
+        for table in tables
+        if table.part == "chunk" and table.hypertable in known.roots and table.oid not in known.to_be_copied
+        if table.file not in (None, known.files.get(table.oid, str(table.oid)))
+    ]
+
+
 async def watch_chunks(run: Run) -> None:
     """Follow chunks now and then; never returns, and does nothing where the source has no TimescaleDB."""
     async with run.source_session("chunks") as source, run.target_session("chunks") as target:
@@ -140,6 +160,17 @@ async def follow_chunks(
     raise AssertionError
 
 
+async def mark_unlooked(run: Run, source: asyncpg.Connection) -> None:
+    """Mark behind the last barrier what chunks missed since the last look; they are copied by whoever marks them."""
+    with asking("target", "reading the plan"):
+        known = _known(await run.target.fetch(_PLAN))
+    if known.roots:
+        in_all, _ = await _published(run, source)
+        tables = await run.list_tables(source)
+        watches = await can_watch_compressed(source)
+        await _mark(run.target, await _find_changed(run, source, known, tables, in_all, watches=watches), lsn=None)
+
+
 async def unpublished_chunks(run: Run, source: asyncpg.Connection) -> list[QualifiedName]:
     """Give the chunks whose changes the stream does not tell, for they were made since `follow_chunks`. Writes nothing."""
     with asking("target", "reading the plan"):
@@ -167,8 +198,8 @@ async def _follow_chunks(run: Run, source: asyncpg.Connection, target: asyncpg.C
     in_all, in_insert = await _published(run, source)
     missed = find_missed(known, tables, in_all, in_insert)
     watches = await can_watch_compressed(source)
-    missed += find_unwatched(known, tables, in_all, set(suspects.values())) if watches else []
-    missed += find_grown(known, tables)
+    names = set(suspects.values())
+    missed += await _find_changed(run, source, known, tables, in_all, watches=watches, suspects=names)
     is_under_way = await is_marking(target)
     has_new = watches and any(table.part == "compressed" and table.oid not in in_all for table in tables)
     if not (missed or has_new or suspects or is_under_way):
@@ -178,11 +209,11 @@ async def _follow_chunks(run: Run, source: asyncpg.Connection, target: asyncpg.C
             await emit_call(source, str(run.migration.id))
         return 0
     # First the marks, for what is published looks afterwards as if nothing had been missed.
-    await _mark(target, missed)
+    await _mark(target, missed, lsn=NOT_KNOWN_YET)
     for publication, wanted in ((settings.publication, True), (settings.insert_publication, False)):
         chunks = [each.chunk for each in missed if _goes_into_all(run, each.chunk) is wanted]
-        names = [PublishedTable(chunk.oid, chunk.name) for chunk in chunks]
-        await add_tables(source, publication, names, lock_timeout=settings.lock_timeout)
+        wanted_tables = [PublishedTable(chunk.oid, chunk.name) for chunk in chunks]
+        await add_tables(source, publication, wanted_tables, lock_timeout=settings.lock_timeout)
     await publish_compressed(run, source, target, tables)
     await await_older_transactions(
         source, timeout=settings.slot_timeout, on_wait=run.reporter.note, what="publishing new chunks"
@@ -192,6 +223,25 @@ async def _follow_chunks(run: Run, source: asyncpg.Connection, target: asyncpg.C
     if missed:
         run.reporter.note(f"{len(missed)} chunks are copied anew: {name_list(each.chunk.name for each in missed)}")
     return len(missed)
+
+
+async def _find_changed(
+    run: Run,
+    source: asyncpg.Connection,
+    known: Known,
+    tables: Sequence[TableInfo],
+    published: frozenset[int],
+    *,
+    watches: bool,
+    suspects: Collection[QualifiedName] = (),
+) -> list[Missed]:
+    """Give the chunks whose rows may have changed untold, each once. `watches`: whether tables of compressed rows are published at all."""
+    found = find_grown(known, tables)
+    if watches:
+        found += find_unwatched(known, tables, published, suspects)
+        if not await publishes_schemas(run, source):
+            found += find_moved(known, tables)
+    return list({each.chunk.oid: each for each in found}.values())
 
 
 async def read_suspects(target: asyncpg.Connection) -> dict[tuple[int, str], QualifiedName]:
@@ -208,8 +258,8 @@ def _goes_into_all(run: Run, chunk: TableInfo) -> bool:
     return planning.has_identity(chunk, run.migration.source_version)
 
 
-async def _mark(target: asyncpg.Connection, missed: Sequence[Missed]) -> None:
-    """Mark chunks to be copied anew, from a position on that is not known yet."""
+async def _mark(target: asyncpg.Connection, missed: Sequence[Missed], *, lsn: int | None) -> None:
+    """Mark chunks to be copied anew: what was missed of them was before `lsn`, where there is a lane to come so far."""
     with asking("target", "marking chunks"):
         for each in missed:
             home = Home(each.root, each.chunk.name)
@@ -218,7 +268,7 @@ async def _mark(target: asyncpg.Connection, missed: Sequence[Missed]) -> None:
                 each.chunk.oid,
                 home,
                 reason=each.reason,
-                lsn=NOT_KNOWN_YET,
+                lsn=lsn,
                 is_new=each.is_new,
                 condition=each.chunk.range,
             )
@@ -249,4 +299,6 @@ def _known(rows: Sequence[asyncpg.Record]) -> Known:
         frozenset(row["oid"] for row in rows if row["kind"] == "chunk"),
         frozenset(row["compressed_oid"] for row in rows if row["compressed_oid"] is not None),
         {row["oid"]: row["range"] for row in rows if row["kind"] == "chunk" and row["range"] is not None},
+        {row["oid"]: row["file"] for row in rows if row["kind"] == "chunk" and row["file"]},
+        frozenset(row["oid"] for row in rows if row["is_to_be_copied"]),
     )

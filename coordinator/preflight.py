@@ -367,9 +367,9 @@ class _Preflight:
             return []
         begun = self._migration
         pause = self._settings.pause_source_jobs or bool(begun and begun.settings.get("pause_source_jobs"))
-        accepts = self._settings.accept_unseen_deletes or begun is not None
+        accepts = self._settings.accept_unseen_changes or begun is not None
         return timescale_findings.assess_source(
-            facts, accept_unseen_deletes=accepts
+            facts, accept_unseen_changes=accepts
         ) + timescale_findings.assess_target(
             facts,
             await timescale_facts.read_target(target, facts),

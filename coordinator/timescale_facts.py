@@ -52,7 +52,11 @@ _SOURCE = """
             where name in ('timescaledb.enable_direct_compress_copy', 'timescaledb.enable_direct_compress_insert'))
            or exists (select from pg_db_role_setting s, unnest(s.setconfig) c
                       where s.setdatabase in (0, (select oid from pg_database where datname = current_database()))
-                        and c ~ '^timescaledb\\.enable_direct_compress_(copy|insert)=(on|true|yes|1)$') as has_direct_compress
+                        and c ~ '^timescaledb\\.enable_direct_compress_(copy|insert)=(on|true|yes|1)$') as has_direct_compress,
+           coalesce(current_setting('timescaledb.compress_truncate_behaviour', true), 'truncate_only') = 'truncate_only'
+           and not exists (select from pg_db_role_setting s, unnest(s.setconfig) c
+                           where s.setdatabase in (0, (select oid from pg_database where datname = current_database()))
+                             and c ~ '^timescaledb\\.compress_truncate_behaviour=' and c !~ '=truncate_only$') as truncates
 """
 
 _HYPERTABLES = """
@@ -133,6 +137,8 @@ class SourceFacts:
     joined_publications: tuple[str, ...]
     """Other people's, that hypertables are in: new chunks will join them, too."""
     has_direct_compress: bool
+    truncates: bool
+    """Whether a chunk that is compressed is truncated, and never has its rows deleted."""
     hypertables: tuple[HypertableFacts, ...]
     aggregates: tuple[str, ...]
     old_aggregates: tuple[str, ...]

@@ -39,11 +39,11 @@ def can_watch_compressed(source: SourceFacts) -> bool:
     return source.server.is_superuser or parse_version(source.version) >= FIRST_WATCHED_BY_OWNERS
 
 
-def assess_source(source: SourceFacts, *, accept_unseen_deletes: bool = False) -> list[Finding]:
+def assess_source(source: SourceFacts, *, accept_unseen_changes: bool = False) -> list[Finding]:
     """Judge what holds for every target: whether all changes of the hypertables can be followed, or the user does without."""
     return [
-        *_assess_markers(source),
-        *_assess_compressed(source, accept_unseen_deletes),
+        *_assess_markers(source, accept_unseen_changes),
+        *_assess_compressed(source, accept_unseen_changes),
         *_assess_publication(source),
         *_assess_all_tables(source),
         *_assess_joined(source),
@@ -164,7 +164,7 @@ def _compressing(source: SourceFacts) -> list[str]:
     return [each.name for each in source.hypertables if each.can_compress or each.has_compressed]
 
 
-def _assess_markers(source: SourceFacts) -> list[Finding]:
+def _assess_markers(source: SourceFacts, is_accepted: bool) -> list[Finding]:
     if parse_version(source.version) < _FIRST_WITH_MARKERS:
         compressed = [each.name for each in source.hypertables if each.has_compressed]
         what = f"the source has TimescaleDB {source.version}, which does not mark in its WAL what compression moves"
@@ -173,11 +173,13 @@ def _assess_markers(source: SourceFacts) -> list[Finding]:
             return [error(f"{what}; compressed chunks are in {name_list(compressed)}", hint)]
         enabled = _compressing(source)
         where = f", though compression is enabled for {name_list(enabled)}" if enabled else ""
+        judge = error if enabled and not is_accepted else warning
+        consent = " Then give --accept-unseen-changes." if judge is error else ""
         return [
-            warning(
+            judge(
                 f"{what}: compress nothing during the migration{where}. Rows of a chunk that is compressed meanwhile may be lost or stand twice, "
                 "and only `verify` finds it",
-                f"{hint} Or see that nobody compresses: pause the policies (--pause-source-jobs).",
+                f"{hint} Or see that nobody compresses: pause the policies (--pause-source-jobs).{consent}",
             )
         ]
     compressing = _compressing(source)
@@ -192,12 +194,12 @@ def _assess_markers(source: SourceFacts) -> list[Finding]:
     ]
 
 
-def _assess_compressed(source: SourceFacts, accept_unseen_deletes: bool) -> list[Finding]:
+def _assess_compressed(source: SourceFacts, accept_unseen_changes: bool) -> list[Finding]:
     names = _compressing(source)
     if not names or parse_version(source.version) < _FIRST_WITH_MARKERS:
         return []
     if not can_watch_compressed(source):
-        return _assess_unwatched(source, names, accept_unseen_deletes)
+        return _assess_unwatched(source, names, accept_unseen_changes)
     found = [
         warning(
             f"compression is enabled for {name_list(names)}: a DELETE that removes whole compressed batches (by a segmentby column) "
@@ -205,6 +207,16 @@ def _assess_compressed(source: SourceFacts, accept_unseen_deletes: bool) -> list
             "Leave such DELETEs, in bulk, for after the cutover.",
         )
     ]
+    if not (source.truncates or can_publish_schema(source)):
+        found.append(
+            error(
+                "timescaledb.compress_truncate_behaviour of the source is not truncate_only: where whole schemas are not published, a chunk that is "
+                "compressed and decompressed between two looks is known by its file, which stays the same then; what was deleted meanwhile would "
+                "stay on the target",
+                "Set it back on the source for the time of the migration: `alter system reset timescaledb.compress_truncate_behaviour; "
+                "select pg_reload_conf()`, or on the database or role that sets it.",
+            )
+        )
     if source.has_direct_compress:
         found.append(
             warning(
@@ -221,7 +233,7 @@ def _assess_unwatched(source: SourceFacts, names: list[str], is_accepted: bool) 
     why = f"role {source.server.role} is no superuser, who alone can watch compressed rows before TimescaleDB 2.29 (the source has {source.version})"
     mend = "Use a superuser, or `alter extension timescaledb update` on the source, to 2.29 or newer."
     judge = warning if is_accepted else error
-    consent = "" if is_accepted else " Or give --accept-unseen-deletes, where nobody deletes so."
+    consent = "" if is_accepted else " Or give --accept-unseen-changes, where nobody deletes so."
     found = [
         judge(
             f"compression is enabled for {name_list(names)}, and {why}: a DELETE that removes whole compressed batches (by a segmentby column) has no "

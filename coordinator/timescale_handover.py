@@ -21,6 +21,7 @@ from live_migration.consumer.source_watch import write_flush_barrier
 from live_migration.coordinator import archives
 from live_migration.coordinator.aggregate_refresh import keep_watermarks
 from live_migration.coordinator.aggregate_state import AggregateState, read_state, write_state
+from live_migration.coordinator.chunk_watch import mark_unlooked
 from live_migration.coordinator.run import APPLICATION, Run
 from live_migration.coordinator.source_jobs import release_target_jobs
 from live_migration.coordinator.statistics import Unfollowed, read_statistics
@@ -38,6 +39,7 @@ async def copy_unfollowed_chunks(run: Run, source: asyncpg.Connection, unfollowe
     """Copy the chunks anew that wait for it, and those in which rows were changed that the stream does not tell of."""
     await _mark_new_unfollowed(run, source, unfollowed)
     await _mark_suspects(run, source)
+    await mark_unlooked(run, source)
     done: set[int] = set()
     while True:  # a chunk that was split has its new neighbours copied, too
         with asking("target", "looking for chunks to copy"):

@@ -111,7 +111,7 @@ async def _publish_catalog(run: Run, source: asyncpg.Connection, layout: Layout)
     there = {row[0] for row in exists}
     tables = ", ".join(f"only {CATALOG_SCHEMA}.{name}" for name in missing if name in there)
     statements = [f"alter publication {publication} add table {tables}"] if tables else []
-    if run.migration.source_version >= _TABLES_IN_SCHEMA:
+    if await publishes_schemas(run, source):
         statements += await _schema_statements(source, run.settings.insert_publication, layout)
     if statements:
         await execute_politely(
@@ -135,6 +135,11 @@ async def _schema_statements(source: asyncpg.Connection, publication: str, layou
 def compressed_tables(tables: Sequence[TableInfo]) -> list[TableInfo]:
     """Give the tables of compressed rows among a source's tables."""
     return [table for table in tables if table.part == "compressed"]
+
+
+async def publishes_schemas(run: Run, source: asyncpg.Connection) -> bool:
+    """Tell whether the schemas of chunks are published, so that each new one is in the stream from its first row on."""
+    return run.migration.source_version >= _TABLES_IN_SCHEMA and bool(await source.fetchval(timescale.IS_SUPERUSER))
 
 
 async def can_watch_compressed(source: asyncpg.Connection) -> bool:

@@ -19,7 +19,7 @@ from live_migration.consumer import checkpoint as checkpoints
 from live_migration.consumer.apply_phase import run_apply_phase
 from live_migration.consumer.checkpoint import Advance, Checkpoint
 from live_migration.consumer.target_tables import TargetTables
-from tests.fixtures.fix_postgres import SETTINGS
+from tests.fixtures.fix_postgres import HAS_STANDBY, NO_STANDBY
 from tests.integration.test_applier import Pair
 from tests.support.lanes import grow, replay
 from tests.support.wal import read_messages
@@ -367,15 +367,11 @@ async def test_a_commit_that_the_copy_did_not_see_is_applied_although_it_stands_
     target_database: str, unique_name: str
 ) -> None:
     """A commit is in the WAL before it is visible, for long when it waits for a standby: positions alone do not tell."""
-    async with LocalPostgres(settings=SETTINGS) as server:
+    async with LocalPostgres(settings=HAS_STANDBY) as server:
         pair = Pair(server.uri(), target_database, unique_name)
         await pair.prepare("create table t (id int primary key, v int)")
-        await pair.source.execute("set synchronous_commit = local")
-        await pair.source.execute("alter system set synchronous_standby_names = 'nobody'")
-        await pair.source.execute("select pg_reload_conf()")
         hanging = await asyncpg.connect(server.uri())
-        while not await hanging.fetchval("show synchronous_standby_names"):
-            await asyncio.sleep(0.02)
+        await hanging.execute("set synchronous_commit = on")
         committing = asyncio.ensure_future(hanging.execute("insert into t values (1, 1)"))
         waits = "select wait_event = 'SyncRep' from pg_stat_activity where pid = $1"
         async with asyncio.timeout(30):
@@ -387,8 +383,8 @@ async def test_a_commit_that_the_copy_did_not_see_is_applied_although_it_stands_
         )
         rows = await pair.source.fetch("select id, v from t")
         assert [tuple(row) for row in rows] == [(2, 2)]
-        await pair.source.execute("alter system reset synchronous_standby_names")
-        await pair.source.execute("select pg_reload_conf()")
+        for statement in NO_STANDBY:
+            await pair.source.execute(statement)
         await committing
         async with postgres.session(target_database, "target") as target:
             await target.executemany("insert into public.t values ($1, $2)", rows)

@@ -25,7 +25,7 @@ from live_migration.producer.replication import ReplicationConnection
 from live_migration.producer.resume import stream_options
 from live_migration.producer.slot import await_older_transactions
 from tests.fixtures.change_log import wait_for
-from tests.fixtures.fix_postgres import SETTINGS, DatabaseFactory, PostgresFactory
+from tests.fixtures.fix_postgres import HAS_STANDBY, NO_STANDBY, SETTINGS, DatabaseFactory, PostgresFactory
 from tests.integration.test_conductor import bench, fetch
 
 pytestmark = pytest.mark.integration
@@ -42,7 +42,7 @@ async def test_the_first_snapshot_waits_for_a_commit_that_the_log_has_not_and_no
 
     One that stands there before the log's first LSN is not in the log; a snapshot taken now would not have it either.
     """
-    async with LocalPostgres(settings=SETTINGS) as server:
+    async with LocalPostgres(settings=HAS_STANDBY) as server:
         settings = load_settings(
             {
                 "source": server.uri(), "target": target_database, "kafka": kafka_bootstrap, "name": unique_name,
@@ -50,23 +50,18 @@ async def test_the_first_snapshot_waits_for_a_commit_that_the_log_has_not_and_no
             }
         )  # fmt: skip
         watcher, hanging = [await asyncpg.connect(server.uri()) for _ in range(2)]
-        await watcher.execute("set synchronous_commit = local; create table t (id int primary key)")
+        await watcher.execute("create table t (id int primary key)")
+        await hanging.execute("set synchronous_commit = on")
         inserting: list[asyncio.Future[str]] = []
 
         async def waits_for_standby() -> bool:
             query = "select wait_event = 'SyncRep' from pg_stat_activity where pid = $1"
             return bool(await watcher.fetchval(query, hanging.get_server_pid()))
 
-        async def has_setting() -> bool:
-            return bool(await hanging.fetchval("show synchronous_standby_names"))
-
         async def wait_and_hang(*arguments: Any, **options: Any) -> None:
             """Before the log's first LSN is read, put a commit below it that nobody sees."""
             await await_older_transactions(*arguments, **options)
             if not inserting:
-                await watcher.execute("alter system set synchronous_standby_names = 'nobody'")
-                await watcher.execute("select pg_reload_conf()")
-                await wait_for(has_setting)
                 inserting.append(asyncio.ensure_future(hanging.execute("insert into t values (3)")))
                 await wait_for(waits_for_standby)
 
@@ -84,8 +79,8 @@ async def test_the_first_snapshot_waits_for_a_commit_that_the_log_has_not_and_no
                 )  # a slot on an idle server takes up to 15 s, and more on a busy machine
                 assert await watcher.fetch("select id from t") == []
             finally:
-                await watcher.execute("alter system reset synchronous_standby_names")
-                await watcher.execute("select pg_reload_conf()")
+                for statement in NO_STANDBY:
+                    await watcher.execute(statement)
             await inserting[0]
             await preparing
             assert await watcher.fetch("select id from t") == [(3,)]

@@ -136,15 +136,18 @@ async def test_a_lock_on_another_table_does_not_count(source_database: str, monk
         oid = await other.fetchval("select 'a.t'::regclass::oid")
         await other.execute(f"begin; lock table a.t in access exclusive mode; {swap}")
         begin_locked = table_snapshot.begin_locked
+        committed = asyncio.Event()
 
         async def lock_and_swap(*arguments: Any) -> None:
             await begin_locked(*arguments)
+            await committed.wait()  # the lock may be ours before the commit's answer has come
             await other.execute(swap)
 
         monkeypatch.setattr(table_snapshot, "begin_locked", lock_and_swap)
         locking = asyncio.ensure_future(lock_table(ours, TableClaim(oid, QualifiedName("a", "t"), 1, False), 30))
         await until_waiting(source_database, ours.get_server_pid())
         await other.execute("commit")
+        committed.set()
         with pytest.raises(CopyDeferred, match="changed places"):
             await locking
         await ours.execute("rollback")

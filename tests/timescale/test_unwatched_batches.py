@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 
 from live_migration.consumer import chunk_rebuild
-from live_migration.coordinator import chunk_watch
+from live_migration.coordinator import chunk_watch, cutover
 from tests.e2e.migration import Migration
 from tests.fixtures.fix_postgres import Server, database, execute
 from tests.fixtures.fix_timescale import timescale_database
@@ -42,6 +42,7 @@ _MOMENTS = {
     "recompressed": ("compress", "delete 3", "more", "compress again", "delete 4", "decompress"),
     "compressed anew": ("compress", "delete 3", "more", "compress anew", "delete 4", "decompress"),
     "another segmentby": ("compress", "delete 3", "alter", "compress anew", "decompress"),
+    "emptied": ("compress", "empty", "decompress"),
 }
 _LOOSE = (
     "create table loose (time timestamptz not null, device int not null, temp float8)",
@@ -67,6 +68,9 @@ async def _do(connection: asyncpg.Connection, what: str) -> None:
         assert [await compress(connection, "metrics", day) for day in _DAYS] == [[COMPRESSED]] * len(_DAYS)
     elif what == "decompress":
         assert [await decompress(connection, "metrics", day) for day in _DAYS] == [[DECOMPRESSED]] * len(_DAYS)
+    elif what == "empty":
+        for device in range(1, 6):
+            assert DELETED in await watched(connection, _DELETE.format(device))
     elif what.startswith("delete"):
         assert DELETED in await watched(connection, _DELETE.format(what.split()[1]))
     elif what == "more":
@@ -205,6 +209,42 @@ async def test_batches_deleted_of_rows_that_were_compressed_as_they_came(
         assert await world.differences(source, target, tables=("loose",)) == []
 
 
+@pytest.mark.parametrize("is_superuser", [True, False])
+@pytest.mark.parametrize("moment", ["compressed", "decompressed", "emptied"])
+async def test_batches_deleted_behind_the_last_look(
+    moment: str,
+    is_superuser: bool,
+    timescale_source_database: str,
+    target_of_timescale: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Just before the first barrier, so that it refuses no cutover: nobody looks for new tables of compressed rows any more."""
+    source, target = timescale_source_database, target_of_timescale
+    if not is_superuser:
+        source = await world.as_owner(source, target, unique_name)
+    await world.make(source)
+    monkeypatch.setattr(chunk_watch, "follow_chunks", _nobody_looks)
+    follow_chunks = cutover.follow_chunks
+    connection = await asyncpg.connect(source)
+
+    async def look_and_act(*arguments: Any) -> int:
+        found = await follow_chunks(*arguments)
+        for what in _MOMENTS.get(moment, ("compress", "delete 3")):
+            await _do(connection, what)
+        return found
+
+    monkeypatch.setattr(cutover, "follow_chunks", look_and_act)
+    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
+        await migration.until_phase("replay", timeout=240)
+        await connection.execute(_NEW_CHUNK)
+        await migration.finish()
+        assert await world.differences(source, target) == []
+    await connection.close()
+
+
 @pytest.mark.parametrize("moment", _MOMENTS)
 async def test_batches_deleted_on_a_source_whose_role_is_no_superuser(
     moment: str,
@@ -215,16 +255,14 @@ async def test_batches_deleted_on_a_source_whose_role_is_no_superuser(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Neither the catalog nor a table of compressed rows is in the stream before the next look: rows that come back by decompression are."""
-    database_name, role = timescale_source_database.rsplit("/", 1)[1], unique_name
-    await execute(target_of_timescale, f"create role {role} login")
-    await execute(
-        timescale_source_database,
-        f"create role {role} login replication",
-        f"alter database {database_name} owner to {role}",
-        f"grant all on schema public to {role}",
+    """Neither the catalog nor a table of compressed rows is in the stream before the next look: rows that come back by decompression are.
+
+    Where none comes back, the chunk lies in another file than before.
+    """
+    source, target = (
+        await world.as_owner(timescale_source_database, target_of_timescale, unique_name),
+        target_of_timescale,
     )
-    source, target = timescale_source_database.replace("postgres@", f"{role}@"), target_of_timescale
     await world.make(source)
     monkeypatch.setattr(chunk_watch, "follow_chunks", _nobody_looks)
     async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:

@@ -76,6 +76,9 @@ async def test_a_source_as_validate_reads_it(timescale_source_database: str) -> 
         assert facts.relations == chunks + compressed > chunks > 0
         await connection.execute("set timescaledb.enable_direct_compress_insert = on")
         assert (await read_source(connection, ["ours"])) == replace(facts, has_direct_compress=True)
+        assert facts.truncates
+        await connection.execute("set timescaledb.compress_truncate_behaviour = truncate_or_delete")
+        assert not (await read_source(connection, ["ours"])).truncates
         await connection.execute(
             "create publication ours for table public.metrics; create publication theirs for table public.metrics"
         )

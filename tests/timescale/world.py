@@ -6,6 +6,8 @@ from typing import Any
 
 import asyncpg
 
+from tests.fixtures.fix_postgres import execute
+
 SCHEMA = """
     create schema app;
     create schema store;
@@ -100,6 +102,18 @@ async def make(uri: str) -> None:
         await connection.execute(statement)
     await connection.execute(POLICIES)
     await connection.close()
+
+
+async def as_owner(source: str, target: str, role: str) -> str:
+    """Give the source's database to a role that is no superuser; give its URI for that role."""
+    await execute(target, f"create role {role} login")
+    await execute(
+        source,
+        f"create role {role} login replication",
+        f"alter database {source.rsplit('/', 1)[1]} owner to {role}",
+        f"grant all on schema public to {role}",
+    )
+    return source.replace("postgres@", f"{role}@")
 
 
 async def rows_of(connection: asyncpg.Connection, relation: str) -> list[str]:

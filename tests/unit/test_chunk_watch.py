@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from live_migration.common.catalog import Part, TableInfo
 from live_migration.common.relation import QualifiedName, ReplicaIdentity
-from live_migration.coordinator.chunk_watch import Known, find_grown, find_missed, find_unwatched
+from live_migration.coordinator.chunk_watch import Known, find_grown, find_missed, find_moved, find_unwatched
 
 KEYED, KEYLESS = QualifiedName("public", "keyed"), QualifiedName("public", "keyless")
 KNOWN = Known({1: (KEYED, True), 2: (KEYLESS, False)}, frozenset({11}), frozenset({21}), {11: "true"})
@@ -53,3 +55,17 @@ def test_a_chunk_that_its_lane_has_but_marked_is_in_no_copy() -> None:
     assert found.is_new
     assert not find_missed(known, [table(11, "chunk", 1)], frozenset(), frozenset({11}))
     assert not find_grown(known, [table(11, "chunk", 1)])
+
+
+def test_a_chunk_that_lies_in_another_file_is_copied_anew() -> None:
+    """Once: until it is copied, and in the file where that copy found it. One that no copy has lies where it was made."""
+    known = Known(
+        {1: (KEYED, True)},
+        chunks=frozenset({11, 12, 13, 15}),
+        ranges={11: "true", 12: "true", 13: "true"},
+        files={11: "11", 12: "90", 13: "13"},
+        to_be_copied=frozenset({13}),
+    )
+    files = {11: "91", 12: "90", 13: "93", 14: "14", 15: "95", 16: "96"}
+    tables = [replace(table(oid, "chunk", 1), file_mark=f"{file} 1:700") for oid, file in files.items()]
+    assert [(m.chunk.oid, m.is_new) for m in find_moved(known, tables)] == [(11, False), (15, True), (16, True)]

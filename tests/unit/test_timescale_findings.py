@@ -38,6 +38,7 @@ SOURCE = SourceFacts(
     all_tables_publications=(),
     joined_publications=(),
     has_direct_compress=False,
+    truncates=True,
     hypertables=(PLAIN,),
     aggregates=(),
     old_aggregates=(),
@@ -163,11 +164,30 @@ def test_a_source_from_before_the_markers_may_hold_nothing_compressed() -> None:
     assert "public.metrics" in only(found, "error")
 
 
-def test_a_source_from_before_the_markers_with_compression_on_is_told_what_holds() -> None:
+def test_a_source_from_before_the_markers_with_compression_on_needs_consent() -> None:
     enabled = replace(COMPRESSED, has_compressed=False)
-    found = only(of_source(version="2.15.3", has_markers=None, hypertables=(enabled, PLAIN)), "warning")
-    assert "compression is enabled for public.metrics" in found
-    assert "may be lost or stand twice" in found
+    source = replace(SOURCE, version="2.15.3", has_markers=None, hypertables=(enabled, PLAIN))
+    refused, accepted = (assess_source(source, accept_unseen_changes=accepts)[0] for accepts in (False, True))
+    assert (refused.level, accepted.level) == ("error", "warning")
+    assert "--accept-unseen-changes" in refused.hint
+    for found in (refused, accepted):
+        assert "compression is enabled for public.metrics" in found.what
+        assert "may be lost or stand twice" in found.what
+
+
+@pytest.mark.parametrize(
+    ("is_superuser", "truncates", "is_refused"), [(True, False, False), (False, True, False), (False, False, True)]
+)
+def test_a_chunk_that_is_compressed_unseen_must_come_to_lie_in_another_file(
+    is_superuser: bool, truncates: bool, is_refused: bool
+) -> None:
+    server = replace(SERVER, is_superuser=is_superuser)
+    errors = [
+        each
+        for each in of_source(server=server, truncates=truncates, hypertables=(COMPRESSED,))
+        if each.level == "error"
+    ]
+    assert [("compress_truncate_behaviour" in each.what) for each in errors] == [True] * is_refused
 
 
 @pytest.mark.parametrize(
@@ -188,8 +208,8 @@ def test_changes_of_compressed_rows_are_noticed_only_where_these_can_be_watched(
 
 def test_deletes_that_cannot_be_noticed_are_the_users_to_accept() -> None:
     unwatched = replace(SOURCE, version="2.24.0", server=replace(SERVER, is_superuser=False), hypertables=(COMPRESSED,))
-    assert "--accept-unseen-deletes" in assess_source(unwatched)[0].hint
-    accepted = assess_source(unwatched, accept_unseen_deletes=True)[0]
+    assert "--accept-unseen-changes" in assess_source(unwatched)[0].hint
+    accepted = assess_source(unwatched, accept_unseen_changes=True)[0]
     assert accepted.level == "warning"
     assert "is not noticed" in accepted.what
 
