@@ -31,6 +31,7 @@ from live_migration.coordinator.opening import open_migration
 from live_migration.coordinator.prepare import prepare
 from live_migration.coordinator.publication_watch import publish_again, watch_publications
 from live_migration.coordinator.recopy import begin_recopy
+from live_migration.coordinator.recopy_chunks import renew_chunks
 from live_migration.coordinator.run import APPLICATION, Run, target_session
 from live_migration.coordinator.schema import restore_schema
 from live_migration.coordinator.slot_watch import watch_slot
@@ -216,6 +217,7 @@ class _Conductor:
 
     async def _lead_to_done(self, run: Run) -> None:
         if run.phase is Phase.SCHEMA:
+            await renew_chunks(run)
             await restore_schema(run)
             self._show(run)
         await beside(
