@@ -54,6 +54,8 @@ from live_migration.producer.slot import await_older_transactions
 ARCHIVE = "schema"
 PRE_DATA = "pre-data"
 _PLAN = "plan"
+_LATE = "late tables"
+"""Begun once a table was published after the log's beginning."""
 _KEYS = "keys"
 PUBLISHING_ATTEMPTS = 30
 """Looks at a source whose tables come faster than they are published."""
@@ -173,6 +175,8 @@ async def _plan(run: Run, programs: ClientPrograms) -> None:
     async with run.source_session("schema") as source:
         with private_folder(run.settings) as folder:
             archive = Path(folder, "schema.dump")
+            if await steps.is_begun(run.target, _LATE):  # a coordinator that died may have published and not waited
+                await _await_missed(run, source)
             for _ in range(PUBLISHING_ATTEMPTS):
                 schema = await run.patiently("reading the schema", lambda: _look(run, source, programs, archive))
                 if schema is not None:
@@ -255,7 +259,13 @@ async def dump(
 
 async def _publish_newcomers(run: Run, source: asyncpg.Connection) -> None:
     """Publish tables made since `prepare`, and wait until no transaction can have missed it."""
+    async with run.target_transaction("noting that tables came late") as target:
+        await steps.begin(target, _LATE)
     await publish_tables(run, source)
+    await _await_missed(run, source)
+
+
+async def _await_missed(run: Run, source: asyncpg.Connection) -> None:
     await await_older_transactions(
         source, timeout=run.settings.slot_timeout, on_wait=run.reporter.note, what="publishing new tables"
     )
