@@ -27,7 +27,7 @@ _VERSION_TO_BE = """
 _COLUMNS = """
     select format('%s.%s', c.relname, a.attname)
     from pg_attribute a join pg_class c on c.oid = a.attrelid join pg_namespace n on n.oid = c.relnamespace
-    where n.nspname = '_timescaledb_catalog' and c.relname in ('chunk', 'hypertable', 'compression_settings')
+    where n.nspname = '_timescaledb_catalog' and c.relname in ('chunk', 'hypertable', 'compression_settings', 'dimension_slice')
       and a.attnum > 0 and not a.attisdropped
 """
 
@@ -44,14 +44,27 @@ _HYPERTABLES = """
 """
 
 _RANGE = """
-    select string_agg(pg_get_expr(k.conbin, k.conrelid), ' and ' order by k.conname) from pg_constraint k
+    select string_agg(case when a.attnum is not null and exists ({takes_null}) then format('(%I is null or %s)', a.attname, e.condition)
+                           else e.condition end, ' and ' order by k.conname)
+    from pg_constraint k cross join lateral pg_get_expr(k.conbin, k.conrelid) e (condition)
+    left join pg_attribute a on a.attrelid = k.conrelid and k.conkey = array[a.attnum] and not (a.attnotnull and not exists (
+        select from pg_constraint v where v.conrelid = k.conrelid and v.contype = 'n' and v.conkey = k.conkey and not v.convalidated))
     where k.conrelid = c.oid and k.contype = 'c' and k.coninhcount = 0
 """
-"""A chunk's own constraints, of the relation `c`: those that it inherits are the user's."""
+"""A chunk's own constraints, of the relation `c`: those that it inherits are the user's.
 
-_CHUNKS = f"""
+A row without the value that is hashed passes that constraint of every chunk, and lies in the one whose range of hashes has zero in
+it, whatever the partitioning function: it is not asked. Conditions on time stay bare, for chunks are left out by them.
+"""
+
+_TAKES_NULL = """
+    select {slices} join _timescaledb_catalog.dimension d on d.id = s.dimension_id
+    where p.oid = c.oid and d.column_name = a.attname and d.num_slices is not null and s.range_start <= 0 and s.range_end > 0
+"""
+
+_CHUNKS = """
     select i.inhparent as hypertable, c.oid, n.nspname::text as schema, c.relname::text as name, c.relkind::text as kind,
-           ({_RANGE}) as range
+           ({range}) as range
     from pg_inherits i join pg_class c on c.oid = i.inhrelid join pg_namespace n on n.oid = c.relnamespace
     where i.inhparent = any($1::oid[])
     order by c.oid
@@ -185,7 +198,7 @@ async def read_layout(connection: asyncpg.Connection) -> Layout | None:
     version = await read_version(connection)
     if version is None:
         return None
-    columns = {row[0] for row in await connection.fetch(_COLUMNS)}
+    columns = await _read_columns(connection)
     hypertables = {
         row["oid"]: Hypertable(
             row["id"],
@@ -208,7 +221,7 @@ async def read_layout(connection: asyncpg.Connection) -> Layout | None:
             compressed_of.get(row["oid"]),
             row["kind"] != "r",
         )
-        for row in await connection.fetch(_CHUNKS, list(hypertables))
+        for row in await connection.fetch(_CHUNKS.format(range=_range(columns)), list(hypertables))
     }
     roots = frozenset(row["oid"] for row in await connection.fetch(_COMPRESSED_ROOTS))
     names = await connection.fetch(_NAMES, list(compressed_of.values()))
@@ -222,6 +235,11 @@ async def read_layout(connection: asyncpg.Connection) -> Layout | None:
         roots,
         frozenset(QualifiedName(row["schema"], row["name"]) for row in own),
     )
+
+
+async def _read_columns(connection: asyncpg.Connection) -> set[str]:
+    """Give the columns of TimescaleDB's catalog that differ from version to version."""
+    return {row[0] for row in await connection.fetch(_COLUMNS)}
 
 
 async def is_hypertable(connection: asyncpg.Connection, name: QualifiedName) -> bool:
@@ -238,33 +256,34 @@ async def read_slices(connection: asyncpg.Connection, layout: Layout) -> dict[in
     Equal on every server for chunks that hold the same range of the same hypertable.
     """
     # From the catalog's tables, for TimescaleDB's own function looks past the snapshot, and fails on a chunk that was dropped since.
-    columns = {row[0] for row in await connection.fetch(_SLICE_COLUMNS)}
-    if "chunk.relid" in columns:
-        relation = "join pg_class p on p.oid = c.relid"
-    else:
-        relation = """join pg_namespace n on n.nspname = c.schema_name
-                      join pg_class p on p.relnamespace = n.oid and p.relname = c.table_name"""
-    if "dimension_slice.chunk_id" in columns:
-        slices = "join _timescaledb_catalog.dimension_slice s on s.chunk_id = c.id"
-    else:
-        slices = """join _timescaledb_catalog.chunk_constraint k on k.chunk_id = c.id
-                    join _timescaledb_catalog.dimension_slice s on s.id = k.dimension_slice_id"""
+    slices = _slices(await _read_columns(connection))
     rows = await connection.fetch(
         f"""select p.oid, jsonb_object_agg(d.column_name, jsonb_build_array(s.range_start, s.range_end))::text as slices
-            from _timescaledb_catalog.chunk c {relation} {slices}
-            join _timescaledb_catalog.dimension d on d.id = s.dimension_id
+            {slices} join _timescaledb_catalog.dimension d on d.id = s.dimension_id
             where p.oid = any($1::oid[]) group by p.oid""",
         [chunk.oid for chunk in layout.chunks.values() if not chunk.is_foreign],
     )
     return {row["oid"]: row["slices"] for row in rows}
 
 
-_SLICE_COLUMNS = """
-    select format('%s.%s', c.relname, a.attname)
-    from pg_attribute a join pg_class c on c.oid = a.attrelid join pg_namespace n on n.oid = c.relnamespace
-    where n.nspname = '_timescaledb_catalog' and c.relname in ('chunk', 'dimension_slice')
-      and a.attnum > 0 and not a.attisdropped
-"""
+def _slices(columns: set[str]) -> str:
+    """Give what a query joins that asks for the bounds (`s`) of chunks (`p`, as relations)."""
+    if "chunk.relid" in columns:
+        relation = "join pg_class p on p.oid = h.relid"
+    else:
+        relation = """join pg_namespace n on n.nspname = h.schema_name
+                      join pg_class p on p.relnamespace = n.oid and p.relname = h.table_name"""
+    if "dimension_slice.chunk_id" in columns:
+        slices = "join _timescaledb_catalog.dimension_slice s on s.chunk_id = h.id"
+    else:
+        slices = """join _timescaledb_catalog.chunk_constraint k on k.chunk_id = h.id
+                    join _timescaledb_catalog.dimension_slice s on s.id = k.dimension_slice_id"""
+    return f"from _timescaledb_catalog.chunk h {relation} {slices}"
+
+
+def _range(columns: set[str]) -> str:
+    """Give the query for the condition that holds for exactly the rows of a chunk (`c`, as a relation)."""
+    return _RANGE.format(takes_null=_TAKES_NULL.format(slices=_slices(columns)))
 
 
 _ONE_BY_SETTINGS = """
@@ -286,7 +305,7 @@ _ONE_BY_CHUNK = """
 
 async def compressed_table(connection: asyncpg.Connection, chunk: int) -> tuple[str, int] | None:
     """Give name (in SQL) and oid of the table that holds a chunk's compressed rows; None where it has none."""
-    columns = {row[0] for row in await connection.fetch(_COLUMNS)}
+    columns = await _read_columns(connection)
     query = _ONE_BY_CHUNK if "chunk.compressed_chunk_id" in columns else _ONE_BY_SETTINGS
     row = await connection.fetchrow(query, chunk)
     return (QualifiedName(row["schema"], row["name"]).sql, row["oid"]) if row else None
@@ -326,7 +345,7 @@ async def write_chunk_status(connection: asyncpg.Connection, name: QualifiedName
 
 
 async def _where_chunk(connection: asyncpg.Connection, name: QualifiedName) -> tuple[str, tuple[str, ...]]:
-    columns = {row[0] for row in await connection.fetch(_COLUMNS)}
+    columns = await _read_columns(connection)
     if "chunk.relid" in columns:
         return "relid = to_regclass($1)", (name.sql,)
     return "schema_name = $1 and table_name = $2", (name.schema, name.name)
@@ -334,13 +353,12 @@ async def _where_chunk(connection: asyncpg.Connection, name: QualifiedName) -> t
 
 async def chunk_range(connection: asyncpg.Connection, chunk: int) -> str | None:
     """Give the condition that holds for the rows of a chunk alone; None where it is gone."""
-    condition: str | None = await connection.fetchval(f"select ({_RANGE}) from pg_class c where c.oid = $1", chunk)
+    query = f"select ({_range(await _read_columns(connection))}) from pg_class c where c.oid = $1"
+    condition: str | None = await connection.fetchval(query, chunk)
     return condition
 
 
 async def chunk_ranges(connection: asyncpg.Connection, chunks: list[int]) -> dict[int, str]:
     """Give the conditions of those of the chunks that are there, by oid, as `read_layout` does."""
-    rows = await connection.fetch(
-        f"select c.oid, ({_RANGE}) as range from pg_class c where c.oid = any($1::oid[])", chunks
-    )
-    return {row["oid"]: row["range"] or "true" for row in rows}
+    query = f"select c.oid, ({_range(await _read_columns(connection))}) as range from pg_class c where c.oid = any($1::oid[])"
+    return {row["oid"]: row["range"] or "true" for row in await connection.fetch(query, chunks)}

@@ -22,6 +22,11 @@ SCHEMA = """
     select create_hypertable('app.readings', 'time', partitioning_column => 'sensor', number_partitions => 3,
                              chunk_time_interval => interval '1 day', associated_schema_name => 'store',
                              associated_table_prefix => 'rd');
+    create table samples (at timestamptz not null, place text, v int);
+    select create_hypertable('samples', 'at', partitioning_column => 'place', number_partitions => 2,
+                             chunk_time_interval => interval '2 days', create_default_indexes => false);
+    alter table samples replica identity full;
+    alter table samples set (timescaledb.compress, timescaledb.compress_segmentby = 'place', timescaledb.compress_orderby = 'at');
     create table plain (id int primary key, v text);
     insert into devices select d, 'device ' || d from generate_series(1, 8) d;
     alter table metrics add foreign key (device) references devices;
@@ -35,6 +40,8 @@ SCHEMA = """
     insert into events select * from events where ts < '2026-01-01 06:00';
     insert into app.readings select t, d, round(extract(epoch from t)::int % 101 / 7.0, 3)
         from generate_series('2026-01-01'::timestamptz, '2026-01-05', '20 min') t, generate_series(1, 5) d;
+    insert into samples select t, nullif('p' || d, 'p0'), extract(epoch from t)::int % 11
+        from generate_series('2026-01-01'::timestamptz, '2026-01-05', '30 min') t, generate_series(0, 4) d;
     insert into plain select g, 'v' || g from generate_series(1, 100) g;
 """
 AGGREGATES = (
@@ -52,7 +59,7 @@ POLICIES = """
     select add_retention_policy('events', interval '1000 days');
     select compress_chunk(c) from show_chunks('metrics', older_than => '2026-01-03'::timestamptz) c;
 """
-TABLES = ("devices", "metrics", "events", "app.readings", "plain")
+TABLES = ("devices", "metrics", "events", "app.readings", "samples", "plain")
 AGGREGATE_NAMES = ("hourly", "daily")
 
 _JOBS = """
