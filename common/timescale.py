@@ -6,6 +6,7 @@ named in `compression_settings` alone), so chunks are found by inheritance, whic
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import asyncpg
@@ -342,6 +343,57 @@ async def write_chunk_status(connection: asyncpg.Connection, name: QualifiedName
         *arguments,
         status,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnBounds:
+    """Between which values of a column a chunk's rows lie, as TimescaleDB knows it; queries pass over a chunk by that while it is valid."""
+
+    column: str
+    start: int
+    end: int
+    is_valid: bool
+
+
+async def read_column_bounds(connection: asyncpg.Connection, name: QualifiedName) -> list[ColumnBounds]:
+    """Give the bounds of the columns that a chunk is left out by (`enable_chunk_skipping`, 2.16 on)."""
+    if not await _has_column_bounds(connection):
+        return []
+    where, arguments = await _where_chunk(connection, name)
+    rows = await connection.fetch(
+        f"""select column_name::text, range_start, range_end, valid from _timescaledb_catalog.chunk_column_stats
+            where chunk_id = (select id from _timescaledb_catalog.chunk where {where}) order by 1""",
+        *arguments,
+    )
+    return [ColumnBounds(*row) for row in rows]
+
+
+async def write_column_bounds(
+    connection: asyncpg.Connection, name: QualifiedName, bounds: Sequence[ColumnBounds]
+) -> None:
+    """Set a chunk's bounds to be those of the chunk whose rows it got; what is known of other columns holds no more."""
+    if not await _has_column_bounds(connection):
+        return
+    where, arguments = await _where_chunk(connection, name)
+    n = len(arguments)
+    await connection.execute(
+        f"""update _timescaledb_catalog.chunk_column_stats k
+            set range_start = coalesce(b.range_start, k.range_start), range_end = coalesce(b.range_end, k.range_end),
+                valid = coalesce(b.valid, false)
+            from _timescaledb_catalog.chunk_column_stats o
+            left join unnest(${n + 1}::text[], ${n + 2}::bigint[], ${n + 3}::bigint[], ${n + 4}::bool[])
+                      b (column_name, range_start, range_end, valid) on b.column_name = o.column_name
+            where o.id = k.id and k.chunk_id = (select id from _timescaledb_catalog.chunk where {where})""",
+        *arguments,
+        [each.column for each in bounds],
+        [each.start for each in bounds],
+        [each.end for each in bounds],
+        [each.is_valid for each in bounds],
+    )
+
+
+async def _has_column_bounds(connection: asyncpg.Connection) -> bool:
+    return bool(await connection.fetchval("select to_regclass('_timescaledb_catalog.chunk_column_stats') is not null"))
 
 
 async def _where_chunk(connection: asyncpg.Connection, name: QualifiedName) -> tuple[str, tuple[str, ...]]:

@@ -77,6 +77,8 @@ async def run_all(connection: asyncpg.Connection) -> list[str]:
     await timescale.compressed_tables(connection, hypertable.oid)
     await timescale.read_chunk_status(connection, chunk.name)
     await timescale.write_chunk_status(connection, chunk.name, 1)
+    bounds = await timescale.read_column_bounds(connection, chunk.name)
+    await timescale.write_column_bounds(connection, chunk.name, bounds)
 
     columns = await hypertables.read_hypertable(connection, hypertable.oid, METRICS, ())
     assert columns is not None
