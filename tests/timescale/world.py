@@ -159,7 +159,7 @@ async def differences(
                 found.append(
                     f"{relation}: {len(ours)} rows here, {len(theirs)} there; missing {missing[:3]}, extra {extra[:3]}"
                 )
-        for query in (_HYPERTABLES, _FOREIGN_KEYS, _TRIGGERS, _LACKING):
+        for query in (_HYPERTABLES, _FOREIGN_KEYS, _KEYS_OF_CHUNKS, _LACKING_KEYS, _TRIGGERS, _LACKING):
             ours, theirs = [[tuple(r) for r in await each.fetch(query)] for each in (source, target)]
             if ours != theirs:
                 found.append(
@@ -184,6 +184,11 @@ _FOREIGN_KEYS = """
       and connamespace not in ('_timescaledb_internal'::regnamespace, coalesce(to_regnamespace('_live_migration'), 0)) and coninhcount = 0
       and conrelid not in (select inhrelid from pg_inherits) order by 1, 2
 """
+_KEYS_OF_CHUNKS = """
+    select distinct coalesce(o.inhparent, k.conrelid)::regclass::text, coalesce(t.inhparent, k.confrelid)::regclass::text, k.convalidated
+    from pg_constraint k left join pg_inherits o on o.inhrelid = k.conrelid left join pg_inherits t on t.inhrelid = k.confrelid
+    where k.contype = 'f' and (o.inhparent is not null or t.inhparent is not null) order by 1, 2, 3
+"""
 _TRIGGERS = """
     select tgrelid::regclass::text, tgname from pg_trigger
     where not tgisinternal and tgrelid::regclass::text in ('metrics', 'events', 'plain') order by 1, 2
@@ -194,6 +199,13 @@ _LACKING = """
       and not exists (select from pg_trigger t where t.tgrelid = i.inhrelid and t.tgname = r.tgname) order by 1, 2
 """
 """Row triggers that chunks lack."""
+_LACKING_KEYS = """
+    select distinct r.conrelid::regclass::text, r.conname from pg_constraint r join pg_inherits i on i.inhparent = r.conrelid
+    where r.contype = 'f' and r.conrelid in (select format('%I.%I', hypertable_schema, hypertable_name)::regclass from timescaledb_information.hypertables)
+      and not exists (select from pg_constraint k where k.conrelid = i.inhrelid and k.confrelid = r.confrelid and k.conkey = r.conkey)
+    order by 1, 2
+"""
+"""Foreign keys that chunks lack."""
 
 
 async def jobs(uri: str) -> list[tuple[Any, ...]]:
