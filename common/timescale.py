@@ -325,6 +325,10 @@ async def compressed_tables(connection: asyncpg.Connection, hypertable: int) -> 
     )
 
 
+_FROZEN = 4
+"""A flag of a chunk's status."""
+
+
 async def read_chunk_status(connection: asyncpg.Connection, name: QualifiedName) -> int | None:
     """Give TimescaleDB's flags of a chunk, which say where a query looks for its rows: compressed, beside those, or both."""
     where, arguments = await _where_chunk(connection, name)
@@ -332,6 +336,20 @@ async def read_chunk_status(connection: asyncpg.Connection, name: QualifiedName)
         f"select status from _timescaledb_catalog.chunk where {where}", *arguments
     )
     return status
+
+
+async def frozen_chunks(connection: asyncpg.Connection) -> list[QualifiedName]:
+    """Give the chunks that are frozen: no row of theirs may change, and no retention policy drops them."""
+    columns = {row[0] for row in await connection.fetch(_COLUMNS)}
+    if "chunk.relid" in columns:
+        relation = "join pg_class p on p.oid = c.relid join pg_namespace n on n.oid = p.relnamespace"
+        names = "n.nspname::text, p.relname::text"
+    else:
+        relation, names = "", "c.schema_name::text, c.table_name::text"
+    rows = await connection.fetch(
+        f"select {names} from _timescaledb_catalog.chunk c {relation} where c.status & {_FROZEN} <> 0 order by 1, 2"
+    )
+    return [QualifiedName(*row) for row in rows]
 
 
 async def write_chunk_status(connection: asyncpg.Connection, name: QualifiedName, status: int) -> None:

@@ -94,7 +94,7 @@ async def shared_snapshot(source: str, holder: asyncpg.Connection) -> PartClaim:
     locked = await lock_table(holder, TableClaim(oid, name, 1, False), 5)
     snapshot_id = await holder.fetchval("select pg_export_snapshot()")
     plan = CopyPlan(name, ("id", "v"), True)
-    return PartClaim(oid, name, 1, 0, BlockRange(0, None, 8192), snapshot_id, plan, locked.timeline)
+    return PartClaim(oid, name, 1, 0, BlockRange(0, None, 8192), snapshot_id, plan, locked.timeline, locked.snapshot)
 
 
 REWRITE = "alter table public.t alter v type bigint"

@@ -186,6 +186,26 @@ async def test_a_chunk_that_was_met_changed_untold_and_merged_before_anybody_loo
         assert await world.differences(source, target) == []
 
 
+async def test_a_transaction_that_makes_a_chunk_behind_rows_of_others_comes_once(
+    timescale_source_database: str, target_of_timescale: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    """Where the catalog is not in the stream the producer begins a new session at such a chunk, in the midst of the transaction."""
+    source = await world.as_owner(timescale_source_database, target_of_timescale, unique_name)
+    target = target_of_timescale
+    await world.make(source)
+    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
+        await migration.until_phase("replay", timeout=240)
+        for day in range(1, 6):
+            await execute(
+                source,
+                f"""begin; insert into events select '2026-01-04 12:00'::timestamptz, 'row ' || g from generate_series(1, 5) g;
+                    insert into plain values ({5000 + day}, 'm'); insert into events values ('2026-02-0{day}', 'made'); commit""",
+            )
+            await migration.until("a chunk's row", f"select count(*) = {day} from events where kind = 'made'")
+        await migration.finish()
+        assert await world.differences(source, target) == []
+
+
 async def test_rows_that_come_to_a_compressed_chunk_between_plan_and_copy(
     timescale_source_database: str, target_of_timescale: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
 ) -> None:

@@ -262,6 +262,20 @@ async def aggregates(uri: str) -> dict[str, tuple[list[str], list[str], list[str
         await connection.close()
 
 
+async def require_equal(source: str, target: str) -> None:
+    """Fail unless all is equal after a load with its newcomers: every row of every table; what aggregates have materialized, and what they give in either mode; which chunk is compressed."""
+    assert await differences(source, target, tables=(*TABLES, "late")) == []
+    ours, theirs = await aggregates(source), await aggregates(target)
+    assert ours.keys() == theirs.keys() == {"hourly", "daily", "late_hourly"}
+    for name, parts in ours.items():
+        assert parts == theirs[name], name
+        assert all(parts), name
+    found = await chunks(target)
+    assert found.keys() == (await chunks(source)).keys()
+    assert {key for key, status in found.items() if status} == await compressed(source)
+    assert {tuple(status) for status in found.values()} == {(), ("COMPRESSED",)}
+
+
 async def _turn_over(connection: asyncpg.Connection, found: list[asyncpg.Record], *, is_back: bool) -> None:
     for row in found:
         flag = "true" if row["is_materialized_only"] == is_back else "false"

@@ -12,6 +12,7 @@ from typing import Self
 
 import asyncpg
 
+from tests.e2e.migration import Migration
 from tests.timescale.acts import AGGREGATE_MADE, HYPERTABLE_MADE, compress, decompress, watched
 
 
@@ -114,6 +115,13 @@ class Writer:
         finally:
             await connection.close()
         self._statements = _STATEMENTS + _LATE_STATEMENTS
+
+    async def go_on(self, migration: Migration, count: int) -> None:
+        """Wait until `count` things more are done, or a part of the migration fails."""
+        before = self.done.total()
+        while self.done.total() < before + count:
+            migration.raise_failures()
+            await asyncio.sleep(0.1)
 
     async def settle(self) -> None:
         """Leave one chunk compressed, of the old hypertable and of the new, that was not, and one not compressed that was."""
