@@ -115,7 +115,7 @@ async def require_migration(connection: asyncpg.Connection) -> Migration:
 _SESSIONS = """
     select pid, backend_start from pg_stat_activity
     where datname = current_database() and usename = current_user and pid <> pg_backend_pid()
-      and starts_with(application_name, 'live-migration ') and right(application_name, length($1)) = $1
+      and starts_with(application_name, 'live-migration ') and right(application_name, length($1::text)) = $1::text
 """
 
 
