@@ -20,7 +20,7 @@ from live_migration.common.postgres import session
 from live_migration.common.relation import QualifiedName
 from live_migration.consumer.chunk_marks import NOT_KNOWN_YET, note_suspects
 from live_migration.consumer.chunk_rebuild import due_chunks
-from live_migration.coordinator import chunk_watch, newcomers
+from live_migration.coordinator import chunk_watch, newcomer_leaving
 from live_migration.coordinator.chunk_watch import follow_chunks
 from live_migration.coordinator.run import Run
 from live_migration.producer.publication import (
@@ -376,7 +376,7 @@ async def test_chunks_of_a_newcomer_that_was_dropped_are_let_go_with_it(
                       (7, 'store', 'other_1', 3, 'all', '[]', true, 'ready', 'chunk', 8, 'public', 't1', 'met', null)"""
         )
         async with run.target_session("newcomers") as target:
-            await newcomers._let_go(run, source, target, [])
+            await newcomer_leaving.let_go(run, source, target, [])
         rows = await run.target.fetch(
             """select oid, newcomer, rebuild, snapshot is not null as is_passed_over from _live_migration.tables order by oid"""
         )
