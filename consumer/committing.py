@@ -13,28 +13,31 @@ _LOOK_AGAIN_SECONDS = 0.05
 TELL_SECONDS = 5.0
 """How long is waited before anybody is told."""
 
+# The newest transactions are in no list of a snapshot, which ends below the last one that has ended.
 # Who commits a prepared transaction has no xid of its own, and nothing says which one it is. A session that we may not look into is taken for
 # one unless it holds a lock on a relation, which COMMIT PREPARED does not; a transaction that merely stays prepared is waited for by nobody.
 _COMMITTING = """
     with ours as (select current_database() as name), running as (
-        select x, exists (select from pg_prepared_xacts p where p.transaction = x::xid) as is_prepared,
-               exists (select from pg_prepared_xacts p, ours where p.transaction = x::xid and p.database = ours.name) as is_prepared_here
-        from pg_snapshot_xip(pg_current_snapshot()) x
+        select x::xid as x from pg_snapshot_xip(pg_current_snapshot()) x
+        union
+        select backend_xid from pg_stat_activity
+        where backend_xid is not null and pid <> pg_backend_pid() and coalesce(backend_type, '') <> 'autovacuum worker'
     ), found as (
         select 'xid ' || x as key, a.pid, a.application_name, a.usename
-        from running cross join ours left join pg_stat_activity a on a.backend_xid = x::xid
-        where not is_prepared and coalesce(a.state, '') not like 'idle%' and coalesce(a.datname, ours.name) = ours.name
+        from running cross join ours left join pg_stat_activity a on a.backend_xid = x
+        where not exists (select from pg_prepared_xacts p where p.transaction = x)
+          and coalesce(a.state, '') not like 'idle%' and coalesce(a.datname, ours.name) = ours.name
         union all
         select 'virtual ' || l.virtualtransaction, a.pid, a.application_name, a.usename
         from pg_locks l join pg_stat_activity a on a.pid = l.pid join ours on ours.name = a.datname
         where l.locktype = 'virtualxid' and l.granted and l.mode = 'ExclusiveLock' and l.pid <> pg_backend_pid()
-          and a.backend_xid is null and exists (select from running where is_prepared_here)
+          and a.backend_xid is null and exists (select from pg_prepared_xacts p where p.database = ours.name)
           and case when a.state is null or a.state = 'disabled'
                    then not exists (select from pg_locks r where r.pid = l.pid and r.locktype = 'relation')
                    else a.state not like 'idle%' and (a.wait_event = 'SyncRep' or coalesce(a.query, '') = '' or a.query ~* 'commit.*prepared') end
     )
-    select key, coalesce(format('pid %s (%s, user %s)', pid, coalesce(nullif(application_name, ''), 'no application name'), usename),
-                         'a transaction of nobody who is connected') as who
+    select key, case when pid is null then 'a transaction of nobody who is connected'
+                     else format('pid %s (%s, user %s)', pid, coalesce(nullif(application_name, ''), 'no application name'), usename) end as who
     from found
 """
 """Transactions of this database that are under way, without those that wait for their client."""

@@ -81,10 +81,7 @@ _STRAY = (
 )
 
 
-@pytest.mark.parametrize("target_is_older", [False, True], ids=["2.29", "2.24"])
 async def test_buckets_between_rows_that_are_there_are_kept(
-    target_is_older: bool,
-    timescale_source: Server,
     timescale_target: Server,
     other_timescale: Server,
     kafka_bootstrap: str,
@@ -92,8 +89,7 @@ async def test_buckets_between_rows_that_are_there_are_kept(
     tmp_path: Path,
 ) -> None:
     """One stray row from long ago: a refresh from there on would take away what is materialized of rows that are gone."""
-    here, there = (timescale_source, other_timescale) if target_is_older else (other_timescale, timescale_target)
-    async with timescale_database(here) as source, database(there) as target:
+    async with timescale_database(other_timescale) as source, database(timescale_target) as target:
         admin = await _as_owner(target, unique_name)
         await execute(source, *_STRAY)
         async with Migration(
