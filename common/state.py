@@ -148,12 +148,11 @@ async def acquire_coordinator_lease(connection: asyncpg.Connection, owner: str, 
            set owner = $1, epoch = epoch + 1, backend_pid = pg_backend_pid(),
                backend_start = (select backend_start from pg_stat_activity where pid = pg_backend_pid()),
                lease_until = clock_timestamp() + make_interval(secs => $2)
-           where owner is not distinct from $3 or not coalesce(lease_until > clock_timestamp(), false) or $4
+           where owner is not distinct from $3 or not coalesce(lease_until > clock_timestamp(), false)
            returning epoch""",
         owner,
         lease_seconds,
         row["owner"],
-        not row["connected"],
     )
     if epoch is None:
         raise TargetError("another coordinator took this migration over just now", hint="Stop one of the two.")

@@ -20,7 +20,7 @@ _MARK = """
            true, h.snapshot, h.horizon, h.timeline, $4, $5, $6, $9
     from _live_migration.tables h where h.kind = 'hypertable' and not h.is_left_out and h.schema_name = $7 and h.table_name = $8
     on conflict (schema_name, table_name) do update
-    set rebuild = coalesce(tables.rebuild, excluded.rebuild), unseen_lsn = coalesce(excluded.unseen_lsn, tables.unseen_lsn),
+    set rebuild = coalesce(tables.rebuild, excluded.rebuild), unseen_lsn = greatest(excluded.unseen_lsn, tables.unseen_lsn),
         rebuild_lsn = case when tables.rebuild is null then excluded.rebuild_lsn else tables.rebuild_lsn end,
         range = coalesce(tables.range, excluded.range)
 """

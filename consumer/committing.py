@@ -9,6 +9,11 @@ from collections.abc import Awaitable, Callable
 
 import asyncpg
 
+from live_migration.common.state import record_event
+from live_migration.common.telemetry import get_logger
+
+log = get_logger(__name__)
+
 _LOOK_AGAIN_SECONDS = 0.05
 TELL_SECONDS = 5.0
 """How long is waited before anybody is told."""
@@ -43,6 +48,9 @@ _COMMITTING = """
 """Transactions of this database that are under way, without those that wait for their client."""
 
 
+_HAS_APPLIED = "select exists (select from _live_migration.checkpoints where commit_lsn > '0/0')"
+
+
 async def await_committing(connection: asyncpg.Connection, on_wait: Callable[[str], Awaitable[None]]) -> None:
     """Return when every transaction that may be about to become visible has; outside of a transaction.
 
@@ -57,6 +65,17 @@ async def await_committing(connection: asyncpg.Connection, on_wait: Callable[[st
         await asyncio.sleep(_LOOK_AGAIN_SECONDS)
         now = await _look(connection)
         waiting = {key: who for key, who in waiting.items() if key in now}
+
+
+async def await_applied(source: asyncpg.Connection, target: asyncpg.Connection, what: str) -> None:
+    """Wait likewise before tables are copied where lanes have applied changes before: they do not apply them to the copy again."""
+
+    async def tell(message: str) -> None:
+        log.info("copy waits", table=what, reason=message)
+        await record_event(target, "warning", f"the copy of {what} {message}")
+
+    if await target.fetchval(_HAS_APPLIED):
+        await await_committing(source, tell)
 
 
 async def _look(connection: asyncpg.Connection) -> dict[str, str]:

@@ -14,6 +14,7 @@ from live_migration.consumer.chunk_copy import (
 )
 from live_migration.consumer.claim_endings import CopyOrigin, finish_part, finish_table, share_snapshot
 from live_migration.consumer.claims import PartClaim, TableClaim, claim_group, claim_part, claim_table
+from live_migration.consumer.committing import await_applied
 from live_migration.consumer.copy_context import CopyContext
 from live_migration.consumer.copy_errors import CopyDeferred, server_errors
 from live_migration.consumer.copy_stream import CopyCount, stream_copy
@@ -138,6 +139,8 @@ class CopyWorker:
             claim = await as_it_is_now(source.connection, target.connection, claim)
         if claim.is_chunk and not await self._is_chunk_whole(claim, source, target):
             return False
+        with server_errors("source", f"looking at {claim}"):
+            await await_applied(source.connection, target.connection, str(claim))
         table = await lock_table(source.connection, claim, settings.lock_timeout)
         if claim.is_chunk and not await is_as_planned(source.connection, claim):
             raise CopyDeferred(f"chunk {claim} is being compressed or decompressed just now")

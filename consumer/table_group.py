@@ -19,6 +19,7 @@ from live_migration.common.state import record_event
 from live_migration.common.telemetry import get_logger
 from live_migration.consumer.claim_endings import CopiedTable, CopyOrigin, finish_group, give_group_back, lock_group
 from live_migration.consumer.claims import TableClaim
+from live_migration.consumer.committing import await_applied
 from live_migration.consumer.copy_context import CopyContext
 from live_migration.consumer.copy_errors import CopyDeferred, CopyEnded, server_errors
 from live_migration.consumer.copy_stream import CopyCount, CopyPlan, stream_copy
@@ -143,6 +144,8 @@ async def _look(
     """Lock the tables, take the snapshot, and give those that are as planned, small, and of the same shape on the target."""
     claims = [lease.claim for lease in group]
     relations = ", only ".join(claim.name.sql for claim in claims)
+    with server_errors("source", f"looking at {_name(group)}"):
+        await await_applied(source.connection, target.connection, _name(group))
     await begin_locked(source.connection, claims[0].name, context.settings.lock_timeout, f"only {relations}")
     oids = [claim.oid for claim in claims]
     with server_errors("source", f"looking at {_name(group)}"):

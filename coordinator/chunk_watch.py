@@ -36,10 +36,11 @@ _ATTEMPTS = 20
 
 _PLAN = """
     select oid, schema_name, table_name, kind, publication, compressed_oid, range, split_part(file_mark, ' ', 1) as file,
-           rebuild is not null or state not in ('copied', 'ready') as is_to_be_copied
+           rebuild is not null or state not in ('copied', 'ready') as is_to_be_copied, coalesce(newcomer, '') = 'met' as is_met
     from _live_migration.tables
-    where kind <> 'table' and coalesce(newcomer, 'followed') = 'followed' and not is_left_out
+    where kind <> 'table' and coalesce(newcomer, 'followed') in ('followed', 'met') and not is_left_out
 """
+"""Of chunks that a lane has met it counts only whether, and in which file, they were copied: nobody has looked at them."""
 _UNWATCHED = "it was compressed, and what then changed was not told at first"
 _MOVED = "it was written anew, as by compression, and what changed meanwhile was not told"
 
@@ -290,15 +291,16 @@ async def _set_marks(
 
 
 def _known(rows: Sequence[asyncpg.Record]) -> Known:
+    chunks = [row for row in rows if row["kind"] == "chunk" and not row["is_met"]]
     return Known(
         {
             row["oid"]: (QualifiedName(row["schema_name"], row["table_name"]), row["publication"] == "all")
             for row in rows
             if row["kind"] == "hypertable"
         },
-        frozenset(row["oid"] for row in rows if row["kind"] == "chunk"),
-        frozenset(row["compressed_oid"] for row in rows if row["compressed_oid"] is not None),
-        {row["oid"]: row["range"] for row in rows if row["kind"] == "chunk" and row["range"] is not None},
+        frozenset(row["oid"] for row in chunks),
+        frozenset(row["compressed_oid"] for row in chunks if row["compressed_oid"] is not None),
+        {row["oid"]: row["range"] for row in chunks if row["range"] is not None},
         {row["oid"]: row["file"] for row in rows if row["kind"] == "chunk" and row["file"]},
         frozenset(row["oid"] for row in rows if row["is_to_be_copied"]),
     )

@@ -148,7 +148,9 @@ async def cut_over(run: Run) -> None:
             try:
                 await _prove_everything_arrived(run, source)
             except (SourceBusy, CutoverRefused, PublicationLost, TargetError) as error:
-                await _back_to_replay(run, error)
+                # What fails once the barrier is recorded refuses nothing: the target is to take over, and no lane goes on.
+                if not await steps.has_passed_barrier(run.target):
+                    await _back_to_replay(run, error)
                 raise
         await hand_over(run, source)
         await _warn_of_late_writes(run, source)
@@ -190,7 +192,13 @@ async def _prove_everything_arrived(run: Run, source: asyncpg.Connection) -> Non
         raise await _busy(source, f" to chunks that were made meanwhile: {name_list(unpublished)}")
     await _require_accounted_for(run, source)
     await reconcile(run, source)
-    if await _is_passed(run, between.commit_lsn, asked):
+    is_passed = await _is_passed(run, between.commit_lsn, asked)
+    if is_passed is None:
+        raise SourceBusy(
+            f"whether the source was written to after the last barrier could not be asked: the change log did not come so far within {_LOG_SECONDS:g} s",
+            hint="See that producer and broker run, then ask for the cutover again.",
+        )
+    if is_passed:
         raise await _busy(source, "", "after the last barrier")
     await _record_barrier(run, between.commit_lsn)
 

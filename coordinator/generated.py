@@ -10,6 +10,7 @@ import asyncpg
 from live_migration.common.catalog import USERS_OWN
 from live_migration.common.postgres import CONNECTION_ERRORS, asking
 from live_migration.common.relation import QualifiedName, quote_identifier
+from live_migration.common.timescale import read_layout
 from live_migration.consumer.table_shape import ColumnDefinition, column_definition
 from live_migration.consumer.table_snapshot import read_all_definitions
 from live_migration.coordinator.run import Run
@@ -62,8 +63,10 @@ async def generated_differences(run: Run, source: asyncpg.Connection, target: as
 
 
 async def _read(connection: asyncpg.Connection) -> dict[QualifiedName, _Relation]:
-    """Give the relations that have generated columns, with those."""
-    rows = await connection.fetch(_RELATIONS)
+    """Give the relations that have generated columns, with those; no chunks, whose names are others on either side: their hypertable speaks for them."""
+    layout = await read_layout(connection)
+    chunks = layout.chunks if layout is not None else {}
+    rows = [row for row in await connection.fetch(_RELATIONS) if row["oid"] not in chunks]
     columns = await read_all_definitions(connection, [row["oid"] for row in rows])
     return {
         QualifiedName(row["schema"], row["name"]): _Relation(

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 import asyncpg
 
 from live_migration.common.catalog import TableInfo
-from live_migration.common.errors import ConnectionLost, LiveMigrationError, Retry
+from live_migration.common.errors import ConnectionLost, Fenced, LiveMigrationError, Retry
 from live_migration.common.postgres import asking
 from live_migration.common.relation import QualifiedName
 from live_migration.common.timescale import read_layout
@@ -95,13 +95,22 @@ async def unmake(
         with asking("source", "taking tables out of the publications"):
             await remove_tables(source, publication, parts, lock_timeout=run.settings.lock_timeout)
     for table in changed:
-        with asking("target", f"dropping {table.name}"):
-            async with target.transaction():
-                await _drop(target, table.oid, "and newcomer = 'made'")
-                await target.execute(
-                    "delete from _live_migration.tables where oid = $1 and newcomer = 'made'", table.oid
-                )
-                await steps.require_role(target, run.epoch)
+        try:
+            with asking("target", f"dropping {table.name}"):
+                async with target.transaction():
+                    await _drop(target, table.oid, "and newcomer = 'made'")
+                    await target.execute(
+                        "delete from _live_migration.tables where oid = $1 and newcomer = 'made'", table.oid
+                    )
+                    await steps.require_role(target, run.epoch)
+        except LiveMigrationError as error:
+            if error.retry is Retry.RECONNECT or isinstance(error, ConnectionLost | Fenced):
+                raise
+            run.reporter.warn_on_change(
+                f"newcomer {table.name}",
+                f"{table.name} became a {table.part} on the source and cannot be made anew on the target yet: {error}",
+            )
+            continue
         run.reporter.note(
             f"{table.name} became a {table.part} on the source while it was brought; it is made anew on the target"
         )

@@ -88,7 +88,9 @@ async def bring_newcomers(
         await let_go(run, source, target, tables)
         problems, has_changed = await _bring(run, source, target, tables, seen)
         if has_changed:  # into hypertables, which they remain
-            again, _ = await _bring(run, source, target, await run.list_tables(source), seen)
+            tables = await run.list_tables(source)
+            # What is found now, among it what was found just before, has been there for one look.
+            again, _ = await _bring(run, source, target, tables, None if seen is None else set())
             problems |= again
         return problems | await bring_jobs(run, source, target)
 

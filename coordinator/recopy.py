@@ -12,6 +12,7 @@ import asyncpg
 
 from live_migration.common.errors import LiveMigrationError
 from live_migration.common.postgres import asking, terminate_backend
+from live_migration.common.progress import name_list
 from live_migration.common.relation import QualifiedName, quote_identifier
 from live_migration.common.state import Phase
 from live_migration.coordinator import steps
@@ -106,7 +107,7 @@ async def begin_recopy(run: Run) -> None:
     """Void what was copied and go back to phase `prepare`, or go on with a recopy that broke off.
 
     Raises:
-        LiveMigrationError: nothing is lost, or the target holds everything already.
+        LiveMigrationError: nothing is lost, and the stream carries all; or the target holds everything already.
     """
     is_past = run.phase is Phase.DONE or await steps.has_passed_barrier(run.target)
     with asking("target", "reading the migration's state"):
@@ -118,7 +119,7 @@ async def begin_recopy(run: Run) -> None:
         )
     if run.phase is Phase.PREPARE:
         return  # nothing was read of what prepare makes: it is made anew
-    loss = await find_loss(run)
+    loss = await find_loss(run) or await _find_uncarried(run)
     if loss is None and not has_begun:
         raise LiveMigrationError(
             "slot and change log are whole: nothing needs to be copied again",
@@ -128,6 +129,18 @@ async def begin_recopy(run: Run) -> None:
         await _require_ours(run)
         run.reporter.warning(f"every table is copied again: {loss.message}")
         await _void(run)
+
+
+async def _find_uncarried(run: Run) -> LiveMigrationError | None:
+    """Give the error of columns that came since the form of the stream was chosen, and that it cannot carry: it is chosen anew with the copy."""
+    if not run.migration.binary_stream:
+        return None
+    async with run.source_session("recopy") as source:
+        tables = await run.list_tables(source)
+    with asking("target", "reading the plan"):
+        planned = {row["oid"] for row in await run.target.fetch("select oid from _live_migration.tables")}
+    found = [table.name for table in tables if table.oid in planned and not table.is_binary_safe]
+    return LiveMigrationError(f"the stream's binary form cannot carry columns of {name_list(found)}") if found else None
 
 
 async def _require_ours(run: Run) -> None:

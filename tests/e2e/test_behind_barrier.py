@@ -10,6 +10,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from live_migration.common.errors import TargetError
 from live_migration.common.local_kafka import LocalKafka
 from live_migration.coordinator import cutover
 from tests.e2e.migration import Migration
@@ -75,6 +76,36 @@ async def drop_slot(source: asyncpg.Connection, name: str) -> None:
         await source.execute("select pg_terminate_backend(active_pid, 5000) from pg_replication_slots where slot_name = $1", name)  # fmt: skip
         with suppress(asyncpg.ObjectInUseError):
             await source.execute(f"select pg_drop_replication_slot('{name}')")
+
+
+async def test_what_fails_right_behind_the_last_barrier_does_not_send_the_migration_back_to_replay(
+    source_database: str,
+    target_database: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No lane would apply anything there any more, and the next cutover would take both barriers for passed."""
+    migration = Migration(source_database, target_database, kafka_bootstrap, unique_name, tmp_path)
+    source = await asyncpg.connect(source_database)
+    await source.execute("create table t (id int primary key); insert into t values (1)")
+    async with migration:
+        await migration.until_phase("replay")
+        with monkeypatch.context() as refused:
+            refused.setattr(
+                cutover, "_AT_WORK", "select 1 / 0 as pid where $1::int[] is not null and $2::timestamptz[] is not null"
+            )
+            migration.ask_cutover.set()
+            with pytest.raises(TargetError, match="division by zero"):
+                await migration.finish()
+        assert await source.fetchval("select 1") == 1
+        target = await asyncpg.connect(target_database)
+        assert await target.fetchval("select phase from _live_migration.migration") == "cutover"
+        await target.close()
+        migration.start_coordinator()
+        await migration.finish()
+    await source.close()
 
 
 async def test_a_broker_that_is_gone_for_good_behind_the_last_barrier_does_not_keep_the_migration_from_its_end(

@@ -6,13 +6,16 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 
 from live_migration.common.errors import LiveMigrationError, PublicationLost
+from live_migration.common.local_postgres import LocalPostgres
+from live_migration.consumer import committing
 from live_migration.coordinator import cutover, publication_watch
 from live_migration.coordinator.cutover import CutoverRefused
 from tests.e2e.migration import Migration
-from tests.fixtures.fix_postgres import execute
+from tests.fixtures.fix_postgres import HAS_STANDBY, NO_STANDBY, execute
 from tests.integration.test_log_lost import keep_producing
 from tests.support.workload import differences, read_rows
 
@@ -86,6 +89,44 @@ async def test_a_table_that_leaves_the_publication_is_copied_again(
         await migration.finish()
     await assert_equal(migration)
     assert any("public.t" in warning and "copied again" in warning for warning in migration.observer.warnings)
+
+
+async def test_a_commit_that_is_applied_and_not_visible_yet_outlives_the_copy_that_is_made_again(
+    target_database: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for a standby when its table is copied again: its lane has passed it, and the copy's snapshot would not show it."""
+    monkeypatch.setattr(publication_watch, "INTERVAL_SECONDS", 0.5)
+    monkeypatch.setattr(committing, "TELL_SECONDS", 0.1)
+    end_work = publication_watch.end_work
+    async with LocalPostgres(settings=HAS_STANDBY) as server:
+        await execute(server.uri(), SCHEMA)
+        migration = Migration(server.uri(), target_database, kafka_bootstrap, unique_name, tmp_path, partitions=2)
+        hanging = await asyncpg.connect(server.uri())
+        await hanging.execute("set synchronous_commit = on")
+        inserting: list[asyncio.Future[str]] = []
+
+        async def insert_and_end_work(*arguments: Any) -> None:
+            if not inserting:
+                inserting.append(asyncio.ensure_future(hanging.execute("insert into t values (5000, 'hangs')")))
+                await migration.until("applied", "select exists (select from t where id = 5000)")
+            await end_work(*arguments)
+
+        monkeypatch.setattr(publication_watch, "end_work", insert_and_end_work)
+        async with migration:
+            await migration.until_phase("replay")
+            await run(migration, f"{LEAVES['dropped']};{UNSEEN}")
+            waits = "exists (select from _live_migration.events where message like 'the copy of%about to end%')"
+            is_made = (
+                "select state in ('copied', 'ready') and attempt > 1 from _live_migration.tables where table_name = 't'"
+            )
+            await migration.until("it waits, or is made", f"select {waits} or ({is_made})")
+            await execute(server.uri(), *NO_STANDBY)
+            await inserting[0]
+            await migration.until("copied again", COPIED_AGAIN)
+            await migration.until_phase("replay")
+            await migration.finish()
+        await assert_equal(migration)
+        await hanging.close()
 
 
 async def test_one_that_left_while_no_coordinator_ran_is_copied_again(

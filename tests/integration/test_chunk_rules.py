@@ -18,7 +18,7 @@ from live_migration.common.home import Home, encode_suspect
 from live_migration.common.lsn import Lsn
 from live_migration.common.postgres import session
 from live_migration.common.relation import QualifiedName
-from live_migration.consumer.chunk_marks import NOT_KNOWN_YET, note_suspects
+from live_migration.consumer.chunk_marks import NOT_KNOWN_YET, mark_chunk, note_suspects, set_marks
 from live_migration.consumer.chunk_rebuild import due_chunks
 from live_migration.coordinator import chunk_watch, newcomer_leaving
 from live_migration.coordinator.chunk_watch import follow_chunks
@@ -472,6 +472,26 @@ async def _is_copied(it: Replay) -> bool:
 
 async def _is_unmarked(it: Replay) -> bool:
     return not await _marks(it.target)
+
+
+async def test_a_position_that_is_not_known_yet_is_set_by_nobody_but_who_waits_for_it(
+    source_database: str, target_database: str
+) -> None:
+    """A lane that is refused a change marks its chunk meanwhile: with a position of its own, before which not all was missed."""
+    async with begun(source_database, target_database) as (run, _):
+        await run.target.execute(
+            """insert into _live_migration.tables (oid, schema_name, table_name, lane, publication, columns, binary_copy, state, kind,
+                   root_schema, root_name)
+               values (5, 'public', 't0', 3, 'all', $1, true, 'ready', 'hypertable', 'public', 't0')""",
+            COLUMNS,
+        )
+        home = Home(ROOT, CHUNK)
+        for is_new in (False, True):
+            await mark_chunk(run.target, 6, home, reason="unwatched", lsn=NOT_KNOWN_YET, is_new=False)
+            await mark_chunk(run.target, 6, home, reason="refused", lsn=100, is_new=is_new)
+            assert await _unseen(run.target) == NOT_KNOWN_YET
+            await set_marks(run.target, 200)
+            assert await _unseen(run.target) == 200
 
 
 class Died(Exception):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import asyncpg
 import pytest
@@ -254,6 +255,39 @@ async def test_a_coordinator_that_lives_is_not_succeeded(target_database: str) -
     await state.renew_coordinator_lease(first, epoch, 60)
     await state.release_coordinator_lease(first, epoch)
     assert await state.acquire_coordinator_lease(second, "second", 60) > epoch
+    await first.close()
+    await second.close()
+
+
+class Between:
+    """A session on which something happens before its first query for many rows."""
+
+    def __init__(self, connection: asyncpg.Connection, happens: Callable[[], Awaitable[object]]) -> None:
+        self._connection, self._happens = connection, happens
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    async def fetch(self, *arguments: Any) -> list[asyncpg.Record]:
+        await self._happens()
+        return await self._connection.fetch(*arguments)
+
+
+async def test_of_two_successors_one_becomes_the_coordinator(target_database: str) -> None:
+    """Both have read that their predecessor is gone, whose lease has not run out."""
+    gone, first, second = await begin(target_database), *[await asyncpg.connect(target_database) for _ in range(2)]
+    await state.acquire_coordinator_lease(gone, "gone", 60)
+    pid = gone.get_server_pid()
+    await gone.close()
+
+    async def is_gone() -> bool:
+        return not await first.fetchval("select exists (select from pg_stat_activity where pid = $1)", pid)
+
+    await wait_for(is_gone)
+    late = Between(second, lambda: state.acquire_coordinator_lease(first, "first", 60))
+    with pytest.raises(TargetError, match="another coordinator took this migration over just now"):
+        await state.acquire_coordinator_lease(cast("asyncpg.Connection", late), "second", 60)
+    assert await first.fetchval("select owner from _live_migration.migration") == "first"
     await first.close()
     await second.close()
 

@@ -186,6 +186,46 @@ async def test_a_chunk_that_was_met_changed_untold_and_merged_before_anybody_loo
         assert await world.differences(source, target) == []
 
 
+async def test_a_chunk_that_its_lane_met_and_that_is_compressed_then_is_copied_anew_once(
+    timescale_source_database: str,
+    target_of_timescale: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where schemas cannot be published it lies in another file than when it was made, for good: in the one that it was copied from."""
+    source = await world.as_owner(timescale_source_database, target_of_timescale, unique_name)
+    target = target_of_timescale
+    await world.make(source)
+    looks: list[int] = []
+    follow_chunks = chunk_watch.follow_chunks
+
+    async def look(*arguments: Any, **options: Any) -> int:
+        looks.append(await follow_chunks(*arguments, **options))
+        return looks[-1]
+
+    monkeypatch.setattr(chunk_watch, "follow_chunks", look)
+    monkeypatch.setattr(chunk_watch, "INTERVAL_SECONDS", 1.0)
+    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
+        await migration.until_phase("replay", timeout=240)
+        await execute(source, *(rows.replace("2026-02-02 20:00", "2026-02-01 20:00") for rows in _NEW_ROWS))
+        met = "select count(*) = 2 from _live_migration.tables where newcomer = 'met' and rebuild is null"
+        await migration.until("its lane has met the chunk", met)
+        chunk = await world.value(source, _CHUNK_AT, "metrics", "2026-02-01 12:00")
+        await execute(source, f"select compress_chunk('{chunk}')")
+        copied = "select count(*) = 1 from _live_migration.tables where newcomer = 'met' and rebuild is null and file_mark is not null"
+        await migration.until("the chunk is copied anew", copied)
+        before = len(looks)
+        async with asyncio.timeout(60):
+            while len(looks) < before + 4:
+                migration.raise_failures()
+                await asyncio.sleep(0.1)
+        assert looks[before + 1 :] == [0] * len(looks[before + 1 :])
+        await migration.finish()
+        assert await world.differences(source, target) == []
+
+
 async def test_a_transaction_that_makes_a_chunk_behind_rows_of_others_comes_once(
     timescale_source_database: str, target_of_timescale: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
 ) -> None:

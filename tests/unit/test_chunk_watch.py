@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from live_migration.common.catalog import Part, TableInfo
 from live_migration.common.relation import QualifiedName, ReplicaIdentity
-from live_migration.coordinator.chunk_watch import Known, find_grown, find_missed, find_moved, find_unwatched
+from live_migration.coordinator.chunk_watch import Known, _known, find_grown, find_missed, find_moved, find_unwatched
 
 KEYED, KEYLESS = QualifiedName("public", "keyed"), QualifiedName("public", "keyless")
 KNOWN = Known({1: (KEYED, True), 2: (KEYLESS, False)}, frozenset({11}), frozenset({21}), {11: "true"})
@@ -69,3 +69,26 @@ def test_a_chunk_that_lies_in_another_file_is_copied_anew() -> None:
     files = {11: "91", 12: "90", 13: "93", 14: "14", 15: "95", 16: "96"}
     tables = [replace(table(oid, "chunk", 1), file_mark=f"{file} 1:700") for oid, file in files.items()]
     assert [(m.chunk.oid, m.is_new) for m in find_moved(known, tables)] == [(11, False), (15, True), (16, True)]
+
+
+def test_a_chunk_that_its_lane_met_is_known_by_its_copy_alone() -> None:
+    """Else it would be in another file than when it was made at every look. Nobody has looked at it, so it must be published."""
+    row = {
+        "oid": 11, "schema_name": "inner", "table_name": "t11", "kind": "chunk", "publication": "all", "compressed_oid": 22,
+        "range": "true", "file": "91", "is_to_be_copied": False, "is_met": True,
+    }  # fmt: skip
+    root = row | {
+        "oid": 1,
+        "schema_name": "public",
+        "table_name": "keyed",
+        "kind": "hypertable",
+        "file": "",
+        "is_met": False,
+    }
+    known = _known([root, row])
+    there, moved = [replace(table(11, "chunk", 1), file_mark=f"{file} 1:700") for file in (91, 92)]
+    assert find_moved(known, [there]) == []
+    assert [m.chunk.oid for m in find_moved(known, [moved])] == [11]
+    assert find_moved(_known([root, row | {"is_to_be_copied": True}]), [moved]) == []
+    assert [m.is_new for m in find_missed(known, [there], frozenset(), frozenset())] == [True]
+    assert not known.compressed
