@@ -30,8 +30,10 @@ from live_migration.coordinator.identity_watch import reconcile
 from live_migration.coordinator.late_findings import (
     assess_roles,
     assess_taken_oids,
+    assess_unreadable,
     find_missing_roles,
     find_taken_oids,
+    find_unreadable,
 )
 from live_migration.coordinator.memberships import find_left, require_publications
 from live_migration.coordinator.newcomers import bring_newcomers
@@ -254,6 +256,7 @@ async def _require_accounted_for(run: Run, source: asyncpg.Connection, problems:
         late = [
             *assess_roles(await find_missing_roles(source, run.target), is_begun=True),
             *assess_taken_oids(await find_taken_oids(source, run.target)),
+            *assess_unreadable(await find_unreadable(source)),
         ]
     found += [finding.what for finding in late]
     await require_publications(run, source, run.target)
