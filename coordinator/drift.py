@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 
 import asyncpg
 
@@ -16,8 +17,11 @@ from live_migration.common.timescale import INTERNAL_SCHEMA
 from live_migration.coordinator.observer import Reporter
 from live_migration.coordinator.rewrites import mark_rewritten
 from live_migration.coordinator.run import Run
+from live_migration.coordinator.source_changes import name_changes
 
 _INTERVAL_SECONDS = 60.0
+_ROUNDS_BETWEEN_DEFINITIONS = 5
+"""All definitions are a longer look at the catalogs, about 0.5 ms a table."""
 
 PARENTS = """
     select i.inhrelid as oid, n.nspname as schema, p.relname as name
@@ -81,14 +85,16 @@ async def find_drift(run: Run, source: asyncpg.Connection, target: asyncpg.Conne
 
 
 async def watch_drift(run: Run) -> None:
-    """Name tables that go, change their name or are written anew, each change once; never returns."""
+    """Name tables that go, change their name or are written anew, and what else is changed, each change once; never returns."""
     async with run.source_session("drift") as source, run.target_session("drift") as target:
-        while True:
+        for rounds in count():
             drift = await find_drift(run, source, target)
             # What was created is brought, or named, by `newcomers`.
             for kind, names in (("renamed", drift.renamed), ("dropped", drift.dropped)):
                 _name_each(run.reporter, kind, names)
             await mark_rewritten(run, source, target)
+            if rounds % _ROUNDS_BETWEEN_DEFINITIONS == 0:
+                await name_changes(run, source, target)
             await asyncio.sleep(_INTERVAL_SECONDS)
 
 
