@@ -38,6 +38,7 @@ class ColumnInfo:
     generated: str
     identity: str
     not_null: bool
+    type_modifier: int = -1
 
     @property
     def is_binary_safe(self) -> bool:
@@ -99,7 +100,7 @@ class TableInfo:
 
 _COLUMNS = """
     select a.attrelid as relation, a.attname as name, format_type(a.atttypid, a.atttypmod) as type, a.atttypid as type_oid,
-           a.attgenerated::text as generated, a.attidentity::text as identity, a.attnotnull as not_null
+           a.attgenerated::text as generated, a.attidentity::text as identity, a.attnotnull as not_null, a.atttypmod as type_modifier
     from pg_attribute a
     where a.attrelid = any($1::oid[]) and a.attnum > 0 and not a.attisdropped
     order by a.attrelid, a.attnum

@@ -36,9 +36,10 @@ class _Record(BaseModel):
 
 
 class Owner(_Record):
-    """Whose topics these are."""
+    """Whose topics these are. `target`: host:port/database, for people."""
 
     migration_id: str
+    target: str = ""
 
 
 class ProducerConfig(_Record):

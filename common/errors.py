@@ -64,7 +64,7 @@ class SlotError(SourceError):
 
 RECOPY = (
     "Run `live-migration migrate --recopy`: it makes slot and change log anew and copies every table again, "
-    "with the schema and all settings kept. Where hypertables came over as they are it is refused in replay, and says what to do instead."
+    "with the schema and all settings kept."
 )
 
 

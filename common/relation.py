@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+FIXED_OIDS = 10000
+"""Below it a type has the same oid on every server; from it on types are made by initdb, by extensions or by users."""
+
+TIMESTAMPS = frozenset({1114, 1184})
+"""Without and with time zone: the session's time zone turns one into the other."""
+
 
 def quote_identifier(name: str) -> str:
     """Quote one identifier for SQL, whatever it holds."""

@@ -76,6 +76,11 @@ def worker_id(kind: str) -> str:
     return f"{kind}-{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:6]}"
 
 
+def session_tag(owner: str) -> str:
+    """Give what the application_name of each session of a coordinator on the target ends with, by which its successor finds them."""
+    return f"#{owner.rpartition('-')[2]}"
+
+
 async def exists(connection: asyncpg.Connection) -> bool:
     """Tell whether the target holds a migration's state."""
     return bool(await connection.fetchval("select to_regclass('_live_migration.migration') is not null"))
@@ -107,8 +112,17 @@ async def require_migration(connection: asyncpg.Connection) -> Migration:
     return migration
 
 
+_SESSIONS = """
+    select pid, backend_start from pg_stat_activity
+    where datname = current_database() and usename = current_user and pid <> pg_backend_pid()
+      and starts_with(application_name, 'live-migration ') and right(application_name, length($1::text)) = $1::text
+"""
+
+
 async def acquire_coordinator_lease(connection: asyncpg.Connection, owner: str, lease_seconds: float) -> int:
-    """Become the migration's coordinator and give the new epoch; a predecessor whose lease ran out is ended first.
+    """Become the migration's coordinator and give the new epoch; a predecessor whose lease ran out is ended first, with all its sessions.
+
+    One that was stopped within a transaction keeps the migration's row locked, else, and everybody would wait for it.
 
     Raises:
         TargetError: another coordinator is alive.
@@ -126,6 +140,9 @@ async def acquire_coordinator_lease(connection: asyncpg.Connection, owner: str, 
         )
     if row["backend_pid"] and row["connected"]:
         await terminate_backend(connection, row["backend_pid"], row["backend_start"])
+    if row["owner"]:
+        for other in await connection.fetch(_SESSIONS, session_tag(row["owner"])):
+            await terminate_backend(connection, other["pid"], other["backend_start"])
     epoch: int | None = await connection.fetchval(
         """update _live_migration.migration
            set owner = $1, epoch = epoch + 1, backend_pid = pg_backend_pid(),

@@ -6,6 +6,7 @@ named in `compression_settings` alone), so chunks are found by inheritance, whic
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import asyncpg
@@ -27,7 +28,7 @@ _VERSION_TO_BE = """
 _COLUMNS = """
     select format('%s.%s', c.relname, a.attname)
     from pg_attribute a join pg_class c on c.oid = a.attrelid join pg_namespace n on n.oid = c.relnamespace
-    where n.nspname = '_timescaledb_catalog' and c.relname in ('chunk', 'hypertable', 'compression_settings')
+    where n.nspname = '_timescaledb_catalog' and c.relname in ('chunk', 'hypertable', 'compression_settings', 'dimension_slice')
       and a.attnum > 0 and not a.attisdropped
 """
 
@@ -44,14 +45,27 @@ _HYPERTABLES = """
 """
 
 _RANGE = """
-    select string_agg(pg_get_expr(k.conbin, k.conrelid), ' and ' order by k.conname) from pg_constraint k
+    select string_agg(case when a.attnum is not null and exists ({takes_null}) then format('(%I is null or %s)', a.attname, e.condition)
+                           else e.condition end, ' and ' order by k.conname)
+    from pg_constraint k cross join lateral pg_get_expr(k.conbin, k.conrelid) e (condition)
+    left join pg_attribute a on a.attrelid = k.conrelid and k.conkey = array[a.attnum] and not (a.attnotnull and not exists (
+        select from pg_constraint v where v.conrelid = k.conrelid and v.contype = 'n' and v.conkey = k.conkey and not v.convalidated))
     where k.conrelid = c.oid and k.contype = 'c' and k.coninhcount = 0
 """
-"""A chunk's own constraints, of the relation `c`: those that it inherits are the user's."""
+"""A chunk's own constraints, of the relation `c`: those that it inherits are the user's.
 
-_CHUNKS = f"""
+A row without the value that is hashed passes that constraint of every chunk, and lies in the one whose range of hashes has zero in
+it, whatever the partitioning function: it is not asked. Conditions on time stay bare, for chunks are left out by them.
+"""
+
+_TAKES_NULL = """
+    select {slices} join _timescaledb_catalog.dimension d on d.id = s.dimension_id
+    where p.oid = c.oid and d.column_name = a.attname and d.num_slices is not null and s.range_start <= 0 and s.range_end > 0
+"""
+
+_CHUNKS = """
     select i.inhparent as hypertable, c.oid, n.nspname::text as schema, c.relname::text as name, c.relkind::text as kind,
-           ({_RANGE}) as range
+           ({range}) as range
     from pg_inherits i join pg_class c on c.oid = i.inhrelid join pg_namespace n on n.oid = c.relnamespace
     where i.inhparent = any($1::oid[])
     order by c.oid
@@ -185,7 +199,7 @@ async def read_layout(connection: asyncpg.Connection) -> Layout | None:
     version = await read_version(connection)
     if version is None:
         return None
-    columns = {row[0] for row in await connection.fetch(_COLUMNS)}
+    columns = await _read_columns(connection)
     hypertables = {
         row["oid"]: Hypertable(
             row["id"],
@@ -208,7 +222,7 @@ async def read_layout(connection: asyncpg.Connection) -> Layout | None:
             compressed_of.get(row["oid"]),
             row["kind"] != "r",
         )
-        for row in await connection.fetch(_CHUNKS, list(hypertables))
+        for row in await connection.fetch(_CHUNKS.format(range=_range(columns)), list(hypertables))
     }
     roots = frozenset(row["oid"] for row in await connection.fetch(_COMPRESSED_ROOTS))
     names = await connection.fetch(_NAMES, list(compressed_of.values()))
@@ -222,6 +236,11 @@ async def read_layout(connection: asyncpg.Connection) -> Layout | None:
         roots,
         frozenset(QualifiedName(row["schema"], row["name"]) for row in own),
     )
+
+
+async def _read_columns(connection: asyncpg.Connection) -> set[str]:
+    """Give the columns of TimescaleDB's catalog that differ from version to version."""
+    return {row[0] for row in await connection.fetch(_COLUMNS)}
 
 
 async def is_hypertable(connection: asyncpg.Connection, name: QualifiedName) -> bool:
@@ -238,33 +257,34 @@ async def read_slices(connection: asyncpg.Connection, layout: Layout) -> dict[in
     Equal on every server for chunks that hold the same range of the same hypertable.
     """
     # From the catalog's tables, for TimescaleDB's own function looks past the snapshot, and fails on a chunk that was dropped since.
-    columns = {row[0] for row in await connection.fetch(_SLICE_COLUMNS)}
-    if "chunk.relid" in columns:
-        relation = "join pg_class p on p.oid = c.relid"
-    else:
-        relation = """join pg_namespace n on n.nspname = c.schema_name
-                      join pg_class p on p.relnamespace = n.oid and p.relname = c.table_name"""
-    if "dimension_slice.chunk_id" in columns:
-        slices = "join _timescaledb_catalog.dimension_slice s on s.chunk_id = c.id"
-    else:
-        slices = """join _timescaledb_catalog.chunk_constraint k on k.chunk_id = c.id
-                    join _timescaledb_catalog.dimension_slice s on s.id = k.dimension_slice_id"""
+    slices = _slices(await _read_columns(connection))
     rows = await connection.fetch(
         f"""select p.oid, jsonb_object_agg(d.column_name, jsonb_build_array(s.range_start, s.range_end))::text as slices
-            from _timescaledb_catalog.chunk c {relation} {slices}
-            join _timescaledb_catalog.dimension d on d.id = s.dimension_id
+            {slices} join _timescaledb_catalog.dimension d on d.id = s.dimension_id
             where p.oid = any($1::oid[]) group by p.oid""",
         [chunk.oid for chunk in layout.chunks.values() if not chunk.is_foreign],
     )
     return {row["oid"]: row["slices"] for row in rows}
 
 
-_SLICE_COLUMNS = """
-    select format('%s.%s', c.relname, a.attname)
-    from pg_attribute a join pg_class c on c.oid = a.attrelid join pg_namespace n on n.oid = c.relnamespace
-    where n.nspname = '_timescaledb_catalog' and c.relname in ('chunk', 'dimension_slice')
-      and a.attnum > 0 and not a.attisdropped
-"""
+def _slices(columns: set[str]) -> str:
+    """Give what a query joins that asks for the bounds (`s`) of chunks (`p`, as relations)."""
+    if "chunk.relid" in columns:
+        relation = "join pg_class p on p.oid = h.relid"
+    else:
+        relation = """join pg_namespace n on n.nspname = h.schema_name
+                      join pg_class p on p.relnamespace = n.oid and p.relname = h.table_name"""
+    if "dimension_slice.chunk_id" in columns:
+        slices = "join _timescaledb_catalog.dimension_slice s on s.chunk_id = h.id"
+    else:
+        slices = """join _timescaledb_catalog.chunk_constraint k on k.chunk_id = h.id
+                    join _timescaledb_catalog.dimension_slice s on s.id = k.dimension_slice_id"""
+    return f"from _timescaledb_catalog.chunk h {relation} {slices}"
+
+
+def _range(columns: set[str]) -> str:
+    """Give the query for the condition that holds for exactly the rows of a chunk (`c`, as a relation)."""
+    return _RANGE.format(takes_null=_TAKES_NULL.format(slices=_slices(columns)))
 
 
 _ONE_BY_SETTINGS = """
@@ -286,7 +306,7 @@ _ONE_BY_CHUNK = """
 
 async def compressed_table(connection: asyncpg.Connection, chunk: int) -> tuple[str, int] | None:
     """Give name (in SQL) and oid of the table that holds a chunk's compressed rows; None where it has none."""
-    columns = {row[0] for row in await connection.fetch(_COLUMNS)}
+    columns = await _read_columns(connection)
     query = _ONE_BY_CHUNK if "chunk.compressed_chunk_id" in columns else _ONE_BY_SETTINGS
     row = await connection.fetchrow(query, chunk)
     return (QualifiedName(row["schema"], row["name"]).sql, row["oid"]) if row else None
@@ -305,6 +325,10 @@ async def compressed_tables(connection: asyncpg.Connection, hypertable: int) -> 
     )
 
 
+_FROZEN = 4
+"""A flag of a chunk's status."""
+
+
 async def read_chunk_status(connection: asyncpg.Connection, name: QualifiedName) -> int | None:
     """Give TimescaleDB's flags of a chunk, which say where a query looks for its rows: compressed, beside those, or both."""
     where, arguments = await _where_chunk(connection, name)
@@ -312,6 +336,20 @@ async def read_chunk_status(connection: asyncpg.Connection, name: QualifiedName)
         f"select status from _timescaledb_catalog.chunk where {where}", *arguments
     )
     return status
+
+
+async def frozen_chunks(connection: asyncpg.Connection) -> list[QualifiedName]:
+    """Give the chunks that are frozen: no row of theirs may change, and no retention policy drops them."""
+    columns = {row[0] for row in await connection.fetch(_COLUMNS)}
+    if "chunk.relid" in columns:
+        relation = "join pg_class p on p.oid = c.relid join pg_namespace n on n.oid = p.relnamespace"
+        names = "n.nspname::text, p.relname::text"
+    else:
+        relation, names = "", "c.schema_name::text, c.table_name::text"
+    rows = await connection.fetch(
+        f"select {names} from _timescaledb_catalog.chunk c {relation} where c.status & {_FROZEN} <> 0 order by 1, 2"
+    )
+    return [QualifiedName(*row) for row in rows]
 
 
 async def write_chunk_status(connection: asyncpg.Connection, name: QualifiedName, status: int) -> None:
@@ -325,8 +363,59 @@ async def write_chunk_status(connection: asyncpg.Connection, name: QualifiedName
     )
 
 
+@dataclass(frozen=True, slots=True)
+class ColumnBounds:
+    """Between which values of a column a chunk's rows lie, as TimescaleDB knows it; queries pass over a chunk by that while it is valid."""
+
+    column: str
+    start: int
+    end: int
+    is_valid: bool
+
+
+async def read_column_bounds(connection: asyncpg.Connection, name: QualifiedName) -> list[ColumnBounds]:
+    """Give the bounds of the columns that a chunk is left out by (`enable_chunk_skipping`, 2.16 on)."""
+    if not await _has_column_bounds(connection):
+        return []
+    where, arguments = await _where_chunk(connection, name)
+    rows = await connection.fetch(
+        f"""select column_name::text, range_start, range_end, valid from _timescaledb_catalog.chunk_column_stats
+            where chunk_id = (select id from _timescaledb_catalog.chunk where {where}) order by 1""",
+        *arguments,
+    )
+    return [ColumnBounds(*row) for row in rows]
+
+
+async def write_column_bounds(
+    connection: asyncpg.Connection, name: QualifiedName, bounds: Sequence[ColumnBounds]
+) -> None:
+    """Set a chunk's bounds to be those of the chunk whose rows it got; what is known of other columns holds no more."""
+    if not await _has_column_bounds(connection):
+        return
+    where, arguments = await _where_chunk(connection, name)
+    n = len(arguments)
+    await connection.execute(
+        f"""update _timescaledb_catalog.chunk_column_stats k
+            set range_start = coalesce(b.range_start, k.range_start), range_end = coalesce(b.range_end, k.range_end),
+                valid = coalesce(b.valid, false)
+            from _timescaledb_catalog.chunk_column_stats o
+            left join unnest(${n + 1}::text[], ${n + 2}::bigint[], ${n + 3}::bigint[], ${n + 4}::bool[])
+                      b (column_name, range_start, range_end, valid) on b.column_name = o.column_name
+            where o.id = k.id and k.chunk_id = (select id from _timescaledb_catalog.chunk where {where})""",
+        *arguments,
+        [each.column for each in bounds],
+        [each.start for each in bounds],
+        [each.end for each in bounds],
+        [each.is_valid for each in bounds],
+    )
+
+
+async def _has_column_bounds(connection: asyncpg.Connection) -> bool:
+    return bool(await connection.fetchval("select to_regclass('_timescaledb_catalog.chunk_column_stats') is not null"))
+
+
 async def _where_chunk(connection: asyncpg.Connection, name: QualifiedName) -> tuple[str, tuple[str, ...]]:
-    columns = {row[0] for row in await connection.fetch(_COLUMNS)}
+    columns = await _read_columns(connection)
     if "chunk.relid" in columns:
         return "relid = to_regclass($1)", (name.sql,)
     return "schema_name = $1 and table_name = $2", (name.schema, name.name)
@@ -334,13 +423,12 @@ async def _where_chunk(connection: asyncpg.Connection, name: QualifiedName) -> t
 
 async def chunk_range(connection: asyncpg.Connection, chunk: int) -> str | None:
     """Give the condition that holds for the rows of a chunk alone; None where it is gone."""
-    condition: str | None = await connection.fetchval(f"select ({_RANGE}) from pg_class c where c.oid = $1", chunk)
+    query = f"select ({_range(await _read_columns(connection))}) from pg_class c where c.oid = $1"
+    condition: str | None = await connection.fetchval(query, chunk)
     return condition
 
 
 async def chunk_ranges(connection: asyncpg.Connection, chunks: list[int]) -> dict[int, str]:
     """Give the conditions of those of the chunks that are there, by oid, as `read_layout` does."""
-    rows = await connection.fetch(
-        f"select c.oid, ({_RANGE}) as range from pg_class c where c.oid = any($1::oid[])", chunks
-    )
-    return {row["oid"]: row["range"] or "true" for row in rows}
+    query = f"select c.oid, ({_range(await _read_columns(connection))}) as range from pg_class c where c.oid = any($1::oid[])"
+    return {row["oid"]: row["range"] or "true" for row in await connection.fetch(query, chunks)}

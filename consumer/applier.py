@@ -27,7 +27,7 @@ from live_migration.consumer.hypertables import HypertableInfo, session_settings
 from live_migration.consumer.layouts import Span
 from live_migration.consumer.plain_changes import PlainChanges, plain_changes
 from live_migration.consumer.plain_deletes import plain_deletes
-from live_migration.consumer.refusal import BatchRefused, said
+from live_migration.consumer.refusal import BatchRefused, hint_for, said
 from live_migration.consumer.row_code import copy_rows
 from live_migration.consumer.row_encoding import (
     UNCHANGED,
@@ -375,7 +375,7 @@ class Applier:
         raise BatchRefused(
             f"{run.table.name}: the target refuses a change {where}: {said(error)}",
             reason=said(error),
-            hint=error.hint or "Mend the target (or the row that stands in the way); the lane then goes on by itself.",
+            hint=hint_for(error),
         ) from error
 
 

@@ -15,7 +15,14 @@ import asyncpg
 
 from live_migration.common.catalog import CURRENT_TIMELINE
 from live_migration.common.relation import QualifiedName
-from live_migration.common.timescale import chunk_range, compressed_table, read_chunk_status, write_chunk_status
+from live_migration.common.timescale import (
+    chunk_range,
+    compressed_table,
+    read_chunk_status,
+    read_column_bounds,
+    write_chunk_status,
+    write_column_bounds,
+)
 from live_migration.consumer.claim_endings import CopyOrigin
 from live_migration.consumer.claims import TableClaim
 from live_migration.consumer.copy_errors import CopyDeferred, TableStopped, server_errors
@@ -96,9 +103,11 @@ async def copy_compressed(
         )
     with server_errors("source", f"looking at {claim.name}"):
         status = await read_chunk_status(source, claim.name)
+        bounds = await read_column_bounds(source, claim.name)
     if status is not None:  # rows may have come beside the compressed ones since the catalog was read with the plan
         with server_errors("target", f"describing {claim.name}"):
             await write_chunk_status(target, claim.name, status)
+            await write_column_bounds(target, claim.name, bounds)
     is_binary = all(column.info.is_binary_safe or column.info.type == _COMPRESSED for column in columns)
     plan = CopyPlan(QualifiedName(schema, table), tuple(column.name for column in columns), is_binary)
     return await stream_copy(source, target, plan, blocks=None, freeze=True, on_bytes=on_bytes)

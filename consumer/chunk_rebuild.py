@@ -22,6 +22,7 @@ from live_migration.common.timescale import chunk_range, compressed_table, compr
 from live_migration.consumer.chunk_copy import look_without
 from live_migration.consumer.claim_endings import CopyOrigin
 from live_migration.consumer.claims import TableClaim
+from live_migration.consumer.committing import await_committing
 from live_migration.consumer.copy_errors import CopyDeferred, server_errors
 from live_migration.consumer.copy_stream import CopyCount, CopyPlan, stream_copy
 from live_migration.consumer.merged_chunks import (
@@ -35,7 +36,6 @@ from live_migration.consumer.merged_chunks import (
     siblings,
 )
 from live_migration.consumer.plain_chunks import hypertable_to_copy, is_plain
-from live_migration.consumer.source_watch import await_committing
 from live_migration.consumer.table_snapshot import (
     ChunkGone,
     LockedTable,
@@ -133,12 +133,13 @@ async def rebuild_chunk(
     applied_lsn: int,
     lock_timeout: float,
     flush: Callable[[], Awaitable[None]],
+    on_wait: Callable[[str], Awaitable[None]],
     whole: set[QualifiedName],
 ) -> CopyCount:
     """Empty a chunk's range of the target's hypertable and copy the chunk into it, a newcomer wholly; inside a transaction on the
     target, in the replica role.
 
-    `applied_lsn`: all before it is applied. `whole`: hypertables that the caller had copied whole, of which one chunk is as good as all.
+    `applied_lsn`: all before it is applied. `on_wait`: told whom it waits for on the source, where that lasts. `whole`: hypertables that the caller had copied whole, of which one chunk is as good as all.
 
     Raises:
         CopyDeferred | TableStopped | ConnectionLost: it cannot be copied just now; nothing may be committed.
@@ -151,7 +152,7 @@ async def rebuild_chunk(
     is_chunk = chunk.kind == "chunk"
     leftover = Leftover()
     with server_errors("source", f"looking at {chunk.name}"):
-        await await_committing(source)
+        await await_committing(source, lambda what: on_wait(f"copy of {chunk.name} {what}"))
         compressed = await compressed_table(source, chunk.oid) if is_chunk else None
     claim = TableClaim(chunk.oid, chunk.name, 0, has_parts=False, is_chunk=is_chunk, compressed=compressed)
     try:

@@ -56,6 +56,7 @@ class PartClaim:
     snapshot_id: str
     plan: CopyPlan
     timeline: int
+    snapshot: str
 
     def __str__(self) -> str:
         return f"{self.name}, part {self.part}"
@@ -150,7 +151,7 @@ _CLAIM_PART = f"""
     update _live_migration.parts p set state = 'copying', row_count = 0, byte_count = 0, {_LEASE}, {_SOURCE}
     from candidate c, _live_migration.tables t
     where p.oid = c.oid and p.part = c.part and t.oid = c.oid and t.snapshot_id is not null
-    returning p.oid, t.schema_name, t.table_name, p.attempt, p.part, p.first_block, p.end_block, p.size_bytes, t.snapshot_id,
+    returning p.oid, t.schema_name, t.table_name, p.attempt, p.part, p.first_block, p.end_block, p.size_bytes, t.snapshot_id, t.snapshot,
               t.columns, t.binary_copy, t.timeline, t.copies_to_root, t.root_schema, t.root_name
 """
 
@@ -206,6 +207,7 @@ async def claim_part(connection: asyncpg.Connection, who: Claimant) -> PartClaim
         row["snapshot_id"],
         CopyPlan(name, columns, row["binary_copy"], target=_root(row)),
         row["timeline"],
+        row["snapshot"],
     )
 
 

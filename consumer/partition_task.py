@@ -16,7 +16,7 @@ from live_migration.common.postgres import asking, connect, end_with, session
 from live_migration.common.relation import QualifiedName
 from live_migration.common.segment import START, Position
 from live_migration.common.settings import Settings
-from live_migration.common.state import Migration
+from live_migration.common.state import Migration, record_event
 from live_migration.common.tasks import is_cancelled
 from live_migration.common.telemetry import get_logger
 from live_migration.consumer import checkpoint as checkpoints
@@ -210,10 +210,18 @@ class PartitionTask:
                             applied_lsn=held.position.commit_lsn,
                             lock_timeout=settings.lock_timeout,
                             flush=lambda: write_flush_barrier(other, migration_id),
+                            on_wait=self._tell,
                             whole=whole,
                         )
                         await checkpoints.confirm(connection, held)
                         await connection.execute("commit")
+
+    async def _tell(self, message: str) -> None:
+        """Let people see what the lane waits for; on a session of its own, for the lane's has a transaction open."""
+        self._log.info("lane waits", reason=message)
+        async with session(self._settings.target_uri(), "target", application="live-migration lane") as target:
+            with asking("target", "recording an event"):
+                await record_event(target, "warning", f"lane {self._lane}: {message}")
 
     async def _has_chunks_to_copy(self, refused: ChangeRefused) -> bool:
         """Tell whether chunks of the lane wait to be copied anew, which may be why a change is refused: they are copied early then, once.

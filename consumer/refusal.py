@@ -107,6 +107,16 @@ def said(error: asyncpg.PostgresError) -> str:
     return f"{shortened(str(error.args[0]), _MOST_SAID)}{detail} [SQLSTATE {error.sqlstate}]"
 
 
+def hint_for(error: asyncpg.PostgresError) -> str:
+    """Give how what a server refuses may be mended."""
+    if error.sqlstate == asyncpg.InvalidTextRepresentationError.sqlstate:
+        return (
+            "Where a value of an enum was added or renamed on the source, do the same on the target (ALTER TYPE … ADD VALUE, or RENAME VALUE); the lane then "
+            "goes on by itself. Rows with the old name are mended by the rename."
+        )
+    return error.hint or "Mend the target (or the row that stands in the way); the lane then goes on by itself."
+
+
 def shortened(text: str, most: int) -> str:
     """Cut a text that is longer than `most` characters."""
     return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"

@@ -22,13 +22,6 @@ from live_migration.consumer.sessions import Backoff, SharedSession
 log = get_logger(__name__)
 
 LOOK_SECONDS = 1.0
-_LOOK_AGAIN_SECONDS = 0.05
-_COMMITTING = """
-    select x::text from pg_snapshot_xip(pg_current_snapshot()) x
-    where not exists (select from pg_prepared_xacts p where p.transaction = x::xid)
-      and not exists (select from pg_stat_activity a where a.backend_xid = x::xid and a.state like 'idle%')
-"""
-"""Transactions under way, without those that wait for their client."""
 
 _WAITERS = """
     select l.pid, blocker, coalesce(a.application_name, '') as application, a.query_start,
@@ -47,15 +40,6 @@ async def write_flush_barrier(connection: asyncpg.Connection, migration_id: UUID
         "select pg_logical_emit_message(true, $1, $2::text)", MESSAGE_PREFIX, message.model_dump_json()
     )
     await connection.execute("commit")
-
-
-async def await_committing(connection: asyncpg.Connection) -> None:
-    """Return when every transaction that may be about to become visible has: one that waits for a synchronous standby is in the WAL,
-    and so perhaps applied already, but in no snapshot yet."""
-    waiting = {row[0] for row in await connection.fetch(_COMMITTING)}
-    while waiting:
-        await asyncio.sleep(_LOOK_AGAIN_SECONDS)
-        waiting &= {row[0] for row in await connection.fetch(_COMMITTING)}
 
 
 @asynccontextmanager

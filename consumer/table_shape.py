@@ -87,7 +87,7 @@ def mending_statements(
         if column.name in theirs and column not in remade:
             statements.append((theirs[column.name], ", ".join(_changes(column, theirs[column.name]))))
     added = sorted([*missing, *remade], key=lambda column: bool(column.info.generated))
-    statements += [(column, f"ADD COLUMN {_definition(column)}") for column in added]
+    statements += [(column, f"ADD COLUMN {column_definition(column)}") for column in added]
     return tuple(
         f"ALTER TABLE {root_sql if column.is_inherited else table_sql} {actions};"
         for column, actions in statements
@@ -130,7 +130,7 @@ _GENERATED = {"s": "STORED", "v": "VIRTUAL"}
 _IDENTITY = {"a": "ALWAYS", "d": "BY DEFAULT"}
 
 
-def _definition(column: ColumnDefinition) -> str:
+def column_definition(column: ColumnDefinition) -> str:
     """Give a column as ADD COLUMN has it."""
     info = column.info
     words = [quote_identifier(info.name), info.type]

@@ -153,6 +153,8 @@ async def import_snapshot(connection: asyncpg.Connection, claim: PartClaim, lock
         raise AttemptOver(f"the snapshot of {claim.name} cannot be had any more: {error.message}") from error
     if not seen["is_locked"]:
         raise AttemptOver(f"{claim.name} changed places with another table while it was copied")
+    if seen["snapshot"] != claim.snapshot:  # names begin anew when the server does
+        raise AttemptOver(f"the snapshot of {claim.name} is gone: another one bears its name")
     if seen["timeline"] != claim.timeline:  # another server may have a snapshot of the same name
         raise AttemptOver(f"the source failed over while {claim.name} was copied")
 

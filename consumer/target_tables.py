@@ -8,13 +8,22 @@ from typing import NamedTuple
 
 import asyncpg
 
-from live_migration.common.catalog import ColumnInfo, read_columns
+from live_migration.common.catalog import BINARY_SAFE_TYPES, ColumnInfo, read_columns
 from live_migration.common.errors import LaneStopped
 from live_migration.common.home import Home
 from live_migration.common.lanes import BYTEWISE_TYPES
-from live_migration.common.relation import Column, QualifiedName, Relation, ReplicaIdentity, quote_identifier
+from live_migration.common.relation import (
+    FIXED_OIDS,
+    TIMESTAMPS,
+    Column,
+    QualifiedName,
+    Relation,
+    ReplicaIdentity,
+    quote_identifier,
+)
 from live_migration.common.visibility import EVERYTHING, CopySnapshot
 from live_migration.consumer.hypertables import HypertableInfo, read_hypertable
+from live_migration.consumer.type_modifiers import may_lose
 
 FOLDABLE_TYPES = BYTEWISE_TYPES
 """Built-in types whose values are equal exactly when their bytes are (text ones under a deterministic collation); enums too."""
@@ -79,6 +88,7 @@ _TABLE = """
     select coalesce(t.root_schema, t.schema_name) as schema_name, coalesce(t.root_name, t.table_name) as table_name,
            t.lane, t.lanes, t.is_left_out, t.is_passed_over and t.copy_again as is_passed_over, t.snapshot, t.horizon - '0/0'::pg_lsn as horizon, c.oid, c.relkind::text as kind,
            to_regclass('_timescaledb_catalog.dimension') is not null as has_timescale,
+           coalesce((select binary_stream from _live_migration.migration), false) as is_binary,
            t.rebuild is not null and t.kind <> 'chunk'
                or exists (select from _live_migration.tables h where h.oid = t.hypertable_oid and h.rebuild is not null) as is_due
     from _live_migration.tables t
@@ -268,6 +278,8 @@ class TargetTables:
             raise LaneStopped(
                 f"table {name} does not exist on the target", hint="Restore it there; the lane then goes on by itself."
             )
+        if row["is_binary"]:
+            await self._require_binary_safe(relation)
         on_target = (await read_columns(self._connection, [row["oid"]])).get(row["oid"], ())
         columns = await self._match_columns(relation, name, on_target)
         indexes = await self._connection.fetch(_UNIQUE_INDEXES, row["oid"])
@@ -292,6 +304,19 @@ class TargetTables:
             _require_order_per_key(table, row["lanes"])
         return table
 
+    async def _require_binary_safe(self, relation: Relation) -> None:
+        """Refuse a column that came after the form of the stream was chosen, whose values in it mean another thing here, as oids do."""
+        columns = [column for column in relation.columns if column.type_oid not in BINARY_SAFE_TYPES]
+        if not columns:
+            return
+        types = await self._type_names([(column.type_oid, column.type_modifier) for column in columns])
+        found = ", ".join(f"{column.name} ({kind})" for column, kind in zip(columns, types, strict=True))
+        raise LaneStopped(
+            f"the source's table {relation.name} has columns that the stream cannot carry in the binary form that its tables allowed at the "
+            f"start: {found}",
+            hint="Run `live-migration migrate --recopy`: it copies every table again, and chooses the text form.",
+        )
+
     async def _match_columns(
         self, relation: Relation, name: QualifiedName, on_target: Sequence[ColumnInfo]
     ) -> tuple[ColumnInfo, ...]:
@@ -312,9 +337,13 @@ class TargetTables:
             )
         for column in relation.columns:
             target = found[column.name]
-            if column.type_oid < 16384 and target.type_oid < 16384 and column.type_oid != target.type_oid:
+            if _has_other_type(column, target):
                 (type_name,) = await self._type_names([(column.type_oid, column.type_modifier)])
-                alter = f"ALTER TABLE {name.sql} ALTER COLUMN {quote_identifier(column.name)} TYPE {type_name};"
+                quoted = quote_identifier(column.name)
+                # On the source that writes nothing anew in a session in UTC; where another's zone counted, the table is copied once more.
+                is_zoned = column.type_oid != target.type_oid and {column.type_oid, target.type_oid} <= TIMESTAMPS
+                using = f" USING {quoted} AT TIME ZONE 'UTC'" if is_zoned else ""
+                alter = f"ALTER TABLE {name.sql} ALTER COLUMN {quoted} TYPE {type_name}{using};"
                 raise LaneStopped(
                     f"column {column.name} of {relation.name} is {type_name} on the source and {target.type} on the target",
                     hint=f"Mend the target, the lane then goes on by itself: {alter}",
@@ -330,7 +359,7 @@ class TargetTables:
         for oid, modifier in types:
             name = (
                 await self._connection.fetchval("select format_type($1::oid, $2::int)", oid, modifier)
-                if oid < 16384
+                if oid < FIXED_OIDS
                 else None
             )
             names.append(name or "<its type on the source>")
@@ -359,6 +388,17 @@ class TargetTables:
                 hint="Give the target's table a unique index over the replica identity's columns.",
             )
         return operators
+
+
+def _has_other_type(column: Column, target: ColumnInfo) -> bool:
+    """Tell whether the target's type is another, or may lose something of the source's values.
+
+    One that was made wider before the source's takes them all. Of types that both are user-defined nothing is told here: a domain
+    may be exchanged for another, upon which the coordinator has the table copied once more.
+    """
+    if min(column.type_oid, target.type_oid) < FIXED_OIDS and column.type_oid != target.type_oid:
+        return True
+    return may_lose(column.type_oid, column.type_modifier, target.type_modifier)
 
 
 def _generated_here(relation: Relation, name: QualifiedName, column: ColumnInfo) -> LaneStopped:

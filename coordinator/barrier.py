@@ -30,7 +30,7 @@ _CHANGES = frozenset({pgoutput.INSERT, pgoutput.UPDATE, pgoutput.DELETE})
 
 @dataclass(frozen=True, slots=True)
 class Barrier:
-    """A barrier's id, and the WAL positions right before it was written and right after it was committed."""
+    """A barrier's id, and the WAL positions before it was written and after it was committed: others' commits may lie between them, too."""
 
     id: str
     before_lsn: int
@@ -43,6 +43,17 @@ class LanePosition:
 
     lane: int
     next_offset: int
+    commit_lsn: int
+
+
+@dataclass(frozen=True, slots=True)
+class Between:
+    """The relations that were changed before a barrier, and the barrier's own commit LSN: in a lane that nothing has touched since, the last.
+
+    `commit_lsn`: 0 where changes were found first.
+    """
+
+    changed: list[str]
     commit_lsn: int
 
 
@@ -110,14 +121,15 @@ def _judge_errors(run: Run, waiting: Sequence[asyncpg.Record], failing_since: di
 
 async def changes_between(
     settings: Settings, since: Mapping[int, int], barrier: Barrier, *, timeout: float = 60.0
-) -> list[str]:
-    """Read each lane from an offset up to the barrier; give the relations that were changed there.
+) -> Between:
+    """Read each lane from an offset up to the barrier; give the relations that were changed there, and where the barrier is.
 
     `since`: next offset of each lane, read before the barrier was written. A change too big for one record shows as
     `a large row`. Reading ends at the first changes found in a lane.
     """
     consumer = log_consumer(settings, max_partition_fetch_bytes=4 << 20)
     found: set[str] = set()
+    commit_lsn = 0
     unfinished = {TopicPartition(settings.changes_topic, lane): offset for lane, offset in since.items()}
     deadline = time.monotonic() + timeout
     try:
@@ -131,26 +143,30 @@ async def changes_between(
                 raise KafkaError(f"the barrier is not found in the change log of lanes {lanes}")
             for partition, records in (await consumer.getmany(timeout_ms=500)).items():
                 for record in records:
-                    changed, is_end = _read_record(record.value, barrier)
+                    changed, found_lsn = _read_record(record.value, barrier)
                     found |= changed
-                    if (is_end or changed) and partition in unfinished:
+                    commit_lsn = found_lsn or commit_lsn
+                    if (found_lsn or changed) and partition in unfinished:
                         del unfinished[partition]
                         consumer.pause(partition)
     except kafka_errors.KafkaError as error:
         raise translate(error, f"reading {settings.changes_topic}") from error
     finally:
         await consumer.stop()
-    return sorted(found)
+    return Between(sorted(found), commit_lsn)
 
 
-def _read_record(record: bytes, barrier: Barrier) -> tuple[set[str], bool]:
-    """Give the relations changed before the barrier in a record, and whether the barrier is in it."""
+def _read_record(record: bytes, barrier: Barrier) -> tuple[set[str], int]:
+    """Give the relations changed before the barrier in a record, and the barrier's commit LSN, 0 where it is not in it."""
     if decode_header(record).kind == FRAGMENT:
-        return {"a large row"}, False
+        return {"a large row"}, 0
     names: dict[int, str] = {}
     changed: set[str] = set()
+    commit_lsn = 0
     for frame in iterate_frames(record[HEADER.size :]):
-        if frame.kind == pgoutput.RELATION:
+        if frame.kind == pgoutput.BEGIN:
+            commit_lsn = pgoutput.decode_begin(frame.message).commit_lsn
+        elif frame.kind == pgoutput.RELATION:
             relation = pgoutput.decode_relation(frame.message)
             names[relation.oid] = str(relation.name)
         elif frame.kind in _CHANGES:
@@ -161,8 +177,8 @@ def _read_record(record: bytes, barrier: Barrier) -> tuple[set[str], bool]:
                 names.get(oid, f"relation {oid}") for oid in pgoutput.decode_truncate(frame.message).relation_oids
             }
         elif frame.kind == pgoutput.MESSAGE and _is_barrier(frame.message, barrier):
-            return changed, True
-    return changed, False
+            return changed, commit_lsn
+    return changed, 0
 
 
 def _is_barrier(message: bytes, barrier: Barrier) -> bool:

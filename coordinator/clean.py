@@ -25,6 +25,7 @@ from live_migration.coordinator.ownership import (
     Claim,
     find_on_source,
     read_claim,
+    read_topics,
     read_topics_owner,
     require_ours_on_source,
 )
@@ -43,14 +44,15 @@ _TELL_SECONDS = 10.0
 """For the word to the producer: a broker that hangs must not keep the slot, and with it the source's WAL."""
 
 
-async def clean(settings: Settings, *, prune: bool, note: Note) -> bool:
+async def clean(settings: Settings, *, prune: bool, note: Note, force: bool = False) -> bool:
     """Remove slot, publications, topics and state, and restore what was changed on the source; parts that are missing are passed over.
 
-    The state goes last, so that an attempt that failed half way can be repeated. `prune` removes `settings.dir`, too. False: something may be
-    left on the source, for the target holds no state that would name it.
+    The state goes last, so that an attempt that failed half way can be repeated. `prune` removes `settings.dir`, too. `force`: also what no state
+    on the target names, and without a source that is off for good. False: something may be left on the source.
 
     Raises:
-        TargetError: a coordinator is alive, or the target holds another migration, or its jobs are held.
+        TargetError: a coordinator is alive, or the target holds another migration, or its jobs are held; or it holds none, and what bears our
+            name may be another's.
         SourceError: SOURCE is not the migration's source, or slot and publications there are another migration's.
     """
     async with session(settings.target_uri(), "target", application=f"{APPLICATION} clean") as target:
@@ -58,9 +60,12 @@ async def clean(settings: Settings, *, prune: bool, note: Note) -> bool:
             migration = await state.read_migration(target)
         if migration is not None:
             await _require_ours(settings, target, migration)
-        claim = await read_claim(target) if migration is not None else None
-        is_known = await _clean_source(settings, target, migration, claim, note)
-        await _clean_kafka(settings, migration, claim, prune, note)
+            claim = await read_claim(target)
+            is_known = await _clean_known_source(settings, target, migration, claim, note, force=force)
+            if claim.is_begun:
+                await _clean_kafka(settings, migration, claim, prune, note)
+        else:
+            is_known = await _clean_unknown(settings, prune, note, force=force)
         await _clean_target(target, migration, note)
     if prune:
         await _remove_folder(settings.dir, note)
@@ -101,6 +106,9 @@ async def _require_ours(settings: Settings, target: asyncpg.Connection, migratio
             f"the target is in charge, but what follows the hand-over is not finished: its jobs are still off: {name_list(jobs)}",
             hint="Run `live-migration migrate` again, which finishes it without the source; then clean.",
         )
+
+
+async def _require_its_source(settings: Settings, migration: Migration) -> None:
     identity = await identify_system(settings.source_uri())
     if (identity.system_identifier, identity.database) != (migration.source_system, migration.source_database):
         raise SourceError(
@@ -127,14 +135,23 @@ def _reachable(settings: Settings, migration: Migration | None) -> Settings:
     return settings.model_copy(update={"kafka": settings.kafka or known})
 
 
-async def _clean_source(
-    settings: Settings, target: asyncpg.Connection, migration: Migration | None, claim: Claim | None, note: Note
+async def _clean_known_source(
+    settings: Settings, target: asyncpg.Connection, migration: Migration, claim: Claim, note: Note, *, force: bool
 ) -> bool:
+    try:
+        await _require_its_source(settings, migration)
+    except ConnectionLost as error:
+        if migration.phase is not Phase.DONE:
+            raise
+        if not force:
+            hint = f"{error.hint} If it is off for good: `live-migration clean --force` leaves it as it is."
+            raise ConnectionLost(error.message, hint=hint) from error
+        note(
+            f"the source was left as it is, for it cannot be reached ({error.message}). Should it come back: drop slot {settings.slot}, which keeps "
+            f"its WAL, and publications {settings.publication} and {settings.insert_publication}"
+        )
+        return False
     async with session(settings.source_uri(), "source", application=f"{APPLICATION} clean") as source:
-        if migration is None or claim is None:
-            await _require_idle(source, settings)
-            await _remove(source, settings, note)
-            return not await _name_unknown(source, note)
         if claim.is_begun:
             await require_ours_on_source(source, settings, claim)
             await _tell_producer(settings, migration, note)
@@ -143,7 +160,32 @@ async def _clean_source(
             note(f"left {name_list(found)} on the source, which this migration has not made")
         for line in await give_back(target, source, settings):
             note(line)
-        return True
+    return True
+
+
+async def _clean_unknown(settings: Settings, prune: bool, note: Note, *, force: bool) -> bool:
+    """Remove what bears our name though no state tells whose it is: only where somebody says so, and nothing is at work with it."""
+    identity = await identify_system(settings.source_uri())
+    topics = await read_topics(settings) if settings.kafka else None
+    are_others = topics is not None and topics.system_identifier not in ("", identity.system_identifier)
+    async with session(settings.source_uri(), "source", application=f"{APPLICATION} clean") as source:
+        await _require_idle(source, settings)
+        found = await find_on_source(source, settings)
+        named = f"topics {settings.changes_topic} and {settings.control_topic}"
+        if topics is not None and not are_others:
+            found.append(f"{named} (of {topics})")
+        if found and not force:
+            raise TargetError(
+                f"the target holds no migration, so whose these are is not known: {name_list(found)}. Nothing was touched",
+                hint="A migration of this name into another target may need them: check TARGET and --name. If nobody does: `live-migration clean --force`.",
+            )
+        await _remove(source, settings, note)
+        is_known = not await _name_unknown(source, note)
+    if are_others:
+        note(f"left {named}, which are another source's (of {topics})")
+    else:
+        await _clean_kafka(settings, None, None, prune, note)
+    return is_known
 
 
 async def _remove(source: asyncpg.Connection, settings: Settings, note: Note) -> None:
@@ -181,7 +223,7 @@ async def _clean_kafka(
     settings: Settings, migration: Migration | None, claim: Claim | None, prune: bool, note: Note
 ) -> None:
     reachable = _reachable(settings, migration)
-    if not reachable.kafka or (claim is not None and not claim.is_begun):
+    if not reachable.kafka:
         return
     try:
         if claim is not None and await read_topics_owner(reachable) not in (None, claim.migration_id):

@@ -234,12 +234,13 @@ def verify_command(jobs: int, as_json: bool, **options: Any) -> int:
 @commands.command("clean")
 @settings_options("source", "target", *KAFKA, "name", "dir", "lock_timeout", *LOG)
 @click.option("--prune", is_flag=True, help="Remove the folder of our own broker and of logs, too.")
-def clean_command(prune: bool, **options: Any) -> int:
+@click.option("--force", is_flag=True, help="Also what no state on the target names, and without a source that is off.")
+def clean_command(prune: bool, force: bool, **options: Any) -> int:
     """Drop slot, publications, topics and state, and give back what was changed on the source."""
     settings = _load(options)
     settings.source_uri()
     settings.target_uri()
-    _run(migrating.clean_up(settings, prune=prune))
+    _run(migrating.clean_up(settings, prune=prune, force=force))
     return 0
 
 

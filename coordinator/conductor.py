@@ -11,10 +11,11 @@ import asyncpg
 
 from live_migration.common import state
 from live_migration.common.errors import LaneStopped, LiveMigrationError, Retry
-from live_migration.common.postgres import asking, connect, session
+from live_migration.common.postgres import asking, connect
 from live_migration.common.settings import Settings
 from live_migration.common.state import Phase
 from live_migration.coordinator import steps
+from live_migration.coordinator.absent import watch_absent
 from live_migration.coordinator.beside import beside, translated
 from live_migration.coordinator.chunk_watch import watch_chunks
 from live_migration.coordinator.cutover import SourceBusy, cut_over
@@ -22,6 +23,7 @@ from live_migration.coordinator.drift import watch_drift
 from live_migration.coordinator.handover import finish_after_handover
 from live_migration.coordinator.held import say_what_is_held
 from live_migration.coordinator.identity_watch import watch_identities
+from live_migration.coordinator.lease_watch import watch_leases
 from live_migration.coordinator.losses import find_loss
 from live_migration.coordinator.newcomers import watch_newcomers
 from live_migration.coordinator.observer import Observer, Reporter
@@ -29,7 +31,8 @@ from live_migration.coordinator.opening import open_migration
 from live_migration.coordinator.prepare import prepare
 from live_migration.coordinator.publication_watch import publish_again, watch_publications
 from live_migration.coordinator.recopy import begin_recopy
-from live_migration.coordinator.run import APPLICATION, Run
+from live_migration.coordinator.recopy_chunks import renew_chunks
+from live_migration.coordinator.run import APPLICATION, Run, target_session
 from live_migration.coordinator.schema import restore_schema
 from live_migration.coordinator.slot_watch import watch_slot
 from live_migration.coordinator.source_changes import warn_of_lacking
@@ -70,6 +73,20 @@ async def conduct(
             await _until(stop, _Conductor(opened, reporter, pool, ask_cutover, recopy=recopy).run())
     finally:
         await say_what_is_held(opened, reporter)
+
+
+async def _record_broker(run: Run) -> None:
+    """Record the broker's address, which may be another one now: only who leads the migration, once its topics were found there."""
+    if run.settings.kafka_servers() != run.migration.kafka:
+        async with run.target_transaction("recording the broker's address") as target:
+            await target.execute("update _live_migration.migration set kafka = $1", run.settings.kafka_servers())
+        await run.reload()
+
+
+async def _is_work_left(run: Run) -> bool:
+    """Tell whether anything is left for producer and consumers: nothing is behind the last barrier."""
+    async with run.target_session("workers") as target:
+        return not await steps.has_passed_barrier(target)
 
 
 async def _until(stop: asyncio.Event, work: Coroutine[None, None, None]) -> None:
@@ -126,9 +143,7 @@ class _Conductor:
         try:
             epoch = await state.acquire_coordinator_lease(keeper, self._owner, self._settings.lease)
             try:
-                async with session(
-                    self._settings.target_uri(), "target", application=f"{APPLICATION} conductor"
-                ) as target:
+                async with target_session(self._settings, self._owner, "conductor") as target:
                     run = Run(self._settings, self._reporter, target, epoch, await state.require_migration(target))
                     await beside(self._lead(run), [self._keep(keeper, epoch)])
             finally:
@@ -162,6 +177,7 @@ class _Conductor:
             self._recopy = False
         self._show(run)
         if run.phase is Phase.PREPARE:
+            await _record_broker(run)
             await prepare(run)
             self._show(run)
         elif run.phase is not Phase.DONE:
@@ -173,7 +189,12 @@ class _Conductor:
             await run.publications_changed(run.target)
         if run.phase is not Phase.DONE:
             await self._pool.start()
-            watchers = [self._pool.watch(), watch_identities(run), watch_slot(run), watch_timeline(run)]
+            watchers = [
+                self._pool.watch(lambda: _is_work_left(run)),
+                watch_identities(run),
+                watch_slot(run),
+                watch_timeline(run),
+            ]
             await beside(self._lead_to_done(run), watchers)
         await self._pool.stop()
         await self._finish(run)
@@ -189,16 +210,28 @@ class _Conductor:
 
     async def _require_whole(self, run: Run) -> None:
         """Raise what is lost of slot or log, before anybody works with what is left; nothing is after the last barrier."""
-        if not await steps.has_passed_barrier(run.target) and (loss := await find_loss(run)) is not None:
+        if await steps.has_passed_barrier(run.target):
+            return
+        if (loss := await find_loss(run)) is not None:
             raise loss
+        await _record_broker(run)
 
     async def _lead_to_done(self, run: Run) -> None:
         if run.phase is Phase.SCHEMA:
+            await renew_chunks(run)
             await restore_schema(run)
             self._show(run)
         await beside(
             self._follow(run),
-            [watch_drift(run), watch_trimming(run), watch_chunks(run), watch_newcomers(run), watch_publications(run)],
+            [
+                watch_drift(run),
+                watch_trimming(run),
+                watch_chunks(run),
+                watch_newcomers(run),
+                watch_publications(run),
+                watch_leases(run),
+                watch_absent(run),
+            ],
         )
 
     async def _follow(self, run: Run) -> None:

@@ -8,20 +8,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 import asyncpg
 
 from live_migration.common import state
 from live_migration.common.catalog import sequence_positions
 from live_migration.common.control import POSITION, LogPosition
-from live_migration.common.errors import LiveMigrationError, PublicationLost, TargetError
+from live_migration.common.errors import ConnectionLost, KafkaError, LiveMigrationError, PublicationLost, TargetError
 from live_migration.common.kafka import ControlReader
 from live_migration.common.postgres import asking, session, terminate_backend
 from live_migration.common.progress import name_list
 from live_migration.common.settings import Settings
 from live_migration.common.state import Phase
 from live_migration.coordinator import steps
-from live_migration.coordinator.barrier import Barrier, await_barrier, changes_between, emit_barrier, emit_heartbeat
+from live_migration.coordinator.barrier import await_barrier, changes_between, emit_barrier, emit_heartbeat
 from live_migration.coordinator.chunk_watch import follow_chunks, unpublished_chunks
 from live_migration.coordinator.drift import find_drift, shape_differences
 from live_migration.coordinator.dropped import settle_dropped
@@ -184,24 +185,27 @@ async def _prove_everything_arrived(run: Run, source: asyncpg.Connection) -> Non
     await keep_aggregates(run, source)
     second = await emit_barrier(source, migration_id)
     await await_barrier(run, second, what="second barrier")
-    changed = await changes_between(run.settings, {p.lane: p.next_offset for p in positions}, second)
-    if changed:
-        raise await _busy(source, f" to {name_list(changed)}")
+    between = await changes_between(run.settings, {p.lane: p.next_offset for p in positions}, second)
+    if between.changed:
+        raise await _busy(source, f" to {name_list(between.changed)}")
+    asked = await emit_heartbeat(source, migration_id)
     if unpublished := await unpublished_chunks(run, source):
         raise await _busy(source, f" to chunks that were made meanwhile: {name_list(unpublished)}")
     await _require_accounted_for(run, source, is_last=True)
     await reconcile(run, source)
-    await _record_barrier(run, second)
+    if await _is_passed(run, between.commit_lsn, asked):
+        raise await _busy(source, "", "after the last barrier")
+    await _record_barrier(run, between.commit_lsn)
 
 
-async def _record_barrier(run: Run, barrier: Barrier) -> None:
+async def _record_barrier(run: Run, barrier_lsn: int) -> None:
     """Record it, and have no lane write to the target from here on: one that begins again would copy chunks beside the hand-over."""
     async with run.target_transaction("recording the barrier") as target:
         held = await target.fetch(
             "select backend_pid, backend_start from _live_migration.checkpoints where backend_pid is not null"
         )
-        await target.execute("update _live_migration.migration set cutover_lsn = $1", barrier.after_lsn)
-        await target.execute(FENCE_LANES)
+        await target.execute(FENCE_LANES)  # first, for it may wait: nobody is to wait for the migration's row meanwhile
+        await target.execute("update _live_migration.migration set cutover_lsn = $1", barrier_lsn)
         await steps.finish(target, run.epoch, steps.BARRIER)
     with asking("target", "ending what lanes are at"):
         for row in await run.target.fetch(
@@ -211,19 +215,20 @@ async def _record_barrier(run: Run, barrier: Barrier) -> None:
     run.reporter.note("the target holds every change of the source")
 
 
-async def _busy(source: asyncpg.Connection, to: str) -> SourceBusy:
+async def _busy(source: asyncpg.Connection, to: str, when: str = "between the two barriers") -> SourceBusy:
     with asking("source", "looking who writes"):
         rows = await source.fetch(
-            """select format('pid %s (%s, user %s)', pid, coalesce(nullif(application_name, ''), 'no application name'),
-                             usename) as who
+            """select format('pid %s (%s%s, user %s)', pid, coalesce(nullif(application_name, ''), 'no application name'),
+                             case when backend_type = 'client backend' then '' else ', a ' || backend_type end, usename) as who
                from pg_stat_activity
-               where datname = current_database() and backend_type = 'client backend' and pid <> pg_backend_pid()
+               where datname = current_database() and pid <> pg_backend_pid()
+                 and (backend_type = 'client backend' or backend_type ~ '^logical replication .*worker$')
                  and application_name not like $1
                order by state_change desc nulls last limit 10""",
             f"{APPLICATION}%",
         )
     who = name_list(row["who"] for row in rows) or "sessions that have left since"
-    return SourceBusy(f"the source was written{to} between the two barriers; connected are: {who}")
+    return SourceBusy(f"the source was written{to} {when}; connected are: {who}")
 
 
 async def _require_quiet(run: Run, source: asyncpg.Connection) -> None:
@@ -296,13 +301,10 @@ async def _warn_of_late_writes(run: Run, source: asyncpg.Connection) -> None:
     A sequence also tells of many a row that no stream carries: one of an unlogged table, say.
     """
     with asking("target", "reading checkpoints"):
-        last = await run.target.fetchval("select cutover_lsn from _live_migration.migration")
-        rows = await run.target.fetch("select commit_lsn from _live_migration.checkpoints")
-    position = await _await_log(run, await emit_heartbeat(source, str(run.migration.id)))
-    lanes = [int(row["commit_lsn"]) for row in rows] + [lsn for lsn, _ in position.lanes] if position else []
-    # The barrier is the last position of every lane that nothing has touched since.
-    if position is None or any(lsn > last for lsn in lanes):
-        found = "could not be asked whether it" if position is None else "was written to after the last barrier: it"
+        last = int(await run.target.fetchval("select cutover_lsn from _live_migration.migration"))
+    is_passed = await _is_passed(run, last, await emit_heartbeat(source, str(run.migration.id)))
+    if is_passed is not False:
+        found = "could not be asked whether it" if is_passed is None else "was written to after the last barrier: it"
         run.reporter.warning(
             f"the source {found} has changes that the target may lack. Run `live-migration verify` before you trust it."
         )
@@ -311,6 +313,20 @@ async def _warn_of_late_writes(run: Run, source: asyncpg.Connection) -> None:
             f"sequences of the source went on after they were set on the target: {name_list(moved)}. The source was written to: it may have rows "
             "that the target lacks. Run `live-migration verify` before you trust it."
         )
+
+
+async def _is_passed(run: Run, barrier_lsn: int, asked: int) -> bool | None:
+    """Tell whether any lane went on behind the barrier that commits at `barrier_lsn`, in whatever the log holds up to `asked`; None: it does not say.
+
+    The barrier's own commit, and not where the WAL ends after it: another transaction may have committed in between.
+    """
+    position = await _await_log(run, asked)
+    with asking("target", "reading checkpoints"):
+        applied = await run.target.fetchval("select max(commit_lsn) from _live_migration.checkpoints")
+    published = [lsn for lsn, _ in position.lanes] if position is not None else []
+    if max(int(applied), *published, 0) > barrier_lsn:
+        return True
+    return None if position is None else False
 
 
 async def _sequences_apart(run: Run, source: asyncpg.Connection) -> list[str]:
@@ -322,14 +338,14 @@ async def _sequences_apart(run: Run, source: asyncpg.Connection) -> list[str]:
 
 
 async def _await_log(run: Run, lsn: int) -> LogPosition | None:
-    """Wait until the change log holds everything before `lsn`; None when that does not come to pass."""
-    deadline = time.monotonic() + _LOG_SECONDS
-    async with ControlReader(run.settings) as reader:
-        while time.monotonic() < deadline:
-            control = await reader.read()
-            if POSITION in control:
-                position = LogPosition.model_validate_json(control[POSITION])
-                if position.confirm_lsn > lsn:
-                    return position
-            await asyncio.sleep(0.05)
+    """Wait until the change log holds everything before `lsn`; None when that does not come to pass, be it that the broker is gone for good."""
+    with suppress(TimeoutError, ConnectionLost, KafkaError):
+        async with asyncio.timeout(_LOG_SECONDS), ControlReader(run.settings) as reader:
+            while True:
+                control = await reader.read()
+                if POSITION in control:
+                    position = LogPosition.model_validate_json(control[POSITION])
+                    if position.confirm_lsn > lsn:
+                        return position
+                await asyncio.sleep(0.05)
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 import asyncpg
@@ -14,6 +14,7 @@ from live_migration.common.postgres import asking
 from live_migration.common.progress import name_list
 from live_migration.common.relation import QualifiedName
 from live_migration.common.timescale import INTERNAL_SCHEMA
+from live_migration.coordinator.generated import generated_differences
 from live_migration.coordinator.observer import Reporter
 from live_migration.coordinator.rewrites import mark_rewritten
 from live_migration.coordinator.run import Run
@@ -37,6 +38,7 @@ class Drift:
     created: tuple[str, ...]
     renamed: tuple[str, ...]
     dropped: tuple[str, ...]
+    changed: tuple[str, ...] = ()
 
     @property
     def lines(self) -> list[str]:
@@ -46,6 +48,10 @@ class Drift:
             lines.append(f"created on the source and not followed: {name_list(self.created)}")
         if self.renamed:
             lines.append(f"renamed on the source: {name_list(self.renamed)}")
+        if self.changed:
+            lines.append(
+                f"turned into another kind of table on the source, which was not followed: {name_list(self.changed)}"
+            )
         return lines
 
 
@@ -69,6 +75,14 @@ async def read_planned(target: asyncpg.Connection) -> dict[int, QualifiedName]:
     return {row["oid"]: QualifiedName(row["schema_name"], row["table_name"]) for row in rows}
 
 
+async def read_kinds(target: asyncpg.Connection) -> dict[int, str]:
+    """Give what the planned tables were on the source when they were planned, or brought: plain or hypertables."""
+    rows = await target.fetch(
+        "select oid, kind from _live_migration.tables where kind <> 'chunk' and newcomer is distinct from 'gone' and not is_left_out"
+    )
+    return {row["oid"]: row["kind"] for row in rows}
+
+
 async def read_left_out(target: asyncpg.Connection) -> frozenset[int]:
     """Give the oids of the source's hypertables that the target does not get."""
     return frozenset(
@@ -80,17 +94,21 @@ async def find_drift(run: Run, source: asyncpg.Connection, target: asyncpg.Conne
     """Compare the source's logged tables with the plan."""
     with asking("target", "reading the plan"):
         planned, left_out = await read_planned(target), await read_left_out(target)
+        kinds = await read_kinds(target)
     tables = [t for t in await run.list_tables(source) if t.persistence == "p" and t.is_users]
-    return compare(planned, {t.oid: t.name for t in tables if t.oid not in left_out})
+    drift = compare(planned, {t.oid: t.name for t in tables if t.oid not in left_out})
+    # What takes a table's rows on the target was made for that kind: rows of a hypertable are in none of its own.
+    changed = sorted(f"{t.name}, now a {t.part}" for t in tables if kinds.get(t.oid, t.part) != t.part)
+    return replace(drift, changed=tuple(changed))
 
 
 async def watch_drift(run: Run) -> None:
-    """Name tables that go, change their name or are written anew, and what else is changed, each change once; never returns."""
+    """Name tables that go, change their name or kind, or are written anew, and what else is changed, each change once; never returns."""
     async with run.source_session("drift") as source, run.target_session("drift") as target:
         for rounds in count():
             drift = await find_drift(run, source, target)
             # What was created is brought, or named, by `newcomers`.
-            for kind, names in (("renamed", drift.renamed), ("dropped", drift.dropped)):
+            for kind, names in (("renamed", drift.renamed), ("dropped", drift.dropped), ("changed", drift.changed)):
                 _name_each(run.reporter, kind, names)
             await mark_rewritten(run, source, target)
             if rounds % _ROUNDS_BETWEEN_DEFINITIONS == 0:
@@ -101,6 +119,7 @@ async def watch_drift(run: Run) -> None:
 def _name_each(reporter: Reporter, kind: str, names: tuple[str, ...]) -> None:
     consequence = {
         "renamed": "stays under its old name on the target; the cutover is refused",
+        "changed": "is not followed as that, and the cutover is refused: `clean` and start again",
         "dropped": "stays on the target as of its last change; a partition, or hypertable, stands in the way of the cutover",
     }[kind]
     for name in names:
@@ -144,7 +163,7 @@ async def read_other_names(target: asyncpg.Connection) -> dict[QualifiedName, Qu
 
 
 async def shape_differences(run: Run, source: asyncpg.Connection, target: asyncpg.Connection) -> list[str]:
-    """Say where the target lacks a table, a column or a sequence of the source, or has it otherwise."""
+    """Say where the target lacks a table, a column or a sequence of the source, or has it otherwise, or computes it by another expression."""
     ours = await run.patiently("reading the tables' shape", lambda: read_shapes(source))
     sequences = await run.patiently("listing sequences", lambda: list_sequences(source))
     with asking("target", "reading the tables' shape"):
@@ -155,6 +174,7 @@ async def shape_differences(run: Run, source: asyncpg.Connection, target: asyncp
         for name, shape in sorted(ours.items())
         if (line := _difference(name, shape, theirs.get(names.get(name, name))))
     ]
+    found += await generated_differences(run, source, target)
     missing = [str(name) for name in sequences if name not in there]
     return found + ([f"the target lacks sequences: {name_list(missing)}"] if missing else [])
 

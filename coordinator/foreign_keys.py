@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import asyncpg
@@ -10,11 +12,23 @@ from live_migration.common.errors import TargetError
 from live_migration.common.postgres import asking, enter_replica_role
 from live_migration.common.progress import name_list
 from live_migration.common.relation import QualifiedName, quote_identifier
+from live_migration.common.timescale import is_hypertable
 from live_migration.coordinator.entries import UNFIT
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.source_changes import find_new_foreign_keys
 
 _NOT_VALID_ON_PARTITIONED = 180_000
+_REFERENCED = """
+    select n.nspname::text, c.relname::text
+    from pg_constraint k join pg_class c on c.oid = k.confrelid join pg_namespace n on n.oid = c.relnamespace
+    where k.conrelid = to_regclass($1) and k.conname = $2 and k.contype = 'f'
+"""
+_EVENT_TRIGGERS = """
+    select evtname::text, case evtenabled when 'A' then 'enable always' else 'enable' end from pg_event_trigger e
+    where evtenabled in ('O', 'A') and pg_has_role(evtowner, 'usage') and not exists (
+        select from pg_depend d where d.classid = 'pg_event_trigger'::regclass and d.objid = e.oid and d.deptype = 'e')
+"""
+"""Event triggers that may refuse an ALTER TABLE, and that our role may disable; no extension's."""
 _PRESENT = """
     select con.oid, n.nspname as schema_name, c.relname as table_name, con.conname as name, con.convalidated as is_valid,
            c.relkind = 'p' as is_partitioned,
@@ -145,12 +159,12 @@ async def validate_foreign_keys(run: Run) -> None:
     """Validate the foreign keys that were valid on the source; one that does not hold is named and left not valid."""
     for key in await _read_foreign_keys(run, "added"):
         state = "valid"
-        if key.is_valid:
+        if key.is_valid and await _is_to_hypertable(run.target, key):
+            state = await _add_anew(run, key)  # validated, the keys to its chunks would stay as they are
+        elif key.is_valid:
             try:
                 with asking("target", f"validating foreign key {key.name} of {key.table}"):
-                    async with run.target.transaction():
-                        # The source's event triggers are in force by now, and may refuse an ALTER TABLE.
-                        await enter_replica_role(run.target)
+                    async with run.target.transaction(), _event_triggers_off(run.target, key):
                         await run.target.execute(key.validate_statement)
             except TargetError as error:
                 if isinstance(error.__cause__, asyncpg.FeatureNotSupportedError):
@@ -166,11 +180,35 @@ async def validate_foreign_keys(run: Run) -> None:
             )
 
 
+@asynccontextmanager
+async def _event_triggers_off(target: asyncpg.Connection, key: ForeignKey) -> AsyncIterator[None]:
+    """Silence event triggers in the caller's transaction: the source's are in force by now, and may refuse an ALTER TABLE.
+
+    TimescaleDB's own, by which a key's state is handed to chunks, would be silent in the replica role, too.
+    """
+    if not await is_hypertable(target, key.table) and not await _is_to_hypertable(target, key):
+        await enter_replica_role(target)
+        yield
+        return
+    triggers = [tuple(row) for row in await target.fetch(_EVENT_TRIGGERS)]
+    for name, _ in triggers:
+        await target.execute(f"alter event trigger {quote_identifier(name)} disable")
+    yield
+    for name, as_before in triggers:
+        await target.execute(f"alter event trigger {quote_identifier(name)} {as_before}")
+
+
+async def _is_to_hypertable(target: asyncpg.Connection, key: ForeignKey) -> bool:
+    with asking("target", f"looking at foreign key {key.name} of {key.table}"):
+        row = await target.fetchrow(_REFERENCED, key.table.sql, key.name)
+        return row is not None and await is_hypertable(target, QualifiedName(*row))
+
+
 async def _add_anew(run: Run, key: ForeignKey) -> str:
     """Make a foreign key valid that cannot be validated, as those of hypertables with compression; give its state then."""
     try:
-        async with run.target_transaction(f"validating foreign key {key.name} of {key.table}") as target:
-            await enter_replica_role(target)
+        doing = f"validating foreign key {key.name} of {key.table}"
+        async with run.target_transaction(doing) as target, _event_triggers_off(target, key):
             await target.execute(f"alter table {key.table.sql} drop constraint {quote_identifier(key.name)}")
             await target.execute(key.statement)
     except TargetError as error:

@@ -6,13 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import asyncpg
 
-from live_migration.common.catalog import (
-    USERS_OWN,
-    SequenceParameters,
-    TableInfo,
-    sequence_parameters,
-    sequence_positions,
-)
+from live_migration.common.catalog import SequenceParameters, TableInfo, sequence_parameters, sequence_positions
 from live_migration.common.errors import TargetError
 from live_migration.common.postgres import asking, enter_replica_role
 from live_migration.common.progress import format_bytes
@@ -22,11 +16,10 @@ from live_migration.consumer.copy_stream import CopyPlan, stream_copy
 from live_migration.coordinator import steps
 from live_migration.coordinator.aggregate_refresh import refresh_aggregates
 from live_migration.coordinator.changed_definitions import follow_definitions
-from live_migration.coordinator.dump_script import PG_CLASS
 from live_migration.coordinator.entries import UNFIT, run_entries
 from live_migration.coordinator.foreign_keys import add_foreign_keys, follow_foreign_keys, validate_foreign_keys
-from live_migration.coordinator.made_definitions import load_made
 from live_migration.coordinator.made_jobs import make_jobs
+from live_migration.coordinator.materialized_views import refresh_materialized_views
 from live_migration.coordinator.rewrites import mark_rewritten
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.schema import read_post_data
@@ -61,9 +54,10 @@ async def hand_over(run: Run, source: asyncpg.Connection) -> None:
     await _once(run, "foreign keys", lambda: add_foreign_keys(run))
     await _once(run, "triggers of newcomers", lambda: run_late_statements(run))
     await _once(run, "replica identities", lambda: take_identities_back(run))
-    await _once(run, "materialized views", lambda: refresh_materialized_views(run, source))
     await _once(run, "watermarks", lambda: bring_watermarks(run, source))
     await _once(run, "changed definitions", lambda: follow_definitions(run, source))
+    # Of an aggregate a view reads what its watermark says, in the mode that it is in. (The step was another one, too early, once.)
+    await _once(run, "filled views", lambda: refresh_materialized_views(run, source))
     await _once(run, "noted compression", lambda: note_compression(run, source))
     await _once(run, "noted starts of jobs", lambda: note_starts(run, source))
     await make_jobs(run, source)
@@ -258,38 +252,6 @@ async def run_late_statements(run: Run) -> None:
             run.reporter.warning(f"{row['label']} is left out: {error.message}. Make it by hand: {row['statement']}")
             async with run.target_transaction(f"leaving {row['label']} out") as target:
                 await target.execute(done, row["id"])
-
-
-async def refresh_materialized_views(run: Run, source: asyncpg.Connection) -> None:
-    """Fill the materialized views that the source has filled; those that read others after these."""
-    with asking("source", "listing materialized views"):
-        rows = await source.fetch(
-            f"""select c.oid, n.nspname as schema, c.relname as name from pg_class c join pg_namespace n on n.oid = c.relnamespace
-                where c.relkind = 'm' and c.relispopulated and {USERS_OWN}
-                order by c.oid"""
-        )
-    made = await load_made(run.target)
-    absent = made.entries.left_out if made else frozenset()
-    views = [QualifiedName(row["schema"], row["name"]) for row in rows if (PG_CLASS, row["oid"]) not in absent]
-    while views:
-        failed = [(view, error) for view in views if (error := await _refresh(run, view)) is not None]
-        if len(failed) == len(views):
-            for view, error in failed:
-                run.reporter.warning(
-                    f"materialized view {view} could not be filled, do it by hand: refresh materialized view {view.sql}; "
-                    f"{error.message}"
-                )
-            return
-        views = [view for view, _ in failed]
-
-
-async def _refresh(run: Run, view: QualifiedName) -> TargetError | None:
-    try:
-        with asking("target", f"filling {view}"):
-            await run.target.execute(f"refresh materialized view {view.sql}")
-    except TargetError as error:
-        return error
-    return None
 
 
 async def _analyze(run: Run) -> None:

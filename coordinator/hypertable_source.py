@@ -40,7 +40,7 @@ _EXTENSION = """
 """
 
 _HYPERTABLES = """
-    select h.id, h.schema_name::text as schema, h.table_name::text as name, h.status & 8 = 8 as is_compressed_on_insert,
+    select h.id, h.schema_name::text as schema, h.table_name::text as name, h.status & 8 = 8 as is_compressed_on_insert, h.chunk_target_size > 0 as is_adaptive,
            h.associated_schema_name::text as chunk_schema, h.associated_table_prefix::text as chunk_prefix,
            coalesce(t.compression_enabled, a.compression_enabled, false) as is_compressed,
            s.segmentby, s.orderby, s.orderby_desc, s.orderby_nullsfirst, to_jsonb(s) ->> 'index' as index,
@@ -139,6 +139,8 @@ async def read_definitions(connection: asyncpg.Connection) -> Definitions | None
     for id, row in hypertables.items():
         if row["is_compressed_on_insert"]:
             extras[id] = (*extras.get(id, ()), "direct_compress")
+        if row["is_adaptive"]:
+            extras[id] = (*extras.get(id, ()), "adaptive chunking (chunk_target_size)")
     names = {id: QualifiedName(row["schema"], row["name"]) for id, row in {**hypertables, **aggregates}.items()}
     return Definitions(
         extension["version"],

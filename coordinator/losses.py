@@ -9,10 +9,10 @@ import asyncpg
 
 from live_migration.common.catalog import CURRENT_TIMELINE
 from live_migration.common.control import CONFIG, POSITION, LogPosition, ProducerConfig
-from live_migration.common.errors import LiveMigrationError, LogGap, PublicationLost, SlotLost
+from live_migration.common.errors import ConnectionLost, LiveMigrationError, LogGap, PublicationLost, SlotLost
 from live_migration.common.kafka import check_topics, read_control
 from live_migration.common.lsn import Lsn
-from live_migration.common.postgres import asking
+from live_migration.common.postgres import asking, describe
 from live_migration.common.progress import name_list
 from live_migration.common.segment import START, Position
 from live_migration.coordinator.control_topic import producer_config
@@ -66,6 +66,8 @@ async def _require_whole(run: Run) -> None:
     # A producer may be at work: it writes the control topic first, then moves the slot. So the slot is read first.
     async with run.source_session("slot check") as source:
         with asking("source", "looking at the slot"):
+            if await source.fetchval("select pg_is_in_recovery()"):  # which has no slot of ours, and that is no loss
+                raise ConnectionLost(f"the source at {describe(settings.source_uri())} is a standby just now")
             slot = await read_slot(source, settings.slot)
         await require_publications(run, source, run.target)
     if loss := slot_loss(settings.slot, slot):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from live_migration.common.errors import TargetError
 from live_migration.common.postgres import asking
@@ -54,7 +54,7 @@ async def make_schema(run: Run, made: Made, entries: Sequence[Entry], *, step: s
     await run_entries(run, "aggregates", aggregate_entries(made.definitions, target))
     await run_entries(run, f"{step} after aggregates", after)
     await _adopt_names(run, made)
-    await run_entries(run, "chunks", await _chunk_entries(run, made))
+    await run_entries(run, "chunks", await chunk_entries(run, made.slices))
 
 
 async def _make_extension(run: Run, definitions: Definitions) -> Target:
@@ -111,10 +111,13 @@ async def _adopt_names(run: Run, made: Made) -> None:
         await steps.finish(target, run.epoch, _NAMES_STEP)
 
 
-async def _chunk_entries(run: Run, made: Made) -> list[Entry]:
-    """Give what makes the chunks that are to be copied, with the source's bounds, so that no two copies wait for one another to make them."""
+async def chunk_entries(run: Run, slices: Mapping[int, str]) -> list[Entry]:
+    """Give what makes the chunks that are to be copied, with the source's bounds, so that no two copies wait for one another to make them.
+
+    `slices`: the bounds, by the chunks' oids on the source.
+    """
     with asking("target", "reading the plan"):
-        rows = await run.target.fetch(_CHUNKS, list(made.slices))
+        rows = await run.target.fetch(_CHUNKS, list(slices))
     return [
         Entry(
             0,
@@ -123,7 +126,7 @@ async def _chunk_entries(run: Run, made: Made) -> list[Entry]:
             "CHUNK OF",
             row["root_schema"],
             "select 1 from _timescaledb_functions.create_chunk("
-            f"{quote_literal(QualifiedName(row['root_schema'], row['root_name']).sql)}::regclass, {quote_literal(made.slices[row['oid']])})",
+            f"{quote_literal(QualifiedName(row['root_schema'], row['root_name']).sql)}::regclass, {quote_literal(slices[row['oid']])})",
         )
         for row in rows
     ]

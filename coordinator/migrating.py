@@ -240,7 +240,7 @@ def adopt(settings: Settings, migration: Migration) -> Settings:
     return load_settings({**settings.model_dump(exclude_unset=True), **unset})
 
 
-async def clean_up(settings: Settings, *, prune: bool) -> None:
+async def clean_up(settings: Settings, *, prune: bool, force: bool = False) -> None:
     """Run `clean` with what the state knows, and with our own broker where its folder is."""
 
     def note(message: str) -> None:
@@ -251,10 +251,11 @@ async def clean_up(settings: Settings, *, prune: bool) -> None:
     folder = adopted.dir / "kafka"
     if was_given or prune or not (folder / "server.properties").exists():
         kept = adopted if was_given else adopted.model_copy(update={"kafka": None})
-        is_known = await clean(kept, prune=prune, note=note)
+        is_known = await clean(kept, prune=prune, note=note, force=force)
     else:
         async with LocalKafka(folder, flush_each_append=True) as broker:
-            is_known = await clean(adopted.model_copy(update={"kafka": broker.bootstrap}), prune=prune, note=note)
+            reachable = adopted.model_copy(update={"kafka": broker.bootstrap})
+            is_known = await clean(reachable, prune=prune, note=note, force=force)
     if is_known:
         note("nothing of this migration is left on source and target")
 

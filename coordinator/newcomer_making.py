@@ -45,7 +45,8 @@ _MATERIALIZATION = """
 """
 _MADE = """
     update _live_migration.tables
-    set state = 'ready', newcomer = 'made', rebuild = $2, snapshot = null, horizon = null, timeline = null, root_schema = $3, root_name = $4
+    set state = 'ready', newcomer = 'made', rebuild = $2, snapshot = null, horizon = null, timeline = null, root_schema = $3, root_name = $4,
+        made_oid = to_regclass($5)
     where oid = $1
 """
 
@@ -206,7 +207,7 @@ async def _make(run: Run, target: asyncpg.Connection, newcomer: Newcomer, bluepr
         await _make_table(target, newcomer, blueprint)
     await _insert_row(run, target, table)
     names = (root.schema, root.name) if newcomer.kind != "table" else (None, None)
-    await target.execute(_MADE, table.oid, REASON, *names)
+    await target.execute(_MADE, table.oid, REASON, *names, root.sql)
     await target.executemany(
         """insert into _live_migration.foreign_keys (oid, schema_name, table_name, name, is_partitioned, is_valid, statement)
            values ($1, $2, $3, $4, $5, $6, $7) on conflict do nothing""",

@@ -7,22 +7,25 @@ Each goes through two transactions on the target, so that a coordinator that die
                 snapshot of the source from after that. Its lane copies it whole, then applies what the copy does not show.
 
 One that cannot be made is not published (a change in the stream would stop its lane) and is named; the cutover is refused while it is there.
+What becomes a hypertable on its way here, as CREATE TABLE and create_hypertable in two transactions do it, is made anew as one. TimescaleDB refuses
+that for a published table: so no plain table is published that has not been there for two looks, but at the cutover.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
 
 import asyncpg
 
-from live_migration.common.catalog import TableInfo
-from live_migration.common.errors import ConnectionLost, LiveMigrationError, Retry, SourceError
+from live_migration.common.catalog import TableInfo, list_tables
+from live_migration.common.errors import SourceError
 from live_migration.common.postgres import asking
 from live_migration.common.progress import name_list
 from live_migration.common.relation import QualifiedName
 from live_migration.common.state import Phase
-from live_migration.common.timescale import read_layout
+from live_migration.common.timescale import read_layout, read_version
 from live_migration.coordinator import client_programs, planning, steps
 from live_migration.coordinator.barrier import emit_call
 from live_migration.coordinator.drift import PARENTS
@@ -30,6 +33,7 @@ from live_migration.coordinator.hypertable_source import read_definitions
 from live_migration.coordinator.identity_watch import move_lost
 from live_migration.coordinator.made_definitions import load_made
 from live_migration.coordinator.newcomer_jobs import bring_jobs
+from live_migration.coordinator.newcomer_leaving import KNOWN, changed_kinds, let_go, unmake
 from live_migration.coordinator.newcomer_making import Newcomer, NewcomerRefused, leave_out, make_newcomer
 from live_migration.coordinator.planning import Moment
 from live_migration.coordinator.prepare import publish_compressed
@@ -41,34 +45,21 @@ from live_migration.producer.slot import SlotTimeout, await_older_transactions
 INTERVAL_SECONDS = 10.0
 _ORDER = ("table", "hypertable", "aggregate")
 
-_KNOWN = "select oid, schema_name, table_name, newcomer from _live_migration.tables"
 _FOLLOW = """
     update _live_migration.tables
     set newcomer = 'followed', publication = $2, columns = $3, binary_copy = $4, row_estimate = $5, size_bytes = $6,
         changed_row_count = $7, snapshot = $8, horizon = $9, timeline = $10, statistics = $11
     where oid = $1 and newcomer = 'made'
 """
-_LET_GO = """
-    update _live_migration.tables
-    set newcomer = 'gone', rebuild = null, rebuild_lsn = null, copy_again = false, error = null, hint = null, snapshot = $2, horizon = $3,
-        timeline = $4, table_name = table_name || ' (dropped, oid ' || oid || ')'
-    where oid = $1
-"""
-
-# Another hypertable may bear the name by now: rows of these would go to it.
-_LET_CHUNKS_GO = """
-    update _live_migration.tables
-    set newcomer = 'gone', rebuild = null, rebuild_lsn = null, unseen_lsn = null, copy_again = false, snapshot = $2, horizon = $3, timeline = $4
-    where hypertable_oid = $1 and kind = 'chunk'
-"""
 
 
 async def watch_newcomers(run: Run) -> None:
     """Bring newcomers now and then while lanes apply; never returns."""
     async with run.source_session("newcomers") as source:
+        seen: set[int] = set()
         while True:
             # Not before: in phase copy, TimescaleDB's catalog on the target is not its own yet.
-            problems = await bring_newcomers(run, source, phases=(Phase.REPLAY,))
+            problems = await bring_newcomers(run, source, phases=(Phase.REPLAY,), seen=seen)
             for name, reason in problems.items():
                 run.reporter.warn_on_change(
                     f"newcomer {name}", f"{name}, made on the source, cannot be brought: {reason}"
@@ -77,28 +68,69 @@ async def watch_newcomers(run: Run) -> None:
 
 
 async def bring_newcomers(
-    run: Run, source: asyncpg.Connection, *, phases: Sequence[Phase] = tuple(Phase)
+    run: Run, source: asyncpg.Connection, *, phases: Sequence[Phase] = tuple(Phase), seen: set[int] | None = None
 ) -> dict[str, str]:
     """Bring what was made on the source since the last look, let go of what is gone; give what could not be brought, and why.
 
     In other `phases` than these it does nothing: what it writes into the WAL between two barriers would look like a write.
+
+    Args:
+        run: of the coordinator.
+        source: a session of the caller's.
+        phases: see above.
+        seen: plain tables of the last looks, to be kept by the caller: where the source has TimescaleDB, one is brought that is among them. None: at once.
     """
     # A session that began in TimescaleDB's restoring mode knows none of its statements ever after.
     async with run.following, run.target_session("newcomers") as target:
         if run.phase not in phases:
             return {}
         tables = await run.list_tables(source)
-        await _let_go(run, source, target, tables)
-        with asking("target", "reading the plan"):
-            known = await target.fetch(_KNOWN)
-        newcomers, problems = await _find(source, known, tables)
-        if newcomers:
-            problems |= await _make(run, source, target, newcomers)
-        with asking("target", "reading the plan"):
-            waiting = {row["oid"] for row in await target.fetch(_KNOWN) if row["newcomer"] == "made"}
-        if waiting:
-            problems |= await _follow(run, source, target, waiting)
+        await let_go(run, source, target, tables)
+        problems, has_changed = await _bring(run, source, target, tables, seen)
+        if has_changed:  # into hypertables, which they remain
+            again, _ = await _bring(run, source, target, await run.list_tables(source), seen)
+            problems |= again
         return problems | await bring_jobs(run, source, target)
+
+
+async def _bring(
+    run: Run,
+    source: asyncpg.Connection,
+    target: asyncpg.Connection,
+    tables: Sequence[TableInfo],
+    seen: set[int] | None,
+) -> tuple[dict[str, str], bool]:
+    """Make and follow newcomers; give what could not be brought, and whether some are to be made anew, of another kind."""
+    with asking("target", "reading the plan"):
+        known = await target.fetch(KNOWN)
+    newcomers, problems = await _find(source, known, tables)
+    if seen is not None and await _has_timescale(source):
+        newcomers = _settled(newcomers, seen)
+    if newcomers:
+        problems |= await _make(run, source, target, newcomers)
+    with asking("target", "reading the plan"):
+        waiting = {row["oid"] for row in await target.fetch(KNOWN) if row["newcomer"] == "made"}
+    if not waiting:
+        return problems, False
+    more, has_changed = await _follow(run, source, target, waiting)
+    return problems | more, has_changed
+
+
+async def _has_timescale(source: asyncpg.Connection) -> bool:
+    with asking("source", "looking at its extensions"):
+        return await read_version(source) is not None
+
+
+def _settled(newcomers: Sequence[Newcomer], seen: set[int]) -> list[Newcomer]:
+    """Give those that may be brought now, and note the plain tables that were `seen`. Pure but for that.
+
+    A plain table may be on its way to become a hypertable, which TimescaleDB refuses once it is published.
+    """
+    plain = {each.table.oid for each in newcomers if each.kind == "table"}
+    found = [each for each in newcomers if each.table.oid not in plain - seen]
+    seen.clear()
+    seen.update(plain)
+    return found
 
 
 async def _make(
@@ -156,26 +188,50 @@ async def _find(
     return newcomers, problems
 
 
-async def _follow(run: Run, source: asyncpg.Connection, target: asyncpg.Connection, oids: set[int]) -> dict[str, str]:
-    """Publish tables that were made on the target, wait, tell the producer, and have their lanes copy them."""
+async def _follow(
+    run: Run, source: asyncpg.Connection, target: asyncpg.Connection, oids: set[int]
+) -> tuple[dict[str, str], bool]:
+    """Publish tables that were made on the target, wait, tell the producer, and have their lanes copy them.
+
+    Gives what could not be followed, and why; and whether some have become tables of another kind, and so were unmade.
+    """
     tables = await run.list_tables(source)
+    before = await _unmake_changed(run, source, target, tables)
+    oids = oids - before
+    if not oids:
+        return {}, bool(before)
     try:
         await _publish(run, source, target, tables, oids)
         await await_older_transactions(
             source, timeout=run.settings.slot_timeout, on_wait=run.reporter.note, what="publishing new tables"
         )
     except SlotTimeout as error:
-        return {name_list(table.name for table in tables if table.oid in oids): error.message}
+        return {name_list(table.name for table in tables if table.oid in oids): error.message}, bool(before)
     except SourceError as error:
         if not isinstance(error.__cause__, asyncpg.UndefinedTableError | asyncpg.InvalidSchemaNameError):
             raise
-        return {}  # dropped or renamed just now; the next look finds what is left
+        return {}, bool(before)  # dropped or renamed just now; the next look finds what is left
     await run.publications_changed(target)
-    names = await _save(run, source, target, oids)
-    # It also brings every lane past where the newcomers begin.
-    await emit_call(source, str(run.migration.id))
-    run.reporter.note(f"{name_list(names)}: followed from now on, what they hold is copied")
-    return {}
+    published = await _look_behind(run, source)
+    after = await _unmake_changed(run, source, target, published.tables)
+    names = await _save(run, target, oids - after, published)
+    if names:
+        # It also brings every lane past where the newcomers begin.
+        await emit_call(source, str(run.migration.id))
+        run.reporter.note(f"{name_list(names)}: followed from now on, what they hold is copied")
+    return {}, bool(before or after)
+
+
+async def _unmake_changed(
+    run: Run, source: asyncpg.Connection, target: asyncpg.Connection, tables: Sequence[TableInfo]
+) -> set[int]:
+    """Unmake those that were made on the target as another kind of table than they are by now; give them."""
+    with asking("target", "reading the plan"):
+        known = await target.fetch(KNOWN)
+    changed = changed_kinds(known, tables)
+    if changed:
+        await unmake(run, source, target, changed, tables)
+    return {table.oid for table in changed}
 
 
 async def _publish(
@@ -201,16 +257,33 @@ async def _publish(
         )
 
 
-async def _save(
-    run: Run, source: asyncpg.Connection, target: asyncpg.Connection, oids: set[int]
-) -> list[QualifiedName]:
-    """Record of each published table the moment from which on the stream holds all of its changes."""
-    with asking("source", "reading the moment"):
+@dataclass(frozen=True, slots=True)
+class _Published:
+    """What one snapshot of the source showed after new tables were published: its moment, all tables, and the publications."""
+
+    moment: Moment
+    tables: Sequence[TableInfo]
+    in_all: Container[int]
+    in_insert: Container[int]
+
+
+async def _look_behind(run: Run, source: asyncpg.Connection) -> _Published:
+    async def look() -> _Published:
         async with source.transaction(isolation="repeatable_read", readonly=True):
-            moment = Moment(**dict(await source.fetchrow(MOMENT)))
-            in_all = await published_tables(source, run.settings.publication)
-            in_insert = await published_tables(source, run.settings.insert_publication)
-    tables = [table for table in await run.list_tables(source) if table.oid in oids]
+            return _Published(
+                Moment(**dict(await source.fetchrow(MOMENT))),
+                await list_tables(source),
+                await published_tables(source, run.settings.publication),
+                await published_tables(source, run.settings.insert_publication),
+            )
+
+    return await run.patiently("reading the moment", look)
+
+
+async def _save(run: Run, target: asyncpg.Connection, oids: set[int], published: _Published) -> list[QualifiedName]:
+    """Record of each published table the moment from which on the stream holds all of its changes."""
+    moment, in_all, in_insert = published.moment, published.in_all, published.in_insert
+    tables = [table for table in published.tables if table.oid in oids]
     tables = [table for table in tables if table.oid in in_all or table.oid in in_insert]
     with asking("target", "saving what is followed"):
         async with target.transaction():
@@ -231,52 +304,3 @@ async def _save(
                 )
             await steps.require_role(target, run.epoch)
     return [table.name for table in tables]
-
-
-async def _let_go(
-    run: Run, source: asyncpg.Connection, target: asyncpg.Connection, tables: Sequence[TableInfo]
-) -> None:
-    """Drop newcomers on the target that are gone from the source; what the stream still holds of them is passed over."""
-    present = {table.oid for table in tables}
-    with asking("target", "reading the plan"):
-        known = await target.fetch(_KNOWN)
-    gone = [row for row in known if row["newcomer"] in ("made", "followed") and row["oid"] not in present]
-    if not gone:
-        return
-    with asking("source", "reading the moment"):
-        moment = Moment(**dict(await source.fetchrow(MOMENT)))
-    for row in sorted(gone, key=lambda row: row["oid"], reverse=True):  # what stands on another was made after it
-        name = QualifiedName(row["schema_name"], row["table_name"])
-        try:
-            with asking("target", f"dropping {name}"):
-                async with target.transaction():
-                    # The row first: a lane that copies it just now has it locked.
-                    await _drop(target, row["oid"], moment)
-                    await steps.require_role(target, run.epoch)
-        except LiveMigrationError as error:
-            if error.retry is Retry.RECONNECT or isinstance(error, ConnectionLost):
-                raise
-            run.reporter.warn_on_change(f"newcomer {name}", f"{name} was dropped on the source and cannot be: {error}")
-            continue
-        run.reporter.note(f"{name} was dropped on the source again, and so it was on the target")
-
-
-async def _drop(target: asyncpg.Connection, oid: int, moment: Moment) -> None:
-    await target.execute("set local lock_timeout = '30s'")
-    row = await target.fetchrow(
-        """select coalesce(root_schema, schema_name) as schema, coalesce(root_name, table_name) as name, kind
-           from _live_migration.tables where oid = $1 for update""",
-        oid,
-    )
-    name = QualifiedName(row["schema"], row["name"])
-    view = None
-    if row["kind"] == "hypertable" and (layout := await read_layout(target)) is not None:
-        view = next((each.view for each in layout.hypertables.values() if each.name == name), None)
-    what = f"materialized view if exists {view.sql}" if view else f"table if exists {name.sql}"
-    await target.execute(f"drop {what}")
-    for statement in (_LET_GO, _LET_CHUNKS_GO):
-        await target.execute(statement, oid, moment.snapshot, moment.horizon, moment.timeline)
-    await target.execute("delete from _live_migration.late_statements where table_oid = $1", oid)
-    await target.execute(
-        "delete from _live_migration.foreign_keys where (schema_name, table_name) = ($1, $2)", name.schema, name.name
-    )

@@ -58,7 +58,7 @@ async def open_migration(settings: Settings, reporter: Reporter, *, must_exist: 
                 return None
         if migration.phase is not Phase.DONE:  # what is left then is done on the target, and the source may be gone
             await _require_same_source(settings, migration)
-        return await _resume(settings, migration, target, reporter)
+        return _resume(settings, migration, reporter)
 
 
 def with_hypertables(settings: Settings) -> Settings:
@@ -130,14 +130,19 @@ async def _require_same_source(settings: Settings, migration: Migration) -> None
             f"{describe(settings.source_uri())}, system {identity.system_identifier}",
             hint="Check SOURCE, or `live-migration clean` and start again.",
         )
+    async with session(settings.source_uri(), "source", application=f"{APPLICATION} opening") as source:
+        with asking("source", "asking whether it is a standby"):
+            is_standby = await source.fetchval("select pg_is_in_recovery()")
+    if is_standby:
+        raise SourceError(
+            f"SOURCE is a standby of the migration's source: {describe(settings.source_uri())}. Nothing is lost",
+            hint="Give the primary. After a failover, wait until the standby is promoted.",
+        )
 
 
-async def _resume(settings: Settings, migration: Migration, target: asyncpg.Connection, reporter: Reporter) -> Settings:
+def _resume(settings: Settings, migration: Migration, reporter: Reporter) -> Settings:
     """Give the settings with what is fixed for a migration's life taken from its state."""
     kafka = settings.kafka or migration.kafka
-    if kafka != migration.kafka:
-        with asking("target", "recording the broker's address"):
-            await target.execute("update _live_migration.migration set kafka = $1", kafka)
     lanes = migration.lane_map
     if settings.lanes and settings.lane_map.split != lanes.split:
         begun = " ".join(f"--lanes {name}={count}" for name, count in lanes.split) or "no --lanes"

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import asyncpg
 from pydantic import ValidationError
 
-from live_migration.common.control import CONFIG, OWNER, Owner
+from live_migration.common.control import CONFIG, OWNER, Owner, ProducerConfig
 from live_migration.common.errors import KafkaError, SlotError, SourceError
 from live_migration.common.kafka import admin, read_control, topic_exists
-from live_migration.common.postgres import asking
+from live_migration.common.postgres import asking, describe
 from live_migration.common.settings import Settings
 from live_migration.coordinator.control_topic import write_records
 from live_migration.producer.slot import read_slot
@@ -101,23 +101,50 @@ async def require_ours_on_source(source: asyncpg.Connection, settings: Settings,
 
 async def sign_topics(settings: Settings, migration_id: str) -> None:
     """Write into the control topic, which was made just now, whose it is."""
-    await write_records(settings, [(OWNER, Owner(migration_id=migration_id).model_dump_json().encode())])
+    owner = Owner(migration_id=migration_id, target=describe(settings.target_uri()))
+    await write_records(settings, [(OWNER, owner.model_dump_json().encode())])
 
 
-async def read_topics_owner(settings: Settings) -> str | None:
-    """Give the id of the migration whose topics bear our name; None where there are none, or where that is not known."""
+@dataclass(frozen=True, slots=True)
+class Topics:
+    """What topics of our name say of whose they are; empty where they do not."""
+
+    owner: str = ""
+    target: str = ""
+    system_identifier: str = ""
+
+    def __str__(self) -> str:
+        whose = f"migration {self.owner}" if self.owner else "somebody who is not known"
+        return f"{whose}, into {self.target}" if self.target else whose
+
+
+async def read_topics(settings: Settings) -> Topics | None:
+    """Tell whose the topics of our name are; None where there are none.
+
+    Raises:
+        KafkaError: what they say cannot be read.
+    """
     async with admin(settings) as client:
         if not await topic_exists(client, settings.control_topic):
-            return None
+            return Topics() if await topic_exists(client, settings.changes_topic) else None
     control = await read_control(settings)
-    record = control.get(OWNER) or control.get(CONFIG)  # of an older version the latter alone
     try:
-        return Owner.model_validate_json(record).migration_id if record else None
+        config = ProducerConfig.model_validate_json(control[CONFIG]) if control.get(CONFIG) else None
+        owner = Owner.model_validate_json(control[OWNER]) if control.get(OWNER) else None
     except ValidationError as error:
         raise KafkaError(
             f"topic {settings.control_topic} holds a record that this program cannot read: whose it is is not known",
             hint="Somebody else writes into the topic, or a newer program did: use that one, or delete the topic if nobody needs it.",
         ) from error
+    if owner is None:  # of an older version
+        owner = Owner(migration_id=config.migration_id if config is not None else "")
+    return Topics(owner.migration_id, owner.target, config.system_identifier if config is not None else "")
+
+
+async def read_topics_owner(settings: Settings) -> str | None:
+    """Give the id of the migration whose topics bear our name; None where there are none, or where that is not known."""
+    topics = await read_topics(settings)
+    return (topics.owner or None) if topics is not None else None
 
 
 async def require_our_topics(settings: Settings, claim: Claim) -> None:

@@ -66,8 +66,9 @@ VOID = f"""
 
 RELEASE = """
     update _live_migration.tables set state = 'planned', attempt = attempt + 1
-    where kind <> 'hypertable' and newcomer is distinct from 'gone'
+    where kind <> 'hypertable' and newcomer is distinct from 'gone' and not (kind = 'chunk' and state = 'ready')
 """
+"""Chunks that are ready were marked since, for their lanes to copy (`recopy_chunks`)."""
 
 _INDEX_AGAIN = """
     update _live_migration.tables t set state = 'copied' where kind = 'hypertable' and state = 'ready'
@@ -87,7 +88,7 @@ _BACKENDS = """
 """
 
 _BUILT = """
-    select i.oid, t.schema_name, t.table_name, i.name, x.indexrelid is not null as exists,
+    select i.oid, t.schema_name, t.table_name, t.kind, i.name, x.indexrelid is not null as exists,
            k.conname::text as constraint_name, coalesce(c.relispartition, false) as is_attached
     from _live_migration.indexes i
     join _live_migration.tables t on t.oid = i.table_oid
@@ -105,11 +106,11 @@ async def begin_recopy(run: Run) -> None:
     """Void what was copied and go back to phase `prepare`, or go on with a recopy that broke off.
 
     Raises:
-        LiveMigrationError: nothing is lost, or the target holds everything already, or its hypertables cannot be copied again.
+        LiveMigrationError: nothing is lost, or the target holds everything already.
     """
     is_past = run.phase is Phase.DONE or await steps.has_passed_barrier(run.target)
     with asking("target", "reading the migration's state"):
-        is_under_way = await _is_under_way(run.target)
+        has_begun = await is_under_way(run.target)
     if is_past:
         raise LiveMigrationError(
             "the target has passed the last barrier and holds every change: nothing is to be copied again",
@@ -118,13 +119,12 @@ async def begin_recopy(run: Run) -> None:
     if run.phase is Phase.PREPARE:
         return  # nothing was read of what prepare makes: it is made anew
     loss = await find_loss(run)
-    if loss is None and not is_under_way:
+    if loss is None and not has_begun:
         raise LiveMigrationError(
             "slot and change log are whole: nothing needs to be copied again",
             hint="Run `live-migration migrate` to go on.",
         )
     if loss is not None:
-        await _require_copyable(run)
         await _require_ours(run)
         run.reporter.warning(f"every table is copied again: {loss.message}")
         await _void(run)
@@ -138,16 +138,13 @@ async def _require_ours(run: Run) -> None:
     await require_our_topics(run.settings, claim)
 
 
-async def _require_copyable(run: Run) -> None:
-    """Refuse where chunks came over as they are: once rows are routed, the target has chunks of its own and lets nobody at theirs."""
-    if await steps.is_done(run.target, POST_RESTORE):
-        raise LiveMigrationError(
-            "slot or change log are lost, and hypertables that came over as they are cannot be copied again once replay has begun",
-            hint="`live-migration clean`, empty the target's database, then `live-migration migrate`.",
-        )
+async def takes_rows(target: asyncpg.Connection) -> bool:
+    """Tell whether hypertables that came over as they are take rows by now: then the target has chunks of its own (`recopy_chunks`)."""
+    return await steps.is_done(target, POST_RESTORE)
 
 
-async def _is_under_way(target: asyncpg.Connection) -> bool:
+async def is_under_way(target: asyncpg.Connection) -> bool:
+    """Tell whether everything is to be copied again, and phase `copy` has not begun yet."""
     return await target.fetchval(f"select not is_done from _live_migration.steps where name = '{_STEP}'") or False
 
 
@@ -178,14 +175,15 @@ async def drop_built_indexes(run: Run) -> None:
 
     A COPY into a table without indexes and a build from sorted rows is what the first copy does, and several times faster
     than inserting each row into each index. One that is attached to a partitioned index, or that something depends on, cannot
-    go by itself: it is kept, and filled while the table is copied.
+    go by itself: it is kept, and filled while the table is copied. So are those of hypertables that take rows.
     """
-    if not await _is_under_way(run.target):
+    if not await is_under_way(run.target):
         return
     with asking("target", "looking at the indexes"):
         rows = await run.target.fetch(_BUILT)
+        keeps_hypertables = await takes_rows(run.target)
     for row in rows:
-        if row["is_attached"]:
+        if row["is_attached"] or (keeps_hypertables and row["kind"] != "table"):
             continue
         async with run.target_transaction(f"dropping index {row['name']}") as target:
             if row["exists"] and not await _drop(target, row):
@@ -234,7 +232,7 @@ async def release_tables(run: Run) -> None:
     The attempt rises once more: nobody can have begun since the tables were voided, and nobody who did may end. Plain tables that were
     hypertables are emptied here, for their chunks are copied beside one another.
     """
-    if await _is_under_way(run.target):
+    if await is_under_way(run.target):
         made = await load_made(run.target)
         if made is not None and made.is_flat:
             await _empty_plain(run.target)

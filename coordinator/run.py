@@ -20,14 +20,18 @@ from live_migration.common.state import Migration, Phase
 from live_migration.coordinator.control_topic import announce_publication_change
 from live_migration.coordinator.observer import Reporter
 from live_migration.coordinator.phases import is_transition_allowed
-from live_migration.coordinator.steps import require_role
+from live_migration.coordinator.steps import has_passed_barrier, require_role
 
 _T = TypeVar("_T")
 APPLICATION = "live-migration"
 """Our sessions' application_name begins with this."""
 
-
 _DROPPED_ATTEMPTS = 50
+
+
+def target_session(settings: Settings, owner: str, what: str) -> AbstractAsyncContextManager[asyncpg.Connection]:
+    """Open a session of the coordinator `owner` on the target, which its successor ends by its name."""
+    return session(settings.target_uri(), "target", application=f"{APPLICATION} {what} {state.session_tag(owner)}")
 
 
 @dataclass(slots=True)
@@ -78,7 +82,7 @@ class Run:
 
     def target_session(self, what: str) -> AbstractAsyncContextManager[asyncpg.Connection]:
         """Open another session on the target."""
-        return session(self.settings.target_uri(), "target", application=f"{APPLICATION} {what}")
+        return target_session(self.settings, self.migration.owner or "", what)
 
     @asynccontextmanager
     async def target_transaction(self, doing: str) -> AsyncIterator[asyncpg.Connection]:
@@ -100,7 +104,12 @@ class Run:
             await state.set_phase(self.target, self.epoch, phase)
 
     async def publications_changed(self, target: asyncpg.Connection) -> None:
-        """Tell the producer that a publication was changed; `target` is the calling task's session."""
+        """Tell the producer that a publication was changed; `target` is the calling task's session.
+
+        Nobody is told behind the last barrier, where the broker may be gone: what is read then is applied no more.
+        """
+        if await has_passed_barrier(target):
+            return
         change = await announce_publication_change(self.settings, target, self.epoch, self.migration)
         # The row may have been read anew meanwhile, in another phase.
         self.migration = replace(self.migration, publication_change=change)

@@ -56,8 +56,11 @@ from live_migration.producer.slot import await_older_transactions
 ARCHIVE = "schema"
 PRE_DATA = "pre-data"
 _PLAN = "plan"
+_LATE = "late tables"
+"""Begun once a table was published after the log's beginning."""
 _KEYS = "keys"
-_ATTEMPTS = 30
+PUBLISHING_ATTEMPTS = 30
+"""Looks at a source whose tables come faster than they are published."""
 
 _INDEXES = """
     select i.indexrelid as oid, i.indrelid as table_oid, c.relname as name, t.relkind::text as table_kind,
@@ -90,6 +93,9 @@ _OUR_PUBLICATIONS = """
 """Those of another migration from the same source included: it names slot and publications as we do."""
 
 
+INSERT_TABLE = "insert into _live_migration.tables ({}) values ({})".format(
+    ", ".join(planning.TABLE_COLUMNS), ", ".join(f"${n}" for n in range(1, len(planning.TABLE_COLUMNS) + 1))
+)
 _READY_WITHOUT_INDEX = """
     update _live_migration.tables t set state = 'ready'
     where kind = 'hypertable' and not exists (select from _live_migration.indexes i where i.table_oid = t.oid)
@@ -173,7 +179,9 @@ async def _plan(run: Run, programs: ClientPrograms) -> None:
     async with run.source_session("schema") as source:
         with private_folder(run.settings) as folder:
             archive = Path(folder, "schema.dump")
-            for _ in range(_ATTEMPTS):
+            if await steps.is_begun(run.target, _LATE):  # a coordinator that died may have published and not waited
+                await _await_missed(run, source)
+            for _ in range(PUBLISHING_ATTEMPTS):
                 schema = await run.patiently("reading the schema", lambda: _look(run, source, programs, archive))
                 if schema is not None:
                     break
@@ -242,14 +250,14 @@ async def dump(
 ) -> None:
     """Run pg_dump, again where it gave way at a lock that somebody holds."""
     uri, lock_timeout = run.settings.source_uri(), run.settings.lock_timeout
-    for attempt in range(_ATTEMPTS):
+    for attempt in range(PUBLISHING_ATTEMPTS):
         try:
             await client_programs.dump_schema(
                 programs, uri, archive, snapshot=snapshot, lock_timeout=lock_timeout, table=table
             )
             return
         except ProgramError as error:
-            if "lock timeout" not in error.message or attempt == _ATTEMPTS - 1:
+            if "lock timeout" not in error.message or attempt == PUBLISHING_ATTEMPTS - 1:
                 raise
             run.reporter.note("pg_dump gave way to somebody who locks a table on the source; trying again")
             await asyncio.sleep(min(0.5 * 2**attempt, 10))
@@ -257,7 +265,13 @@ async def dump(
 
 async def _publish_newcomers(run: Run, source: asyncpg.Connection) -> None:
     """Publish tables made since `prepare`, and wait until no transaction can have missed it."""
+    async with run.target_transaction("noting that tables came late") as target:
+        await steps.begin(target, _LATE)
     await publish_tables(run, source)
+    await _await_missed(run, source)
+
+
+async def _await_missed(run: Run, source: asyncpg.Connection) -> None:
     await await_older_transactions(
         source, timeout=run.settings.slot_timeout, on_wait=run.reporter.note, what="publishing new tables"
     )
@@ -283,12 +297,10 @@ async def _save_plan(
     owners = schema.index_owners
     left_out = schema.made.left_out if schema.made else frozenset()
     wanted = [index for index in schema.indexes if index["oid"] not in left_out]
-    columns = ", ".join(planning.TABLE_COLUMNS)
-    places = ", ".join(f"${n}" for n in range(1, len(planning.TABLE_COLUMNS) + 1))
     async with run.target_transaction("saving the plan") as target:
         for name in ("tables", "indexes", "foreign_keys", "checkpoints", "archives"):
             await target.execute(f"delete from _live_migration.{name}")
-        await target.executemany(f"insert into _live_migration.tables ({columns}) values ({places})", rows)
+        await target.executemany(INSERT_TABLE, rows)
         await target.executemany(
             """insert into _live_migration.indexes (oid, table_oid, name, is_primary, is_unique, size_bytes, statements)
                values ($1, $2, $3, $4, $5, $6, $7)""",

@@ -46,6 +46,10 @@ async def _drop_above_limit(run: Run, source: asyncpg.Connection, slot: SlotStat
     limit = run.settings.max_slot_lag
     if not limit or slot.retained_bytes <= limit:
         return None
+    # Who was stopped for a while may have a successor by now, with a slot, or a limit, of its own.
+    async with run.target_session("slot watch") as target:
+        with asking("target", "looking whether we still lead the migration"):
+            await steps.require_role(target, run.epoch)
     await drop_slot(source, run.settings.slot)
     return (
         f"replication slot {run.settings.slot} was dropped, for it kept {format_bytes(slot.retained_bytes)} of WAL on the "

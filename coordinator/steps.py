@@ -28,6 +28,11 @@ async def begin(target: asyncpg.Connection, name: str) -> None:
     await target.execute("insert into _live_migration.steps (name) values ($1) on conflict do nothing", name)
 
 
+async def is_begun(target: asyncpg.Connection, name: str) -> bool:
+    """Tell whether a step was begun, be it done or not."""
+    return bool(await target.fetchval("select exists (select from _live_migration.steps where name = $1)", name))
+
+
 async def is_done(target: asyncpg.Connection, name: str) -> bool:
     """Tell whether a step is done."""
     return bool(await target.fetchval("select is_done from _live_migration.steps where name = $1", name))

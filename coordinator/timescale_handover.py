@@ -54,6 +54,10 @@ async def _copy_chunks(run: Run, source: asyncpg.Connection, chunks: Sequence[Ch
     run.reporter.note(f"copying {len(chunks)} chunks that were changed unseen: {name_list(c.name for c in chunks)}")
     settings, migration_id = run.settings, run.migration.id
     whole: set[QualifiedName] = set()
+
+    async def note(message: str) -> None:
+        run.reporter.note(message)
+
     async with session(settings.source_uri(), "source", application=f"{APPLICATION} barrier") as other:
         for chunk in chunks:
             async with run.target_transaction(f"copying chunk {chunk.name}") as target:
@@ -67,6 +71,7 @@ async def _copy_chunks(run: Run, source: asyncpg.Connection, chunks: Sequence[Ch
                     applied_lsn=_EVERYTHING,
                     lock_timeout=settings.lock_timeout,
                     flush=lambda: write_flush_barrier(other, migration_id),
+                    on_wait=note,
                     whole=whole,
                 )
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -76,15 +77,25 @@ class WorkerPool:
             self._spawn(worker)
         self._reporter.note(f"started a producer and {self._settings.consumers} consumers, their logs are in {folder}")
 
-    async def watch(self) -> None:
+    async def watch(self, are_needed: Callable[[], Awaitable[bool]]) -> None:
         """Restart those that end, later each time; never returns.
 
+        `are_needed`: whether the migration cannot do without them, asked before one that dies again and again ends it.
+
         Raises:
-            WorkerFailed: one died quickly too often in a row; the end of its log is in the message.
+            WorkerFailed: one that is needed died quickly too often in a row; the end of its log is in the message.
         """
         while True:
-            for worker in self._workers:
-                self._look_after(worker)
+            for worker in tuple(self._workers):
+                try:
+                    self._look_after(worker)
+                except WorkerFailed as error:
+                    if await are_needed():
+                        raise
+                    self._workers.remove(worker)
+                    self._reporter.warning(
+                        f"{error.message}\nThe {worker.kind} is given up, for nothing needs it any more"
+                    )
             await asyncio.sleep(0.25)
 
     async def stop(self) -> None:

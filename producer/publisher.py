@@ -54,6 +54,8 @@ class Publisher:
         self._control = control
         self._token = token
         self._is_usable = True
+        self._config: ProducerConfig | None = None
+        self._late: ProducerConfig | None = None
         self.is_superseded = False
         """Whether somebody took over: nothing of ours may be written any more."""
         self.position: LogPosition | None = control.position()
@@ -62,8 +64,22 @@ class Publisher:
 
     @property
     def config(self) -> ProducerConfig | None:
-        """The coordinator's newest word, as far as it was read."""
-        return self._control.config()
+        """The coordinator's newest word on the change log that we write, as far as it was read.
+
+        A word on another log is a late one, of a coordinator that slept through a recopy: segments that bear that log's id would be refused by
+        every lane. Who makes a log anew fences us, and begins with a publisher of its own.
+        """
+        newest, known = self._control.config(), self._config
+        if newest is None or newest == known:
+            return newest
+        if known is not None and newest.topic_id != known.topic_id:
+            if newest != self._late:
+                log.warning("a configuration of another change log is passed over", topic=self._settings.control_topic)
+            self._late = newest
+            return known
+        # The word of an end says nothing of what comes next under the name.
+        self._config = known if newest.is_ended else newest
+        return newest
 
     @classmethod
     @asynccontextmanager

@@ -161,60 +161,62 @@ class Router:
         last_change = -1
         last_lane: LaneBuffer | None = None
         last_length = alike = 0
-        while at < end:
-            kind, length, stream_kind = unpack(data, at)
-            following = at + 1 + length
-            if kind != _COPY_DATA or following > end + 5:
-                break
-            start = at + BEFORE_MESSAGE_BYTES
-            key = data[start : start + 5]
-            lane = ready_lanes.get(key)
-            if lane is None and stream_kind == _XLOG_DATA:
-                lane = self._open(key, ordinal, following - start)
-            if lane is not None and stream_kind == _XLOG_DATA:
-                size = lane.size + following - start + FRAME.size
-                if size <= limit:
-                    ordinal += 1
-                    parts = lane.parts
-                    parts.append(pack(following - start, ordinal - lane.base))
-                    parts.append(data[start:following])
-                    lane.size = size
-                    lane.change_count += 1
-                    lane.ordinal = ordinal
+        try:
+            while at < end:
+                kind, length, stream_kind = unpack(data, at)
+                following = at + 1 + length
+                if kind != _COPY_DATA or following > end + 5:
+                    break
+                start = at + BEFORE_MESSAGE_BYTES
+                key = data[start : start + 5]
+                lane = ready_lanes.get(key)
+                if lane is None and stream_kind == _XLOG_DATA:
+                    lane = self._open(key, ordinal, following - start)
+                if lane is not None and stream_kind == _XLOG_DATA:
+                    size = lane.size + following - start + FRAME.size
+                    if size <= limit:
+                        ordinal += 1
+                        parts = lane.parts
+                        parts.append(pack(following - start, ordinal - lane.base))
+                        parts.append(data[start:following])
+                        lane.size = size
+                        lane.change_count += 1
+                        lane.ordinal = ordinal
+                        last_change = at
+                        at = following
+                        if length == last_length and lane is last_lane:
+                            alike += 1
+                            if alike == _ALIKE:
+                                count, message_bytes = self._take_span(data, at, lane, ordinal)
+                                at += count * (BEFORE_MESSAGE_BYTES + message_bytes)
+                                last_change = at - (BEFORE_MESSAGE_BYTES + message_bytes) if count else last_change
+                                ordinal += count
+                                alike = 0 if count else -4 * _ALIKE
+                        else:
+                            last_length, last_lane, alike = length, lane, 0
+                        continue
+                elif ready_splits and stream_kind == _XLOG_DATA:
+                    split = ready_splits.get(key)
+                    if split is not None and self._take_split(split, data[start:following], ordinal + 1):
+                        ordinal += 1
+                        last_change = at
+                        at = following
+                        continue
+                self._ordinal = ordinal
+                if stream_kind == _XLOG_DATA and following > start:
+                    if self._held is not None:
+                        self._lsn = int.from_bytes(data[at + _COPY_HEAD_BYTES + 1 : at + _COPY_HEAD_BYTES + 9], "big")
+                    self._dispatch(data[start:following])
+                else:
+                    self._copied(data[at + _COPY_HEAD_BYTES : following])
+                if self._ordinal > ordinal:
                     last_change = at
-                    at = following
-                    if length == last_length and lane is last_lane:
-                        alike += 1
-                        if alike == _ALIKE:
-                            count, message_bytes = self._take_span(data, at, lane, ordinal)
-                            at += count * (BEFORE_MESSAGE_BYTES + message_bytes)
-                            last_change = at - (BEFORE_MESSAGE_BYTES + message_bytes) if count else last_change
-                            ordinal += count
-                            alike = 0 if count else -4 * _ALIKE
-                    else:
-                        last_length, last_lane, alike = length, lane, 0
-                    continue
-            elif ready_splits and stream_kind == _XLOG_DATA:
-                split = ready_splits.get(key)
-                if split is not None and self._take_split(split, data[start:following], ordinal + 1):
-                    ordinal += 1
-                    last_change = at
-                    at = following
-                    continue
-            self._ordinal = ordinal
-            if stream_kind == _XLOG_DATA and following > start:
-                if self._held is not None:
-                    self._lsn = int.from_bytes(data[at + _COPY_HEAD_BYTES + 1 : at + _COPY_HEAD_BYTES + 9], "big")
-                self._dispatch(data[start:following])
-            else:
-                self._copied(data[at + _COPY_HEAD_BYTES : following])
-            if self._ordinal > ordinal:
-                last_change = at
-            ordinal = self._ordinal
-            at = following
+                ordinal = self._ordinal
+                at = following
+        finally:  # what is in the lanes must be told of also where the next message ends the session
+            if last_change >= 0:
+                self._tail.note(data, last_change, at)
         self._ordinal = ordinal
-        if last_change >= 0:
-            self._tail.note(data, last_change, at)
         self.pending_bytes = self.pending_bytes + at if self.has_changes else 0
         return at
 

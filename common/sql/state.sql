@@ -53,6 +53,7 @@ create table _live_migration.tables (
     -- of a table that came after the plan: made on the target; in the stream, all of it, from its snapshot on; gone again from the source.
     -- Of a chunk that came after it: a lane has met it.
     newcomer text check (newcomer in ('made', 'followed', 'gone', 'met')),
+    made_oid oid,                           -- of the table that was made for it on the target, which none but that one is dropped for
     columns jsonb not null,                 -- [{"name", "type", "generated"}] as planned, in attnum order
     binary_copy boolean not null,
     row_estimate bigint not null default 0,
@@ -65,7 +66,7 @@ create table _live_migration.tables (
     snapshot text,                          -- pg_current_snapshot() of the copy
     horizon pg_lsn,                         -- insert position right after the snapshot
     timeline integer,                       -- on which both were taken
-    file_mark text,                         -- which file and column definitions the copy saw: of others, its rows may have got new values
+    file_mark text,                         -- which file and columns the copy saw: of others, its rows may have got new values
     row_count bigint not null default 0,    -- copied
     byte_count bigint not null default 0,
     started_at timestamptz,

@@ -54,6 +54,8 @@ def _report(outcome: Outcome, world: World, folder: Path) -> None:
     print(f"seed {outcome.seed}: {json.dumps(outcome.plan)}")
     for happened in sorted(outcome.faults, key=lambda each: each.at):
         print(f"  {happened}")
+    if outcome.newcomers:
+        print(f"  newcomers: {json.dumps(outcome.newcomers)}")
     for line in outcome.exits:
         print(f"  exit: {line}")
     print(f"  {outcome.verdict}: {outcome.commits} transactions, {outcome.seconds} s", outcome.why, flush=True)
@@ -79,6 +81,7 @@ async def _soak(arguments: argparse.Namespace) -> int:
         consumers=arguments.consumers,
         latency=0.0,
         unfollowed=0.0,
+        newcomers=None,
         has_clocks=False,
         verifies=True,
     )

@@ -57,9 +57,18 @@ def summary(rounds: list[dict[str, Any]]) -> str:
         "",
         "by phase: "
         + ", ".join(f"{phase} {count}" for phase, count in Counter(phase for _, phase in hits).most_common()),
+        *_newcomers(rounds),
         *(f"failed: seed {line['seed']} of {line.get('revision', '?')}: {line['why'][:200]}" for line in failed),
     ]
     return "\n".join(told)
+
+
+def _newcomers(rounds: list[dict[str, Any]]) -> list[str]:
+    """Give one line of what happened to newcomers, none where there was none."""
+    happened = Counter[str]()
+    for line in rounds:
+        happened.update(line.get("newcomers", {}))
+    return [f"newcomers: {', '.join(f'{what} {count}' for what, count in happened.most_common())}"] if happened else []
 
 
 def _hit_count(line: dict[str, Any]) -> int:

@@ -10,12 +10,15 @@ from tests.chaos.fault import Fault
 from tests.chaos.faults import FAULTS
 from tests.chaos.fleet_faults import FLEET_FAULTS, ClockJump
 from tests.chaos.server_faults import LATER_SERVER_FAULTS, SERVER_FAULTS
+from tests.support.newcomers import NewcomerPlan, plan_newcomers
 from tests.support.workload import lanes_by_key
 
 ALL_FAULTS = (*FAULTS, *SERVER_FAULTS, *FLEET_FAULTS)
 LATER_SEED = 100_000
 """From this seed on `LATER_FAULTS` are drawn, too; below it every seed draws what it drew when its rounds were logged."""
 LATER_FAULTS = LATER_SERVER_FAULTS
+NEWCOMER_SEED = 200_000
+"""From this seed on tables are made during replay, and straddled; what a seed draws beside is what it would draw without."""
 PHASES = ("start", "prepare", "schema", "copy", "replay", "cutover")
 UNFOLLOWED_SHARE = 0.3
 """Share of the rounds that update and delete rows of a table without identity, which is copied again behind the last barrier."""
@@ -54,6 +57,8 @@ class Plan:
     """Whether the processes' clocks can jump."""
     unfollowed: float
     """Share of transactions that update or delete a row of a table without identity."""
+    newcomers: NewcomerPlan | None
+    """Tables that are made during replay, or taken out of our publications."""
     possible: tuple[type[Fault], ...]
     """Faults that a missed one is replaced from; none are: it is not replaced."""
     steps: tuple[Step, ...]
@@ -117,6 +122,7 @@ def make_plan(seed: int, faults: Sequence[type[Fault]] | None = None, *, brief: 
         verifies=rng.random() < 0.3,
         has_clocks=has_clocks,
         unfollowed=_unfollowed(seed),
+        newcomers=plan_newcomers(seed) if seed >= NEWCOMER_SEED else None,
         possible=possible,
         steps=tuple(steps),
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import subprocess
 import time
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,11 @@ from tests.chaos.fault import Fault, Missed, Scene
 from tests.chaos.fleet import Fleet
 from tests.chaos.plan import PHASES, Plan, Step, draw
 from tests.chaos.state import keep_state
+from tests.chaos.straddles import BreakWithin
 from tests.chaos.world import GONE, World
-from tests.support.workload import Workload
+from tests.support.newcomer_load import NewcomerLoad
+from tests.support.newcomers import NewcomerPlan, Straddle
+from tests.support.workload import TABLES, Workload
 
 _LEAVING_SECONDS = 10.0
 _STUCK_SECONDS = 240.0
@@ -62,6 +67,8 @@ class Outcome:
     faults: list[Happened] = field(default_factory=list)
     exits: list[str] = field(default_factory=list)
     plan: dict[str, Any] = field(default_factory=dict)
+    newcomers: dict[str, int] = field(default_factory=dict)
+    """What happened to tables during replay, and how often."""
     phases: dict[str, float] = field(default_factory=dict)
     folder: str = ""
     revision: str = ""
@@ -87,6 +94,8 @@ class Round:
         self._phase = "start"
         self._watching: asyncio.Task[None] | None = None
         self._faults: set[asyncio.Task[None]] = set()
+        self._tables = TABLES
+        self._helpers: list[asyncio.Task[None]] = []
 
     async def run(self) -> Outcome:
         """Run it to its end; never raises but for a cancellation, or servers that do not come back."""
@@ -121,6 +130,7 @@ class Round:
             reconnects=True,
             wild=True,
             unfollowed=plan.unfollowed,
+            newcomer_share=plan.newcomers.share if plan.newcomers else 0.0,
         )
         await workload.create(rows=plan.rows)
         await self._prepare()
@@ -138,7 +148,8 @@ class Round:
                 scene = Scene(self.world, fleet, self.name, plan.lease)
                 try:
                     async with workload:
-                        await self._inject_until_cutover(scene)
+                        async with self._making_newcomers(scene, workload):
+                            await self._inject_until_cutover(scene)
                         await asyncio.sleep(0.5)
                     self.outcome.commits = workload.commits
                     restarts = scene.source_restarts
@@ -156,14 +167,54 @@ class Round:
         except Exception as error:  # a statement of the workload that failed, first of all
             raise RoundFailed(f"{type(error).__name__}: {error}") from error
         finally:
-            self._watching.cancel()
+            for task in (self._watching, *self._helpers):
+                task.cancel()
             self._set_latency(0.0)
 
     async def _prepare(self) -> None:
         """Make on the source what the migration is to find beside the workload's tables."""
 
+    @asynccontextmanager
+    async def _making_newcomers(self, scene: Scene, workload: Workload) -> AsyncIterator[None]:
+        """Let the plan's newcomers come from the beginning of replay on; at the end everything has happened to them."""
+        if self.plan.newcomers is None:
+            yield
+            return
+        load = NewcomerLoad(self.source, self.target, self.plan.newcomers, workload.newcomers)
+        load.around_commit = lambda straddle: self._breaking_within(scene, straddle)
+        self._helpers.append(asyncio.create_task(load.widen_target()))
+        making = asyncio.create_task(self._make_newcomers(load))
+        try:
+            yield
+            await making
+            await self._join_faults()
+        finally:
+            making.cancel()
+            await asyncio.gather(making, return_exceptions=True)
+            self.outcome.newcomers = dict(load.happened)
+        self._tables = (*TABLES, *load.tables)
+
+    async def _make_newcomers(self, load: NewcomerLoad) -> None:
+        await self._until_phase("replay")
+        await load.run()
+
+    @asynccontextmanager
+    async def _breaking_within(self, scene: Scene, straddle: Straddle) -> AsyncIterator[None]:
+        fault = BreakWithin(random.Random(straddle.seed), straddle.rows)
+        if not fault.is_drawn:
+            yield
+            return
+        self._faults.add(asyncio.create_task(self._run_fault(scene, Step("replay", 0.0, fault, overlaps=True))))
+        await fault.armed.wait()
+        try:
+            yield
+        finally:
+            fault.committed.set()
+
     async def _compare(self, *, source_crashed_late: bool) -> list[str]:
-        return await checks.compare(self.source, self.target, source_crashed_late=source_crashed_late)
+        return await checks.compare(
+            self.source, self.target, source_crashed_late=source_crashed_late, tables=self._tables
+        )
 
     def _set_latency(self, seconds: float) -> None:
         for side in ("source", "target"):
@@ -350,4 +401,13 @@ def _summary(plan: Plan) -> dict[str, Any]:
         "verify": plan.verifies,
         "clocks": plan.has_clocks,
         "unfollowed": plan.unfollowed,
+        **({"newcomers": _newcomers(plan.newcomers)} if plan.newcomers else {}),
     }
+
+
+def _newcomers(plan: NewcomerPlan) -> list[str]:
+    """Say of each newcomer what it is and what becomes of it, and which tables are taken out."""
+    return [
+        *(f"{each.name}: {each.kind}, {'straddled, ' if each.straddle else ''}{each.fate}" for each in plan.newcomers),
+        *(f"{each.table}: taken out" for each in plan.taken_out),
+    ]

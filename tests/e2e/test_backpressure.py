@@ -126,6 +126,7 @@ async def assert_equal(source: str, target: str) -> None:
     assert not found, found
 
 
+@pytest.mark.timeout(600 + 2 * AWAY_SECONDS)
 @pytest.mark.parametrize("how", ["stopped", "killed"])
 async def test_a_broker_away_for_longer_than_the_walsenders_patience(
     how: str, target_database: str, unique_name: str, tmp_path: Path

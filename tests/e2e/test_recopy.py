@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
-import signal
-import sys
 from pathlib import Path
 
 import asyncpg
@@ -16,6 +13,7 @@ from live_migration.common.errors import Fenced, LiveMigrationError, LogGap, Slo
 from live_migration.common.segment import START, Position
 from live_migration.consumer import checkpoint as checkpoints
 from live_migration.consumer.checkpoint import Advance, Checkpoint
+from tests.e2e.killed import COORDINATOR, run_killed
 from tests.e2e.migration import Migration
 from tests.e2e.processes import Cli
 from tests.fixtures.fix_postgres import execute
@@ -24,28 +22,6 @@ from tests.support.workload import Workload, differences, read_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.integration]
 
-KILLED = """
-import importlib, os, signal, sys
-module, function, count = sys.argv[1:4]
-place = importlib.import_module(module)
-original = getattr(place, function)
-calls = 0
-
-async def killed(*arguments, **options):
-    global calls
-    result = await original(*arguments, **options)
-    calls += 1
-    if calls == int(count):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return result
-
-setattr(place, function, killed)
-from live_migration.coordinator.commands import run
-sys.exit(run(sys.argv[4:]))
-"""
-"""Runs a command that is killed right after a function has done its work, at its n-th call."""
-
-COORDINATOR = "live_migration.coordinator"
 STEPS = (
     (f"{COORDINATOR}.recopy", "end_work", 1),
     (f"{COORDINATOR}.recopy", "_void", 1),
@@ -152,17 +128,8 @@ async def test_a_recopy_killed_at_each_step_goes_on(
         await migrate.kill()
         await asyncio.sleep(random.random())
         await execute(source_database, f"select pg_drop_replication_slot('{unique_name}')")
-        for module, function, count in STEPS:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-c", KILLED, module, function, str(count), "migrate", "--recopy", *options),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                env={**os.environ, **cli.environment},
-            )
-            async with asyncio.timeout(120):
-                out, _ = await process.communicate()
-            assert process.returncode == -signal.SIGKILL, f"{function}: {process.returncode}: {out.decode()}"
+        for step in STEPS:
+            await run_killed(cli, step, "migrate", "--recopy", *options)
         migrate = await cli.migrate("--consumers", "1")
         try:
             await migrate.until_phase("replay")

@@ -77,6 +77,8 @@ async def run_all(connection: asyncpg.Connection) -> list[str]:
     await timescale.compressed_tables(connection, hypertable.oid)
     await timescale.read_chunk_status(connection, chunk.name)
     await timescale.write_chunk_status(connection, chunk.name, 1)
+    bounds = await timescale.read_column_bounds(connection, chunk.name)
+    await timescale.write_column_bounds(connection, chunk.name, bounds)
 
     columns = await hypertables.read_hypertable(connection, hypertable.oid, METRICS, ())
     assert columns is not None
@@ -147,6 +149,44 @@ async def test_a_query_for_another_version_fails(source_database: str, target_da
         async with catalog(uri, version) as (connection, _):
             with pytest.raises(asyncpg.UndefinedColumnError):
                 await connection.fetch(query)
+
+
+HASHED = """
+    create function public.hash(k int) returns int language sql immutable strict as 'select k * 10';
+    create table public.spaced (at int not null, k int);
+    create table public.low (check (at < 10), check (public.hash(k) < 100)) inherits (public.spaced);
+    create table public.high (check (at < 10), check (public.hash(k) >= 100)) inherits (public.spaced);
+    insert into _timescaledb_catalog.dimension (id, hypertable_id, column_name, column_type, interval_length, num_slices)
+        values (5, 7, 'at', 'int'::regtype, 10, null), (6, 7, 'k', 'int'::regtype, null, 2);
+"""
+CHUNKS_OF = {
+    "2.24.0": """
+        insert into _timescaledb_catalog.chunk (id, hypertable_id, schema_name, table_name) values (1, 7, 'public', 'low'), (2, 7, 'public', 'high');
+        insert into _timescaledb_catalog.dimension_slice (id, dimension_id, range_start, range_end)
+            values (1, 5, 0, 10), (2, 6, -9223372036854775808, 100), (3, 6, 100, 9223372036854775807);
+        insert into _timescaledb_catalog.chunk_constraint (chunk_id, dimension_slice_id, constraint_name)
+            values (1, 1, 'a'), (1, 2, 'b'), (2, 1, 'a'), (2, 3, 'b');
+    """,
+    "2.29.2": """
+        insert into _timescaledb_catalog.chunk (id, hypertable_id, relid) values (1, 7, 'public.low'::regclass), (2, 7, 'public.high'::regclass);
+        insert into _timescaledb_catalog.dimension_slice (id, chunk_id, dimension_id, range_start, range_end)
+            values (1, 1, 5, 0, 10), (2, 1, 6, -9223372036854775808, 100), (3, 2, 5, 0, 10), (4, 2, 6, 100, 9223372036854775807);
+    """,
+}
+
+
+@pytest.mark.parametrize("version", COLUMNS)
+async def test_a_row_that_is_hashed_by_nothing_belongs_to_the_chunk_of_zero(version: str, source_database: str) -> None:
+    async with catalog(source_database, version) as (connection, _):
+        await connection.execute(HASHED + CHUNKS_OF[version])
+        low, high = [await connection.fetchval(f"select 'public.{each}'::regclass::oid") for each in ("low", "high")]
+        ranges = await timescale.chunk_ranges(connection, [low, high])
+        assert ranges == {
+            low: "(at < 10) and (k is null or (public.hash(k) < 100))",
+            high: "(at < 10) and (public.hash(k) >= 100)",
+        }
+        await connection.execute("alter table public.spaced alter k set not null")
+        assert await timescale.chunk_range(connection, low) == "(at < 10) and (public.hash(k) < 100)"
 
 
 def pieces() -> Iterator[str]:

@@ -53,6 +53,9 @@ SOURCE = """
     insert into store.chunk_1 values (7, 'unseen');
     create schema _timescaledb_catalog;
     create table _timescaledb_catalog.compression_settings (relid oid, compress_relid oid);
+    create table _timescaledb_catalog.chunk (id int, relid oid);
+    create table _timescaledb_catalog.dimension (id int, column_name name, num_slices int);
+    create table _timescaledb_catalog.dimension_slice (chunk_id int, dimension_id int, range_start bigint, range_end bigint);
 """
 OLD_XID = 100
 """Every snapshot of a server shows it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -492,6 +493,48 @@ async def test_drift_is_seen_by_oid(make_settings: MakeSettings) -> None:
         assert "public.b has columns ['v text'] on the source alone" in differences
 
 
+GENERATED = """
+    create table listed (id int, kind varchar(9), g bool generated always as (kind in ('a', 'b')) stored);
+    create table dated (at date, "the year" int generated always as (extract(year from at)::int) stored);
+    create table root (id int, v int, g int generated always as (v + 1) stored) partition by range (id);
+    create table leaf partition of root for values from (0) to (10);
+    create table cast_ (v int, g text generated always as (v::text || '!') stored);
+"""
+OTHERWISE = """
+    alter table listed drop g, add g bool generated always as (kind in ('b', 'c')) stored;
+    alter table root drop g, add g int generated always as (v + 100) stored;
+"""
+
+
+@pytest.mark.parametrize(("source_version", "target_version"), [(14, 14), (14, 18), (18, 18)])
+async def test_generated_columns_are_compared_by_what_the_target_makes_of_them(
+    source_version: int,
+    target_version: int,
+    make_settings: MakeSettings,
+    postgres_server: PostgresFactory,
+    fresh_database: DatabaseFactory,
+) -> None:
+    source, target = postgres_server(source_version), postgres_server(target_version)
+    settings = make_settings(source=await fresh_database(source), target=await fresh_database(target))
+    await fetch(settings.source_uri(), GENERATED)
+    async with bench(settings) as b:
+        await prepare(b.run)
+        await restore_schema(b.run)
+        async with b.run.source_session("test") as session:
+            assert not await shape_differences(b.run, session, b.run.target)
+            await b.source(OTHERWISE)
+            named = await shape_differences(b.run, session, b.run.target)
+            assert [line.split(":")[0] for line in named] == ["public.listed", "public.root"]
+            for statement in re.findall("ALTER TABLE .*;", "\n".join(named)):
+                await b.target(statement)
+            assert not await shape_differences(b.run, session, b.run.target)
+            await b.target("alter table root drop g, add g int generated always as (v + 101) stored")
+            assert len(await shape_differences(b.run, session, b.run.target)) == 1
+            await b.target(OTHERWISE)
+            assert not await shape_differences(b.run, session, b.run.target)
+        assert not await b.target("select relname from pg_class where relname = 'lm_probe'")
+
+
 async def test_large_objects_arrive_with_their_oids(make_settings: MakeSettings) -> None:
     settings = make_settings()
     big = b"\x00\x01\xff" * 200_000
@@ -553,7 +596,14 @@ async def test_conduct_stops_keeps_its_state_and_resumes(make_settings: MakeSett
                 await asyncio.sleep(0.05)
         second = RecordingObserver()
         with pytest.raises(TargetError, match="already being run"):
-            await conduct(settings, stop=asyncio.Event(), ask_cutover=asyncio.Event(), observer=second)
+            await conduct(
+                settings.model_copy(update={"kafka": "127.0.0.1:1"}),
+                stop=asyncio.Event(),
+                ask_cutover=asyncio.Event(),
+                observer=second,
+            )
+        # Who is refused has changed nothing that the consumers read.
+        assert await fetch(settings.target_uri(), "select kafka from _live_migration.migration") == [(settings.kafka,)]
         stop.set()
         await conducting
         assert observer.phases == [Phase.PREPARE, Phase.SCHEMA, Phase.COPY]
@@ -607,8 +657,12 @@ async def test_a_worker_that_dies_again_and_again_ends_the_run_with_its_log(
         await pool.start()
         with pytest.raises(workers.WorkerFailed, match="no luck for the"):
             async with asyncio.timeout(60):
-                await pool.watch()
+                await pool.watch(_true)
     assert any("ended with code 3" in warning for warning in observer.warnings)
+
+
+async def _true() -> bool:
+    return True
 
 
 async def test_workers_are_asked_to_end_and_get_their_settings_by_environment_alone(

@@ -201,6 +201,21 @@ async def test_a_table_altered_after_planning_stops_with_the_alter_that_mends_it
     assert {"name": "extra", "type": "text", "generated": ""} in json.loads(columns)
 
 
+async def test_a_column_of_the_target_that_holds_less_stops_the_copy(
+    source_database: str, target_database: str
+) -> None:
+    await make(source_database, target_database)
+    await run_sql(target_database, "alter table s.wide alter n type numeric(200, 1), alter t type timestamptz(0)")
+    async with consumers(settings_for(source_database, target_database), 1):
+        stopped = "select hint from _live_migration.tables where state = 'stopped' and table_name = 'wide'"
+        await until(target_database, f"select exists ({stopped})")
+        hint = await fetch_value(target_database, stopped)
+        assert 'ALTER COLUMN "n" TYPE numeric USING' in hint
+        await run_sql(target_database, "\n".join(line for line in hint.splitlines() if line.startswith("ALTER")))
+        await until_ready(target_database)
+    assert await contents(target_database) == await contents(source_database)
+
+
 async def same_by_name(source: str, target: str) -> bool:
     """Compare tables whose columns stand in another order."""
     for table in ("s.wide", "s.generated", "s.leaves", "s.parent", "s.empty"):

@@ -9,11 +9,21 @@ from typing import Any
 
 import asyncpg
 import pytest
+from pydantic import SecretStr
 
 from live_migration.common.control import CONFIG, OWNER, ProducerConfig
-from live_migration.common.errors import Fenced, KafkaError, LiveMigrationError, SlotError, SourceError
+from live_migration.common.errors import (
+    ConnectionLost,
+    Fenced,
+    KafkaError,
+    LiveMigrationError,
+    SlotError,
+    SourceError,
+    TargetError,
+)
 from live_migration.common.kafka import read_control
 from live_migration.common.local_postgres import LocalPostgres
+from live_migration.common.postgres import describe
 from live_migration.common.settings import Settings
 from live_migration.common.state import Phase
 from live_migration.common.supervisor import lock_file
@@ -285,13 +295,72 @@ async def test_clean_without_a_state_names_what_may_have_been_changed(
     async with bench(settings) as b:
         await prepare(b.run)
     await fetch(settings.target_uri(), "drop schema _live_migration cascade")  # as with the whole database
-    await clean_up(settings, prune=False)
+    await clean_up(settings, prune=False, force=True)
     said = capsys.readouterr().err
     assert "REPLICA IDENTITY FULL of public.t" in said
     assert "nothing of this migration is left" not in said
     await fetch(settings.source_uri(), "alter table t replica identity default")
     await clean_up(settings, prune=False)
     assert "nothing of this migration is left" in capsys.readouterr().err
+
+
+async def test_clean_without_a_state_takes_nothing_that_may_be_anothers_without_a_word(
+    make_settings: MakeSettings,  # noqa: F811
+    another: Another,
+) -> None:
+    """Its own state lies on another target, and nobody reads its slot just now."""
+    ours, theirs = make_settings(), await another()
+    async with bench(theirs) as a:
+        await prepare(a.run)
+        migration_id = str(a.run.migration.id)
+    before, log = await traces(theirs), await log_of(theirs)
+    with pytest.raises(TargetError, match=f"whose these are is not known: slot {ours.slot}, publication") as refused:
+        await clean(ours, prune=False, note=print)
+    assert f"migration {migration_id}, into {describe(theirs.target_uri())}" in refused.value.message
+    assert "--force" in refused.value.hint
+    assert (await traces(theirs), await log_of(theirs)) == (before, log)
+    said: list[str] = []
+    await clean(ours, prune=False, note=said.append, force=True)
+    assert await traces(theirs) == []
+    assert f"deleted topic {ours.changes_topic}" in said
+    await clean(ours, prune=False, note=print)  # nothing is left that would want a word
+
+
+async def test_clean_without_a_state_leaves_topics_of_another_source(
+    make_settings: MakeSettings,  # noqa: F811
+    another: Another,
+) -> None:
+    ours, theirs = make_settings(), await another(other_source=True)
+    async with bench(theirs) as a:
+        await prepare(a.run)
+    log = await log_of(theirs)
+    said: list[str] = []
+    for force in (False, True):
+        await clean(ours, prune=False, note=said.append, force=force)
+        assert said.pop().startswith("left topics")
+        assert await log_of(theirs) == log
+
+
+async def test_clean_of_what_is_done_goes_without_a_source_that_is_off_where_somebody_says_so(
+    make_settings: MakeSettings,  # noqa: F811
+) -> None:
+    settings = make_settings()
+    off = settings.model_copy(update={"source": SecretStr("postgresql://127.0.0.1:1/gone")})
+    async with bench(settings) as b:
+        await prepare(b.run)
+    with pytest.raises(ConnectionLost):
+        await clean(off, prune=False, note=print, force=True)  # not before it is done
+    await fetch(settings.target_uri(), "update _live_migration.migration set phase = 'done'")
+    with pytest.raises(ConnectionLost, match="clean --force"):
+        await clean(off, prune=False, note=print)
+    said: list[str] = []
+    assert not await clean(off, prune=False, note=said.append, force=True)
+    assert said[0].startswith("the source was left as it is")
+    assert "dropped schema _live_migration on the target" in said
+    assert f"deleted topic {settings.changes_topic}" in said
+    assert len(await traces(settings)) == 3
+    await clean(settings, prune=False, note=print, force=True)
+    assert await traces(settings) == []
 
 
 async def test_the_folder_of_a_broker_that_runs_is_left(

@@ -184,6 +184,33 @@ async def test_a_row_that_the_target_swallows_stops_the_lane(pair: Pair) -> None
     await pair.close()
 
 
+@pytest.mark.parametrize("is_binary", [True, False])
+async def test_a_column_that_the_binary_stream_cannot_carry_stops_the_lane(pair: Pair, is_binary: bool) -> None:
+    """An oid of the source's in binary form is some other relation here, or none; as text it is the relation's name."""
+    await pair.prepare("create table other (id int primary key); create table t (id int primary key, v int)")
+    target = await asyncpg.connect(pair.target_uri)
+    await target.execute(
+        """insert into _live_migration.migration (id, name, phase, settings, kafka, source_address, source_system,
+               source_timeline, source_database, source_version, topic_id, lane_count, binary_stream)
+           values (gen_random_uuid(), 'test', 'replay', '{}', '', '', '', 1, '', 180000, gen_random_uuid(), 1, $1)""",
+        is_binary,
+    )
+    await pair.source.execute("insert into t values (1, 1)")
+    await pair.replay(binary=is_binary, most_changes=1000, segments_per_batch=1000)
+    for side in (pair.source, target):
+        await side.execute("alter table t add column r regclass, add column s regclass[]")
+    await pair.source.execute("insert into t values (2, 2, 'other', '{other}')")
+    replaying = pair.replay(binary=is_binary, most_changes=1000, segments_per_batch=1000)
+    if is_binary:
+        with pytest.raises(LaneStopped, match=r"binary form .*: r \(regclass\), s \(regclass\[\]\)"):
+            await replaying
+    else:
+        await replaying
+        await pair.assert_equal(("t",))
+    await target.close()
+    await pair.close()
+
+
 # order
 
 

@@ -21,6 +21,7 @@ from live_migration.common.state import Phase
 from live_migration.coordinator import schema, steps
 from live_migration.coordinator.control_topic import producer_config
 from live_migration.coordinator.prepare import prepare
+from live_migration.coordinator.run import target_session
 from live_migration.producer.replication import ReplicationConnection
 from live_migration.producer.resume import stream_options
 from live_migration.producer.slot import await_older_transactions
@@ -290,6 +291,21 @@ async def test_one_that_is_gone_is_succeeded_and_does_nothing_more(target_databa
     assert await zombie.fetchrow("select * from _live_migration.migration") == before
     assert await zombie.fetchval("select count(*) from _live_migration.steps") == 0
     await zombie.close()
+    await second.close()
+
+
+async def test_one_that_was_stopped_within_a_transaction_keeps_nobody_waiting(target_database: str) -> None:
+    """Its process sleeps: none of its sessions ends by itself, and one of them has the migration's row locked."""
+    first, second = await begin(target_database), await asyncpg.connect(target_database)
+    owner = state.worker_id("coordinator")
+    settings = load_settings({"target": target_database, "source": target_database, "kafka": "nowhere:1"})
+    epoch = await state.acquire_coordinator_lease(first, owner, -1)
+    async with target_session(settings, owner, "conductor") as conductor:
+        await conductor.execute("begin; update _live_migration.migration set lane_count = 7")
+        async with asyncio.timeout(30):
+            assert await state.acquire_coordinator_lease(second, state.worker_id("coordinator"), 60) == epoch + 1
+    assert await second.fetchval("select lane_count from _live_migration.migration") == 1
+    await first.close()
     await second.close()
 
 

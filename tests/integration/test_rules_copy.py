@@ -112,7 +112,9 @@ async def test_a_parts_done_mark_waits_for_who_begins_the_table_anew(
     ):
         await make_part(target, oid)
         await successor.execute("begin; update _live_migration.tables set attempt = attempt + 1")
-        claim = PartClaim(oid, NAME, 2, 0, BlockRange(0, None, 8192), "snapshot", CopyPlan(NAME, ("id",), True), 1)
+        claim = PartClaim(
+            oid, NAME, 2, 0, BlockRange(0, None, 8192), "snapshot", CopyPlan(NAME, ("id",), True), 1, "1:1:"
+        )
         mark = asyncio.ensure_future(finish_part(marking, claim, "me", CopyCount(5, 50)))
         waits = "select wait_event_type = 'Lock' from pg_stat_activity where pid = $1"
         async with asyncio.timeout(20):
@@ -156,7 +158,7 @@ async def test_a_parts_done_mark_counts_only_for_its_own_attempt(
 
         def claim(attempt: int) -> PartClaim:
             return PartClaim(
-                oid, NAME, attempt, 0, BlockRange(0, None, 8192), "snapshot", CopyPlan(NAME, ("id",), True), 1
+                oid, NAME, attempt, 0, BlockRange(0, None, 8192), "snapshot", CopyPlan(NAME, ("id",), True), 1, "1:1:"
             )
 
         if wrong == "state":
@@ -263,12 +265,28 @@ async def test_a_part_is_not_copied_under_another_timelines_snapshot(source_data
 
         def claim(timeline: int) -> PartClaim:
             plan = CopyPlan(NAME, ("id",), True)
-            return PartClaim(oid, NAME, 1, 0, BlockRange(0, None, 8192), snapshot, plan, timeline)
+            return PartClaim(oid, NAME, 1, 0, BlockRange(0, None, 8192), snapshot, plan, timeline, locked.snapshot)
 
         with pytest.raises(AttemptOver, match="failed over"):
             await import_snapshot(other, claim(locked.timeline + 1), 5)
         await other.execute("rollback")
         await import_snapshot(other, claim(locked.timeline), 5)
+
+
+async def test_a_part_is_not_copied_under_another_snapshot_of_the_same_name(source_database: str) -> None:
+    """A server that crashed counts them anew: the one that is imported may be anybody's."""
+    await run_sql(source_database, "create table public.t (id int)")
+    oid = await fetch_value(source_database, "select 'public.t'::regclass::oid")
+    async with session(source_database, "source") as holder, session(source_database, "source") as other:
+        locked = await lock_table(holder, TableClaim(oid, NAME, 1, False), 5)
+        await run_sql(source_database, "insert into public.t values (1)")
+        async with session(source_database, "source") as stranger:
+            await stranger.execute("begin isolation level repeatable read")
+            name = await stranger.fetchval("select pg_export_snapshot()")
+            plan = CopyPlan(NAME, ("id",), True)
+            claim = PartClaim(oid, NAME, 1, 0, BlockRange(0, None, 8192), name, plan, locked.timeline, locked.snapshot)
+            with pytest.raises(AttemptOver, match="another one bears its name"):
+                await import_snapshot(other, claim, 5)
 
 
 async def test_parts_are_of_the_table_alone_and_cut_by_its_real_size(

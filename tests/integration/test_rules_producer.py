@@ -7,6 +7,7 @@ import signal
 from collections import deque
 from os import kill
 from typing import Any
+from uuid import uuid4
 
 import asyncpg
 import pytest
@@ -175,3 +176,25 @@ async def test_a_stream_that_the_server_ends_again_and_again_at_one_place_says_s
             )
         await admin.execute(f"drop database {name} with (force)")
         await admin.close()
+
+
+async def test_a_word_on_another_change_log_is_passed_over(
+    source_database: str, kafka_bootstrap: str, unique_name: str
+) -> None:
+    """A coordinator that slept through `--recopy` writes what it knows into the control topic that was made since."""
+    settings = make_settings(source_database, kafka_bootstrap, unique_name)
+    await run_sql(settings, "create table public.t (id int primary key)")
+    config = await prepare(settings, ["public.t"])
+    late = config.model_copy(update={"topic_id": str(uuid4()), "publication_change": 7})
+    newer = config.model_copy(update={"publication_change": 1})
+    async with Publisher.open(settings) as publisher:
+        assert publisher.config == config
+        for word, holds in (
+            (late, config),
+            (newer, newer),
+            (late.model_copy(update={"is_ended": True}), newer),
+            (newer.model_copy(update={"is_ended": True}), newer.model_copy(update={"is_ended": True})),
+        ):
+            await write_config(settings, word)
+            await publisher.catch_up()
+            assert publisher.config == holds

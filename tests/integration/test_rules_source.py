@@ -94,7 +94,7 @@ async def shared_snapshot(source: str, holder: asyncpg.Connection) -> PartClaim:
     locked = await lock_table(holder, TableClaim(oid, name, 1, False), 5)
     snapshot_id = await holder.fetchval("select pg_export_snapshot()")
     plan = CopyPlan(name, ("id", "v"), True)
-    return PartClaim(oid, name, 1, 0, BlockRange(0, None, 8192), snapshot_id, plan, locked.timeline)
+    return PartClaim(oid, name, 1, 0, BlockRange(0, None, 8192), snapshot_id, plan, locked.timeline, locked.snapshot)
 
 
 REWRITE = "alter table public.t alter v type bigint"
@@ -194,10 +194,15 @@ async def test_a_look_at_the_catalogs_that_others_deadlock_ends_is_taken_again(
 # who was published while it was being written to
 
 
+@pytest.mark.parametrize("dies", [False, True])
 async def test_a_newcomer_is_planned_only_when_nobody_who_missed_its_publication_is_left(
+    dies: bool,
     make_settings: MakeSettings,  # noqa: F811
 ) -> None:
-    """A transaction that was open while the table was published may miss it for good: the stream has none of its rows."""
+    """A transaction that was open while the table was published may miss it for good: the stream has none of its rows.
+
+    A coordinator that dies while it waits leaves a successor who finds the table published.
+    """
     settings = make_settings()
     async with bench(settings) as b:
         await prepare(b.run)
@@ -206,6 +211,13 @@ async def test_a_newcomer_is_planned_only_when_nobody_who_missed_its_publication
         await writer.execute("begin; insert into public.late values (1)")
         restoring = asyncio.ensure_future(restore_schema(b.run))
         await b.observer.until_note("publishing new tables waits for open transactions")
+        if dies:
+            restoring.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await restoring
+            b.observer.notes.clear()
+            restoring = asyncio.ensure_future(restore_schema(b.run))
+            await b.observer.until_note("publishing new tables waits for open transactions")
         assert not restoring.done()
         assert await b.target("select from _live_migration.tables") == []
         await writer.execute("insert into public.late values (2); commit")

@@ -5,18 +5,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import asyncpg
 import pytest
 
-from live_migration.common.errors import LiveMigrationError, SlotLost
+from live_migration.common.errors import Fenced, LiveMigrationError, SlotLost
 from live_migration.common.local_postgres import LocalPostgres
 from live_migration.common.settings import load_settings
-from live_migration.coordinator import slot_watch
+from live_migration.coordinator import absent, slot_watch
+from live_migration.coordinator.clean import clean
 from live_migration.coordinator.conductor import conduct
+from live_migration.coordinator.prepare import prepare
+from live_migration.producer.slot import read_slot
 from tests.e2e.migration import RecordingObserver
 from tests.fixtures.fix_postgres import SETTINGS, database, execute
+from tests.integration.test_conductor import MakeSettings, bench, make_settings  # noqa: F401
 
 pytestmark = pytest.mark.integration
 
@@ -104,6 +109,37 @@ async def test_a_slot_above_max_slot_lag_is_dropped_before_it_fills_the_sources_
     slots = await connection.fetchval("select count(*) from pg_replication_slots where slot_name = $1", unique_name)
     await connection.close()
     assert slots == 0
+
+
+async def test_who_has_a_successor_drops_no_slot(make_settings: MakeSettings) -> None:  # noqa: F811
+    settings = make_settings(max_slot_lag=1)
+    async with bench(settings) as b:
+        await prepare(b.run)
+        await b.target("update _live_migration.migration set epoch = epoch + 1")
+        async with b.run.source_session("test") as source:
+            slot = await read_slot(source, settings.slot)
+            assert slot is not None
+            with pytest.raises(Fenced):
+                await slot_watch._drop_above_limit(b.run, source, replace(slot, retained_bytes=2))
+            assert await read_slot(source, settings.slot) is not None
+    await clean(settings, prune=False, note=print)
+
+
+async def test_it_is_said_when_nobody_runs_the_workers(
+    source_database: str,
+    target_database: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(absent, "INTERVAL_SECONDS", 0.1)
+    monkeypatch.setattr(absent, "PATIENCE_SECONDS", 0.5)
+    await execute(source_database, TABLES)
+    conducted = Conducted(source_database, target_database, kafka_bootstrap, unique_name, tmp_path)
+    async with conducted.running() as task:
+        for kind in ("consumer", "producer"):
+            await conducted.until(task, lambda kind=kind: bool(conducted.warned(f"no {kind} has run for a while")))
 
 
 async def test_a_slot_is_not_needed_any_more_after_the_last_barrier(

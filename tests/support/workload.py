@@ -14,6 +14,7 @@ from typing import Self
 import asyncpg
 
 from live_migration.common.postgres import CONNECTION_ERRORS
+from tests.support.newcomers import Newcomer, NewcomerGone, newcomer_statement
 
 TABLES = (
     "app.by_key",
@@ -74,6 +75,7 @@ _RETRIED = (
     asyncpg.LockNotAvailableError,
     asyncpg.ProtocolViolationError,  # COPY: a test altered a column's type right after the driver had asked for it
     asyncpg.BadCopyFileFormatError,
+    NewcomerGone,
 )
 
 
@@ -83,6 +85,7 @@ class Workload:
     With `reconnects`, writers outlive crashes of the server; every third one then commits asynchronously, so that a
     crash undoes what others have seen. With `wild`, there are transactions of thousands of rows, and some that stay open for seconds.
     `unfollowed` is the share of transactions that update or delete a row of a table without replica identity.
+    Of the statements `newcomer_share` go to one of `newcomers`, tables that others make, while there are any.
     """
 
     def __init__(
@@ -95,14 +98,17 @@ class Workload:
         reconnects: bool = False,
         wild: bool = False,
         unfollowed: float = 0.0,
+        newcomer_share: float = 0.0,
     ) -> None:
         self.uri = uri
         self.seed = seed
         self.commits = 0
         self.lost_connections = 0
+        self.newcomers: list[Newcomer] = []
         self._reconnects = reconnects
         self._wild = wild
         self._unfollowed = unfollowed
+        self._newcomer_share = newcomer_share
         self._connections = connections
         self._pause = pause
         self._stop = asyncio.Event()
@@ -192,7 +198,7 @@ class Workload:
                 savepoint = connection.transaction()
                 await savepoint.start()
                 try:
-                    await _statement(connection, rng)
+                    await self._statement(connection, rng)
                 except _RETRIED:
                     await savepoint.rollback()
                     continue
@@ -201,7 +207,13 @@ class Workload:
                 else:
                     await savepoint.commit()
             else:
-                await _statement(connection, rng)
+                await self._statement(connection, rng)
+
+    async def _statement(self, connection: asyncpg.Connection, rng: random.Random) -> None:
+        if self.newcomers and rng.random() < self._newcomer_share:  # else nothing is drawn, either
+            await newcomer_statement(connection, rng, self.newcomers)
+        else:
+            await _statement(connection, rng)
 
 
 async def _statement(c: asyncpg.Connection, rng: random.Random) -> None:

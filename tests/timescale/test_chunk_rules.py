@@ -186,6 +186,26 @@ async def test_a_chunk_that_was_met_changed_untold_and_merged_before_anybody_loo
         assert await world.differences(source, target) == []
 
 
+async def test_a_transaction_that_makes_a_chunk_behind_rows_of_others_comes_once(
+    timescale_source_database: str, target_of_timescale: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    """Where the catalog is not in the stream the producer begins a new session at such a chunk, in the midst of the transaction."""
+    source = await world.as_owner(timescale_source_database, target_of_timescale, unique_name)
+    target = target_of_timescale
+    await world.make(source)
+    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
+        await migration.until_phase("replay", timeout=240)
+        for day in range(1, 6):
+            await execute(
+                source,
+                f"""begin; insert into events select '2026-01-04 12:00'::timestamptz, 'row ' || g from generate_series(1, 5) g;
+                    insert into plain values ({5000 + day}, 'm'); insert into events values ('2026-02-0{day}', 'made'); commit""",
+            )
+            await migration.until("a chunk's row", f"select count(*) = {day} from events where kind = 'made'")
+        await migration.finish()
+        assert await world.differences(source, target) == []
+
+
 async def test_rows_that_come_to_a_compressed_chunk_between_plan_and_copy(
     timescale_source_database: str, target_of_timescale: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
 ) -> None:
@@ -201,6 +221,46 @@ async def test_rows_that_come_to_a_compressed_chunk_between_plan_and_copy(
         await migration.until_phase("replay", timeout=240)
         await migration.finish()
         assert await world.differences(source, target) == []
+
+
+_SKIPPED = (
+    "set timescaledb.enable_chunk_skipping = on",
+    "create table skipped (time timestamptz not null, device int not null, v int)",
+    "select create_hypertable('skipped', 'time', chunk_time_interval => interval '1 day', create_default_indexes => false)",
+    "alter table skipped set (timescaledb.compress, timescaledb.compress_segmentby = 'device', timescaledb.compress_orderby = 'time')",
+    "select enable_chunk_skipping('skipped', 'v')",
+    "insert into skipped select t, 1, 10 from generate_series('2026-01-01'::timestamptz, '2026-01-02 23:00', '1 hour') t",
+    "select compress_chunk(c) from show_chunks('skipped') c",
+)
+_BESIDE = "insert into skipped values ('2026-01-01 12:30', 1, 500), ('2026-01-02 12:30', 1, 500)"
+_COMPRESS_AGAIN = "select compress_chunk(c) from show_chunks('skipped', older_than => '2026-01-02'::timestamptz) c"
+_COUNT = "select count(*) from skipped where v = $1"
+
+
+async def test_rows_beside_compressed_ones_are_not_skipped(
+    timescale_source_database: str, target_of_timescale: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    """Between plan and copy, one of the chunks being compressed again then, and during replay: queries leave chunks out by bounds that must hold."""
+    source, target = timescale_source_database, target_of_timescale
+    connection = await asyncpg.connect(source)
+    for statement in _SKIPPED:
+        await connection.execute(statement)
+    await connection.close()
+    options = {"pause_source_jobs": True, "consumers": 0}
+    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, **options) as migration:
+        await migration.until_phase("copy", timeout=240)
+        await execute(source, _BESIDE, _COMPRESS_AGAIN)
+        await _consume(migration)
+        connection = await asyncpg.connect(target)
+        await connection.execute("set timescaledb.enable_chunk_skipping = on")
+        assert await connection.fetchval(_COUNT, 500) == 2
+        await execute(source, _BESIDE.replace("500", "900"))
+        await migration.until("rows applied", "select count(*) = 2 from skipped where v = 900")
+        assert await connection.fetchval(_COUNT, 900) == 2
+        await migration.finish()
+        assert [await connection.fetchval(_COUNT, v) for v in (500, 900)] == [2, 2]
+        assert await world.all_rows(target, "skipped") == await world.all_rows(source, "skipped")
+        await connection.close()
 
 
 _NEW_ROWS = (

@@ -225,3 +225,16 @@ async def test_to_another_version(timescale_source: Server, other_timescale: Ser
 
 async def test_from_another_version(timescale_source: Server, other_timescale: Server) -> None:
     await _carry(other_timescale, timescale_source)
+
+
+async def test_adaptive_chunking_is_named(other_timescale: Server) -> None:
+    """2.29 has none any more."""
+    async with timescale_database(other_timescale) as uri:
+        await execute(
+            uri,
+            "create table t (time timestamptz not null)",
+            "select create_hypertable('t', 'time')",
+            "select set_adaptive_chunking('t', '100MB')",
+        )
+        (finding,) = assess_definitions(await _read(uri), Target((2, 29, 2), "public"))
+        assert "public.t: adaptive chunking" in finding.what

@@ -70,3 +70,43 @@ async def test_a_source_that_is_switched_off_after_the_hand_over_leaves_nothing_
         assert not [each for each in migration.observer.notes if "set as on the source now" in each], (
             "nothing was altered"
         )
+
+
+_KEYED = (
+    "create table alarms (device int, time timestamptz, foreign key (device, time) references metrics)",
+    "insert into alarms select device, time from metrics where time < '2026-01-04' and device = 1",
+    "create table unpacked (time timestamptz not null, device int references devices)",
+    "select create_hypertable('unpacked', 'time', chunk_time_interval => interval '1 day')",
+    "insert into unpacked select time, device from metrics where device = 1",
+    "create table orphaned (time timestamptz not null, device int references devices)",
+    "select create_hypertable('orphaned', 'time', chunk_time_interval => interval '1 day')",
+    "set session_replication_role = replica; insert into orphaned values ('2026-01-01', 1), ('2026-01-03', 99)",
+)
+_REFUSES = """
+    create function refuse() returns event_trigger language plpgsql as
+        $$begin if to_regclass('_live_migration.migration') is not null then raise 'nobody alters tables here'; end if; end$$;
+    create event trigger refuse on ddl_command_start when tag in ('ALTER TABLE') execute function refuse();
+"""
+
+
+async def test_foreign_keys_of_hypertables_and_to_them_hold_for_chunks(
+    timescale_source_database: str, target_of_timescale: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    """With compression and without, beside an event trigger that refuses ALTER TABLE on the target; one that does not hold is named."""
+    source, target = timescale_source_database, target_of_timescale
+    await world.make(source)
+    await execute(source, *_KEYED, _REFUSES)
+    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
+        await migration.until_phase("replay", timeout=240)
+        await migration.finish()
+        (warning,) = [each for each in migration.observer.warnings if "violate a foreign key" in each]
+        assert "orphaned" in warning
+        valid = "select bool_or(convalidated) from pg_constraint where contype = 'f' and conrelid in (select inhrelid from pg_inherits where inhparent = 'orphaned'::regclass union select 'orphaned'::regclass)"
+        assert await world.value(target, valid) is False
+        await execute(target, "drop table orphaned")
+        await execute(source, "drop table orphaned")
+        tables = (*world.TABLES, "alarms", "unpacked")
+        assert await world.differences(source, target, tables=tables) == []
+        assert (
+            await world.value(target, "select evtenabled::text from pg_event_trigger where evtname = 'refuse'") == "O"
+        )

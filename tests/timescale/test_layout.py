@@ -22,8 +22,18 @@ SCHEMA = """
     create table hashed (at int not null, k int not null);
     select create_hypertable('hashed', 'at', partitioning_column => 'k', number_partitions => 2, chunk_time_interval => 10);
     insert into hashed select g, g from generate_series(1, 40) g;
+    create table nullable (at int not null, k text, j int);
+    select create_hypertable('nullable', 'at', partitioning_column => 'k', number_partitions => 3, chunk_time_interval => 20);
+    select add_dimension('nullable', 'j', number_partitions => 2);
+    insert into nullable select g, nullif('k' || g % 7, 'k0'), nullif(g % 5, 0) from generate_series(1, 400) g;
+    create function own_hash(value anyelement) returns int language sql immutable as 'select coalesce(value::int, 5)';
+    create table own (at int not null, k int);
+    select create_hypertable('own', 'at', partitioning_column => 'k', number_partitions => 2, chunk_time_interval => 20,
+                             partitioning_func => 'own_hash');
+    insert into own select g, case g % 3 when 0 then 2000000000 when 1 then 7 end from generate_series(1, 40) g;
     create table plain (id int primary key);
 """
+"""In `nullable` values of either hashed column are missing; so they are in `own`, whose function gives a hash for none."""
 AGGREGATE = """
     create materialized view hourly with (timescaledb.continuous) as
     select time_bucket('1 hour', time) as hour, device, sum(v) as v from metrics group by 1, 2 with no data
@@ -59,6 +69,8 @@ async def _check(uri: str) -> None:
                 await connection.fetchval(f"select count(*) from {root} where {chunk.range}"),
             )
             assert here == there > 0
+            own = await connection.fetchval(f"select count(*) from {chunk.name.sql} where {chunk.range}")
+            assert own == here
         for compressed, chunk_oid in layout.compressed.items():
             assert layout.is_internal(compressed)
             assert layout.hypertable_of(compressed) == layout.hypertable_of(chunk_oid) == roots["public.metrics"]

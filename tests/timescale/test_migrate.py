@@ -30,6 +30,7 @@ async def test_a_quiet_database_comes_over_whole(
     await execute(source, world.LATER, world.CONSTRAINT_TRIGGER)
     jobs = await world.jobs(source)
     assert any(job[1] for job in jobs)
+    before = await world.value(source, _FULL)
     async with Migration(
         source, target, kafka_bootstrap, unique_name, tmp_path, cutover="auto", pause_source_jobs=True
     ) as migration:
@@ -46,12 +47,17 @@ async def test_a_quiet_database_comes_over_whole(
         await clean(migration.settings, prune=False, note=print)
     assert await world.jobs(source) == jobs
     connection = await asyncpg.connect(source)
-    left = await connection.fetchval("select count(*) from pg_class where relreplident = 'f' and relkind = 'r'")
+    left = await connection.fetchval(_FULL)
     setting = await connection.fetchval(
         "select count(*) from pg_db_role_setting where setdatabase = (select oid from pg_database where datname = current_database())"
     )
     await connection.close()
-    assert (left, setting) == (0, 0)
+    assert (left, setting) == (before, 0)
+
+
+_FULL = (
+    "select string_agg(oid::regclass::text, ' ' order by oid) from pg_class where relreplident = 'f' and relkind = 'r'"
+)
 
 
 async def _under_load(
@@ -85,19 +91,19 @@ async def _under_load(
             assert len(late) == 3
             await migration.until("rows applied", "select sum(change_count) > 300 from _live_migration.checkpoints")
             for _ in range(4 if crashes else 1):
-                await _go_on(migration, writer, 100 if crashes else 300)
+                await writer.go_on(migration, 100 if crashes else 300)
                 if crashes:
                     await _crash(migration, rng)
             async with asyncio.timeout(240):
                 while set(acts) - writer.seen.keys():
-                    await _go_on(migration, writer, 20)
+                    await writer.go_on(migration, 20)
             await migration.until("newcomers followed", _FOLLOWED)
         await writer.settle()
         print(writer.done, writer.seen, writer.excused, sep="\n")
         assert writer.failures == []
         await migration.finish(timeout=300)
         print("\n".join(migration.observer.notes + migration.observer.warnings))
-        await _require_equal(source, target)
+        await world.require_equal(source, target)
         now = await world.compressed(source)
         assert now - planned
         assert planned - now
@@ -106,28 +112,6 @@ async def _under_load(
 
 
 _FOLLOWED = "select count(*) = 2 from _live_migration.tables where newcomer = 'followed' and rebuild is null"
-
-
-async def _go_on(migration: Migration, writer: Writer, count: int) -> None:
-    """Wait until the writer has done `count` things more."""
-    before = writer.done.total()
-    while writer.done.total() < before + count:
-        migration.raise_failures()
-        await asyncio.sleep(0.1)
-
-
-async def _require_equal(source: str, target: str) -> None:
-    """Every row of every table; what aggregates have materialized, and what they give in either mode; which chunk is compressed."""
-    assert await world.differences(source, target, tables=(*world.TABLES, "late")) == []
-    ours, theirs = await world.aggregates(source), await world.aggregates(target)
-    assert ours.keys() == theirs.keys() == {"hourly", "daily", "late_hourly"}
-    for name, parts in ours.items():
-        assert parts == theirs[name], name
-        assert all(parts), name
-    chunks = await world.chunks(target)
-    assert chunks.keys() == (await world.chunks(source)).keys()
-    assert {key for key, status in chunks.items() if status} == await world.compressed(source)
-    assert {tuple(status) for status in chunks.values()} == {(), ("COMPRESSED",)}
 
 
 async def _crash(migration: Migration, rng: random.Random) -> None:

@@ -8,7 +8,7 @@ import asyncpg
 import pytest
 
 from live_migration.common.catalog import list_tables
-from live_migration.common.rewriting import is_rewritten
+from live_migration.common.rewriting import find_rewrite
 from tests.e2e.migration import Migration
 from tests.fixtures.fix_postgres import execute
 
@@ -76,4 +76,4 @@ async def test_a_chunk_whose_rows_are_moved_is_not_written_anew(timescale_source
     ):
         await execute(source, statement)
         now = await marks(source)
-        assert not [oid for oid in before.keys() & now if is_rewritten(before[oid], now[oid])], statement
+        assert not [oid for oid in before.keys() & now if find_rewrite(before[oid], now[oid])], statement

@@ -22,6 +22,11 @@ SCHEMA = """
     select create_hypertable('app.readings', 'time', partitioning_column => 'sensor', number_partitions => 3,
                              chunk_time_interval => interval '1 day', associated_schema_name => 'store',
                              associated_table_prefix => 'rd');
+    create table samples (at timestamptz not null, place text, v int);
+    select create_hypertable('samples', 'at', partitioning_column => 'place', number_partitions => 2,
+                             chunk_time_interval => interval '2 days', create_default_indexes => false);
+    alter table samples replica identity full;
+    alter table samples set (timescaledb.compress, timescaledb.compress_segmentby = 'place', timescaledb.compress_orderby = 'at');
     create table plain (id int primary key, v text);
     insert into devices select d, 'device ' || d from generate_series(1, 8) d;
     alter table metrics add foreign key (device) references devices;
@@ -35,6 +40,8 @@ SCHEMA = """
     insert into events select * from events where ts < '2026-01-01 06:00';
     insert into app.readings select t, d, round(extract(epoch from t)::int % 101 / 7.0, 3)
         from generate_series('2026-01-01'::timestamptz, '2026-01-05', '20 min') t, generate_series(1, 5) d;
+    insert into samples select t, nullif('p' || d, 'p0'), extract(epoch from t)::int % 11
+        from generate_series('2026-01-01'::timestamptz, '2026-01-05', '30 min') t, generate_series(0, 4) d;
     insert into plain select g, 'v' || g from generate_series(1, 100) g;
 """
 AGGREGATES = (
@@ -52,7 +59,7 @@ POLICIES = """
     select add_retention_policy('events', interval '1000 days');
     select compress_chunk(c) from show_chunks('metrics', older_than => '2026-01-03'::timestamptz) c;
 """
-TABLES = ("devices", "metrics", "events", "app.readings", "plain")
+TABLES = ("devices", "metrics", "events", "app.readings", "samples", "plain")
 AGGREGATE_NAMES = ("hourly", "daily")
 
 _JOBS = """
@@ -152,7 +159,7 @@ async def differences(
                 found.append(
                     f"{relation}: {len(ours)} rows here, {len(theirs)} there; missing {missing[:3]}, extra {extra[:3]}"
                 )
-        for query in (_HYPERTABLES, _FOREIGN_KEYS, _TRIGGERS, _LACKING):
+        for query in (_HYPERTABLES, _FOREIGN_KEYS, _KEYS_OF_CHUNKS, _LACKING_KEYS, _TRIGGERS, _LACKING):
             ours, theirs = [[tuple(r) for r in await each.fetch(query)] for each in (source, target)]
             if ours != theirs:
                 found.append(
@@ -177,6 +184,11 @@ _FOREIGN_KEYS = """
       and connamespace not in ('_timescaledb_internal'::regnamespace, coalesce(to_regnamespace('_live_migration'), 0)) and coninhcount = 0
       and conrelid not in (select inhrelid from pg_inherits) order by 1, 2
 """
+_KEYS_OF_CHUNKS = """
+    select distinct coalesce(o.inhparent, k.conrelid)::regclass::text, coalesce(t.inhparent, k.confrelid)::regclass::text, k.convalidated
+    from pg_constraint k left join pg_inherits o on o.inhrelid = k.conrelid left join pg_inherits t on t.inhrelid = k.confrelid
+    where k.contype = 'f' and (o.inhparent is not null or t.inhparent is not null) order by 1, 2, 3
+"""
 _TRIGGERS = """
     select tgrelid::regclass::text, tgname from pg_trigger
     where not tgisinternal and tgrelid::regclass::text in ('metrics', 'events', 'plain') order by 1, 2
@@ -187,6 +199,13 @@ _LACKING = """
       and not exists (select from pg_trigger t where t.tgrelid = i.inhrelid and t.tgname = r.tgname) order by 1, 2
 """
 """Row triggers that chunks lack."""
+_LACKING_KEYS = """
+    select distinct r.conrelid::regclass::text, r.conname from pg_constraint r join pg_inherits i on i.inhparent = r.conrelid
+    where r.contype = 'f' and r.conrelid in (select format('%I.%I', hypertable_schema, hypertable_name)::regclass from timescaledb_information.hypertables)
+      and not exists (select from pg_constraint k where k.conrelid = i.inhrelid and k.confrelid = r.confrelid and k.conkey = r.conkey)
+    order by 1, 2
+"""
+"""Foreign keys that chunks lack."""
 
 
 async def jobs(uri: str) -> list[tuple[Any, ...]]:
@@ -241,6 +260,20 @@ async def aggregates(uri: str) -> dict[str, tuple[list[str], list[str], list[str
         return {name: (stored[name], before[name], other[name]) for name in before}
     finally:
         await connection.close()
+
+
+async def require_equal(source: str, target: str) -> None:
+    """Fail unless all is equal after a load with its newcomers: every row of every table; what aggregates have materialized, and what they give in either mode; which chunk is compressed."""
+    assert await differences(source, target, tables=(*TABLES, "late")) == []
+    ours, theirs = await aggregates(source), await aggregates(target)
+    assert ours.keys() == theirs.keys() == {"hourly", "daily", "late_hourly"}
+    for name, parts in ours.items():
+        assert parts == theirs[name], name
+        assert all(parts), name
+    found = await chunks(target)
+    assert found.keys() == (await chunks(source)).keys()
+    assert {key for key, status in found.items() if status} == await compressed(source)
+    assert {tuple(status) for status in found.values()} == {(), ("COMPRESSED",)}
 
 
 async def _turn_over(connection: asyncpg.Connection, found: list[asyncpg.Record], *, is_back: bool) -> None:

@@ -12,6 +12,7 @@ from typing import Self
 
 import asyncpg
 
+from tests.e2e.migration import Migration
 from tests.timescale.acts import AGGREGATE_MADE, HYPERTABLE_MADE, compress, decompress, watched
 
 
@@ -115,6 +116,13 @@ class Writer:
             await connection.close()
         self._statements = _STATEMENTS + _LATE_STATEMENTS
 
+    async def go_on(self, migration: Migration, count: int) -> None:
+        """Wait until `count` things more are done, or a part of the migration fails."""
+        before = self.done.total()
+        while self.done.total() < before + count:
+            migration.raise_failures()
+            await asyncio.sleep(0.1)
+
     async def settle(self) -> None:
         """Leave one chunk compressed, of the old hypertable and of the new, that was not, and one not compressed that was."""
         connection = await asyncpg.connect(self._uri)
@@ -202,6 +210,21 @@ def _delete_readings(w: Writer, rng: random.Random) -> str:
     return f"delete from app.readings where sensor = {rng.randrange(1, 30)} and time > {w.time(rng)}"
 
 
+def _insert_samples(w: Writer, rng: random.Random) -> str:
+    rows = ", ".join(f"({w.time(rng)}, {_place(rng)}, {rng.randrange(1000)})" for _ in range(rng.choice((1, 20))))
+    return f"insert into samples values {rows}"
+
+
+def _delete_samples(w: Writer, rng: random.Random) -> str:
+    """Whole batches where the chunks are compressed."""
+    return f"delete from samples where place is not distinct from {_place(rng)} and at < {w.time(rng)}"
+
+
+def _place(rng: random.Random) -> str:
+    """Now and then none, which the hypertable is cut by."""
+    return rng.choice(("null", "'p1'", "'p2'", "'p3'", "'p4'"))
+
+
 def _insert_late(w: Writer, rng: random.Random) -> str:
     rows = ", ".join(
         f"({w.time(rng)}, {rng.randrange(1, 9)}, {rng.randrange(1600) / 16})" for _ in range(rng.choice((1, 20)))
@@ -225,6 +248,14 @@ _MAKE: dict[str, Callable[[Writer, random.Random], str]] = {
         f"insert into plain values ({rng.randrange(500)}, 'w') on conflict (id) do update set v = plain.v || 'x'"
     ),
     "refresh": lambda w, rng: "call refresh_continuous_aggregate('hourly', '2026-01-01', '2026-01-10')",
+    "insert samples": _insert_samples,
+    "update samples": lambda w, rng: (
+        f"update samples set v = v + 1 where place is not distinct from {_place(rng)} and at < {w.time(rng)}"
+    ),
+    "delete samples": _delete_samples,
+    "compress samples": lambda w, rng: (
+        f"select compress_chunk(c, true) from (select c from show_chunks('samples', older_than => {w.time(rng)}) c order by c desc limit 1) one"
+    ),
     "insert late": _insert_late,
     "update late": lambda w, rng: (
         f"update late set temp = temp + 1 where device = {rng.randrange(1, 9)} and time < {w.time(rng)}"
@@ -236,6 +267,7 @@ _STATEMENTS = [
     ("insert metrics", 12), ("update metrics", 4), ("delete metrics", 4), ("delete batches", 1), ("move metrics", 2),
     ("compress", 1), ("decompress", 0.5), ("insert events", 4), ("delete events", 1), ("insert readings", 5),
     ("update readings", 2), ("delete readings", 0.5), ("plain", 4), ("refresh", 0.3), ("truncate", 0.3),
+    ("insert samples", 3), ("update samples", 0.5), ("delete samples", 0.5), ("compress samples", 0.3),
 ]  # fmt: skip
 _LATE_STATEMENTS = [
     ("insert late", 5),

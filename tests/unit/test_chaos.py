@@ -155,6 +155,10 @@ def test_the_log_says_which_seeds_have_passed(tmp_path: Path) -> None:
     assert "3 rounds, 1 failed, 3 faults (at least 1 a round) and 6 that hit nothing, 27 source transactions" in told
     assert "| cut | 3 |" in told
     assert "failed: seed 2" in told
+    assert "newcomers" not in told
+    append(log, {**read(log)[0], "newcomers": {"straddled": 2, "dropped": 1}})
+    append(log, {**read(log)[0], "newcomers": {"straddled": 3}})
+    assert "newcomers: straddled 5, dropped 1" in summary(read(log))
 
 
 def test_a_soak_tells_how_memory_went() -> None:

@@ -12,8 +12,12 @@ from dataclasses import dataclass
 
 import pytest
 
+from live_migration.common.pgoutput import FormatError
+from live_migration.common.relation import QualifiedName
 from live_migration.common.segment import COMMIT_ORDINAL, START, Position
+from live_migration.common.timescale import Layout
 from live_migration.producer.ack_tracker import AckTracker
+from live_migration.producer.homes import Homes, StaleHomes
 from live_migration.producer.last_change import ChangeTail, LastChange
 from live_migration.producer.router import Router
 from tests.unit.test_router import LANES, OIDS, SEGMENT_BYTES, decoded, put_insert, put_relation, values_by_lane
@@ -90,7 +94,10 @@ def route(transactions: Sequence[Transaction], rng: random.Random) -> dict[int, 
         at, committed = 0, first
         while at < end:
             upto = min(end, at + rng.choice((1, 2, 7, 30)))
-            if upto == at + 1 and rng.random() < 0.5:
+            if left > 0 and upto == end and rng.random() < 0.5:  # the next message ends the session
+                with pytest.raises(FormatError):
+                    router.drain(b"".join(messages[at:upto]) + copied(1, b"?"))
+            elif upto == at + 1 and rng.random() < 0.5:
                 assert router.drain(memoryview(messages[at])) == len(messages[at])
             else:
                 data = b"".join(messages[at:upto]) + (messages[upto][:40] if upto < len(messages) else b"")
@@ -181,3 +188,63 @@ def test_changes_of_one_record_are_numbered_over_all_reads(reads: int) -> None:
         end = len(b"".join(some))
         tail.note(b"".join(some) + data[-1], end - len(some[-1]), end)
     assert (tail.lsn, tail.number) == (7, 50)
+
+
+@pytest.mark.parametrize("read_before", [0, 3])
+def test_a_relation_that_nobody_knows_ends_a_session_in_the_midst_of_a_read(read_before: int) -> None:
+    """What the read had before it is in the log: five rows of a chunk, then one of a new one, in one transaction."""
+    first = session_of(Homes(Layout("2.29.2"), {}, KNOWN - {NEW}))
+    transaction = [Change(BASE + 16 * n, OLD_OID, b"row %d" % n) for n in range(5)] + [
+        Change(BASE + 500, NEW_OID, b"new")
+    ]
+    messages = list(session([transaction], 0, set()))
+    if read_before:
+        first.drain(b"".join(messages[:read_before]))
+    with pytest.raises(StaleHomes):
+        first.drain(b"".join(messages[read_before:]))
+    second = session_of(Homes(Layout("2.29.2"), {}, KNOWN), first)
+    second.drain(b"".join(messages))
+    assert sorted(rows_of(first, second)) == sorted(put_insert(each.oid, each.value) for each in transaction)
+
+
+def test_nor_does_it_take_what_is_behind_it_for_had() -> None:
+    """A transaction whose changes stand before, and after, those of one that committed earlier."""
+    first = session_of(Homes(Layout("2.29.2"), {}, KNOWN - {NEW}))
+    earlier = [Change(BASE + 2000, OLD_OID, b"earlier")]
+    places = ((100, OLD_OID), (200, OLD_OID), (300, NEW_OID), (400, NEW_OID), (5000, OLD_OID))
+    transaction = [Change(BASE + at, oid, b"%d" % at) for at, oid in places]
+    messages = list(session([earlier, transaction], 0, set()))
+    first.drain(b"".join(messages[:4]))
+    with pytest.raises(StaleHomes):
+        first.drain(b"".join(messages[4:]))
+    second = session_of(Homes(Layout("2.29.2"), {}, KNOWN), first)
+    second.drain(b"".join(session([transaction], 0, set())))
+    assert sorted(rows_of(first, second)) == sorted(put_insert(each.oid, each.value) for each in earlier + transaction)
+
+
+OLD_OID, NEW_OID = OIDS[:2]
+KNOWN = frozenset(QualifiedName("public", f"t{oid}") for oid in OIDS)
+NEW = QualifiedName("public", f"t{NEW_OID}")
+BASE = 1 << 33
+
+
+def session_of(homes: Homes, before: Router | None = None) -> Router:
+    """Give the router of a session, which goes on where another ended."""
+    return Router(
+        migration_id="m",
+        topic_id=bytes(16),
+        segment_bytes=SEGMENT_BYTES,
+        positions=list(before.positions) if before else [START] * LANES,
+        acks=AckTracker(0),
+        homes=homes,
+        held=before.last_change if before else None,
+    )
+
+
+def rows_of(*routers: Router) -> list[bytes]:
+    """Give the rows of a log that these sessions wrote one after another."""
+    log: dict[int, list[bytes]] = {lane: [] for lane in range(LANES)}
+    for router in routers:
+        for lane, values in values_by_lane(router.take()).items():
+            log[lane] += values
+    return [change.message for changes in decoded(log).values() for change in changes if change.message[:1] == b"I"]

@@ -6,6 +6,7 @@ import base64
 import random
 import struct
 
+import asyncpg
 import orjson
 import pytest
 
@@ -15,7 +16,7 @@ from live_migration.common.relation import QualifiedName, Relation
 from live_migration.common.segment import COMMIT_ORDINAL, HEADER, Position, iterate_frames
 from live_migration.consumer.dead_letters import PIECE_BYTES, _pieces, write_letter
 from live_migration.consumer.decoder import Batch, TableRun, TruncateStep
-from live_migration.consumer.refusal import describe_key
+from live_migration.consumer.refusal import describe_key, hint_for
 from live_migration.consumer.refusal_search import flatten, rebuild
 from live_migration.consumer.segment_walk import walk, without
 from live_migration.consumer.target_tables import TargetTable
@@ -183,3 +184,8 @@ def test_a_letter_of_any_size_is_json_in_pieces_that_fit_a_record() -> None:
     new = letter["new"]
     assert (new["id"], new["v"], orjson.loads(new["j"]), new["gone"]) == ("7", big, [big], {"$unchanged": True})
     assert base64.b64decode(new["b"]["$binary"]) == raw
+
+
+def test_a_value_that_an_enum_of_the_target_lacks_is_told_how_to_be_mended() -> None:
+    assert "RENAME VALUE" in hint_for(asyncpg.InvalidTextRepresentationError("invalid input value for enum mood"))
+    assert "RENAME VALUE" not in hint_for(asyncpg.UniqueViolationError("duplicate key"))
