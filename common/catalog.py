@@ -138,6 +138,34 @@ _SEQUENCES = f"""
     order by 1, 2
 """
 
+_SEQUENCE_PARAMETERS = f"""
+    select n.nspname as schema, c.relname as name, format_type(s.seqtypid, null) as type, s.seqstart as start, s.seqincrement as increment,
+           s.seqmin as minimum, s.seqmax as maximum, s.seqcache as cache, s.seqcycle as is_cycle
+    from pg_sequence s join pg_class c on c.oid = s.seqrelid join pg_namespace n on n.oid = c.relnamespace
+    where c.relpersistence in ('p', 'u') and {USERS_OWN}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceParameters:
+    """What a sequence counts by."""
+
+    type: str
+    start: int
+    increment: int
+    minimum: int
+    maximum: int
+    cache: int
+    is_cycle: bool
+
+    @property
+    def clauses(self) -> str:
+        """Give them as ALTER SEQUENCE takes them."""
+        return (
+            f"AS {self.type} INCREMENT BY {self.increment} MINVALUE {self.minimum} MAXVALUE {self.maximum} "
+            f"START WITH {self.start} CACHE {self.cache} {'CYCLE' if self.is_cycle else 'NO CYCLE'}"
+        )
+
 
 CURRENT_TIMELINE = "('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int"
 """The timeline that a primary writes on, from the name of its WAL file: an expression, which fails on a standby."""
@@ -155,6 +183,15 @@ async def read_columns(connection: asyncpg.Connection, oids: Iterable[int]) -> d
 async def list_sequences(connection: asyncpg.Connection) -> list[QualifiedName]:
     """Give the database's sequences, in the order of their names."""
     return [QualifiedName(row["schema"], row["name"]) for row in await connection.fetch(_SEQUENCES)]
+
+
+async def sequence_parameters(connection: asyncpg.Connection) -> dict[QualifiedName, SequenceParameters]:
+    """Give what each sequence counts by."""
+    found = {}
+    for row in await connection.fetch(_SEQUENCE_PARAMETERS):
+        schema, name, *parameters = row
+        found[QualifiedName(schema, name)] = SequenceParameters(*parameters)
+    return found
 
 
 async def sequence_positions(connection: asyncpg.Connection) -> AsyncIterator[list[SequencePosition]]:

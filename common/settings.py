@@ -66,6 +66,8 @@ class Settings(BaseSettings):
     """Pause TimescaleDB's jobs on the source that move data, given back by `clean`; else `migrate` asks on a terminal."""
     accept_unseen_changes: bool = False
     """Begin though some changes of compressed chunks cannot be noticed: before TimescaleDB 2.29 without a superuser on the source, and before 2.16."""
+    accept_ddl: bool = False
+    """Cut over though definitions were changed on the source since the plan that the target has otherwise."""
     flatten: bool = False
     """Let hypertables become plain tables on a target without TimescaleDB."""
 

@@ -35,6 +35,7 @@ from live_migration.coordinator.recopy_chunks import renew_chunks
 from live_migration.coordinator.run import APPLICATION, Run, target_session
 from live_migration.coordinator.schema import restore_schema
 from live_migration.coordinator.slot_watch import watch_slot
+from live_migration.coordinator.source_changes import warn_of_lacking
 from live_migration.coordinator.timeline_watch import follow_timeline, watch_timeline
 from live_migration.coordinator.trimming import watch_trimming
 from live_migration.coordinator.waiting import await_copy, await_cutover_request
@@ -246,6 +247,7 @@ class _Conductor:
             except (SourceBusy, LaneStopped) as error:
                 self._reporter.warning(f"no cutover, replay goes on: {error}")
             self._show(run)
+        await warn_of_lacking(run)
 
     def _show(self, run: Run) -> None:
         if self._shown is not run.phase:

@@ -31,14 +31,17 @@ from live_migration.coordinator.identity_watch import reconcile
 from live_migration.coordinator.late_findings import (
     assess_roles,
     assess_taken_oids,
+    assess_unreadable,
     find_missing_roles,
     find_taken_oids,
+    find_unreadable,
 )
 from live_migration.coordinator.memberships import find_left, require_publications
 from live_migration.coordinator.newcomers import bring_newcomers
 from live_migration.coordinator.recopy import FENCE_LANES
 from live_migration.coordinator.run import APPLICATION, Run
 from live_migration.coordinator.skip import describe_skips, read_skips
+from live_migration.coordinator.source_changes import require_consent
 from live_migration.coordinator.timescale_handover import keep_aggregates
 from live_migration.producer.slot import OpenTransaction, describe_transactions, open_transactions
 
@@ -190,7 +193,7 @@ async def _prove_everything_arrived(run: Run, source: asyncpg.Connection) -> Non
     asked = await emit_heartbeat(source, migration_id)
     if unpublished := await unpublished_chunks(run, source):
         raise await _busy(source, f" to chunks that were made meanwhile: {name_list(unpublished)}")
-    await _require_accounted_for(run, source)
+    await _require_accounted_for(run, source, is_last=True)
     await reconcile(run, source)
     is_passed = await _is_passed(run, between.commit_lsn, asked)
     if is_passed is None:
@@ -258,15 +261,20 @@ def _is_ours(transaction: OpenTransaction) -> bool:
     return transaction.application.startswith(APPLICATION)
 
 
-async def _require_accounted_for(run: Run, source: asyncpg.Connection, problems: Sequence[str] = ()) -> None:
+async def _require_accounted_for(
+    run: Run, source: asyncpg.Connection, problems: Sequence[str] = (), *, is_last: bool = False
+) -> None:
     """Refuse while a table of the source is not on the target as it is, or not followed; `problems`: what else is known to be."""
     found = [*problems, *(await find_drift(run, source, run.target)).lines]
     found += await settle_dropped(run, source)
     found += await shape_differences(run, source, run.target)
+    if not is_last:  # what comes between the barriers is named at the end: it is a long look, and users wait
+        found += await require_consent(run, source, run.target)
     with asking("source", "looking at what comes after the last barrier"):
         late = [
             *assess_roles(await find_missing_roles(source, run.target), is_begun=True),
             *assess_taken_oids(await find_taken_oids(source, run.target)),
+            *assess_unreadable(await find_unreadable(source)),
         ]
     found += [finding.what for finding in late]
     await require_publications(run, source, run.target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import count
 
 import asyncpg
 
@@ -17,8 +18,11 @@ from live_migration.coordinator.generated import generated_differences
 from live_migration.coordinator.observer import Reporter
 from live_migration.coordinator.rewrites import mark_rewritten
 from live_migration.coordinator.run import Run
+from live_migration.coordinator.source_changes import name_changes
 
 _INTERVAL_SECONDS = 60.0
+_ROUNDS_BETWEEN_DEFINITIONS = 5
+"""All definitions are a longer look at the catalogs, about 0.5 ms a table."""
 
 PARENTS = """
     select i.inhrelid as oid, n.nspname as schema, p.relname as name
@@ -99,14 +103,16 @@ async def find_drift(run: Run, source: asyncpg.Connection, target: asyncpg.Conne
 
 
 async def watch_drift(run: Run) -> None:
-    """Name tables that go, change their name or kind, or are written anew, each change once; never returns."""
+    """Name tables that go, change their name or kind, or are written anew, and what else is changed, each change once; never returns."""
     async with run.source_session("drift") as source, run.target_session("drift") as target:
-        while True:
+        for rounds in count():
             drift = await find_drift(run, source, target)
             # What was created is brought, or named, by `newcomers`.
             for kind, names in (("renamed", drift.renamed), ("dropped", drift.dropped), ("changed", drift.changed)):
                 _name_each(run.reporter, kind, names)
             await mark_rewritten(run, source, target)
+            if rounds % _ROUNDS_BETWEEN_DEFINITIONS == 0:
+                await name_changes(run, source, target)
             await asyncio.sleep(_INTERVAL_SECONDS)
 
 

@@ -12,7 +12,6 @@ from live_migration.common.progress import name_list
 from live_migration.common.relation import QualifiedName
 from live_migration.coordinator.drift import read_planned
 from live_migration.coordinator.run import Run
-from live_migration.coordinator.schema import FOREIGN_KEYS
 
 _GONE = """
     select t.oid, t.schema_name, t.table_name, t.kind = 'table' and t.newcomer is null as is_plain, r.oid is not null as is_there,
@@ -74,27 +73,3 @@ def _detachment(path: list[QualifiedName], roots: Collection[QualifiedName]) -> 
         if parent in roots:
             return f"alter table {parent.sql} detach partition {child.sql}"
     return None
-
-
-async def forget_dropped_keys(run: Run, source: asyncpg.Connection) -> None:
-    """Take foreign keys out of the plan that the source has no more, as those of and to tables that were dropped there."""
-    with asking("source", "listing foreign keys"):
-        rows = await source.fetch(FOREIGN_KEYS)
-    present = {row["oid"] for row in rows}
-    # ALTER TYPE of a column makes its foreign keys anew.
-    names = {(row["schema_name"], row["table_name"], row["name"]) for row in rows}
-    with asking("target", "reading the plan"):
-        pending = await run.target.fetch(
-            "select oid, schema_name, table_name, name from _live_migration.foreign_keys where state = 'pending' order by oid"
-        )
-    gone = [row for row in pending if row["oid"] not in present and tuple(row)[1:] not in names]
-    if not gone:
-        return
-    async with run.target_transaction("forgetting foreign keys") as target:
-        await target.execute(
-            "delete from _live_migration.foreign_keys where oid = any($1::oid[])", [row["oid"] for row in gone]
-        )
-    run.reporter.warning(
-        "foreign keys that were dropped on the source since the plan are not made: "
-        + name_list(f"{row['name']} of {row['schema_name']}.{row['table_name']}" for row in gone)
-    )

@@ -18,12 +18,24 @@ _OPTIONAL = frozenset({"SECURITY LABEL", "CHUNK OF"})
 """What is done without: a chunk that cannot be made with the source's bounds is made by the first row in it."""
 _PRIVILEGED = frozenset({"EVENT TRIGGER", "PUBLICATION", "PUBLICATION TABLES IN SCHEMA"})
 """What a role that is no superuser may be refused, whoever owns the database, and is done without then: no row depends on it."""
+UNFIT = (
+    asyncpg.UndefinedColumnError,
+    asyncpg.UndefinedTableError,
+    asyncpg.UndefinedObjectError,
+    asyncpg.UndefinedFunctionError,
+    asyncpg.InvalidSchemaNameError,
+    asyncpg.InvalidForeignKeyError,
+    asyncpg.DuplicateObjectError,
+    asyncpg.DuplicateTableError,
+)
+"""What the target says where it lacks what a statement names, or has it already: somebody altered one side since the statement was written."""
 
 
-async def run_entries(run: Run, step: str, entries: Sequence[Entry]) -> None:
+async def run_entries(run: Run, step: str, entries: Sequence[Entry], *, is_late: bool = False) -> None:
     """Run what of the entries is not done yet, in order; afterwards the step is done.
 
-    `entries` must be the same at each call for a step: progress is a number.
+    `entries` must be the same at each call for a step: progress is a number. `is_late`: users wait, and what the target
+    cannot make as it is by now is named and left out.
 
     Raises:
         TargetError: names the object that cannot be made; what came before it stays.
@@ -34,7 +46,7 @@ async def run_entries(run: Run, step: str, entries: Sequence[Entry]) -> None:
     while done < len(entries):
         batch = entries[done : done + _BATCH]
         # When one entry of a batch fails, those before it are kept: the next attempt begins at the culprit.
-        made, failure = await _run_batch(run, step, done, batch)
+        made, failure = await _run_batch(run, step, done, batch, is_late)
         done += made
         if failure is not None:
             raise failure
@@ -42,14 +54,16 @@ async def run_entries(run: Run, step: str, entries: Sequence[Entry]) -> None:
         await steps.finish(run.target, run.epoch, step)
 
 
-async def _run_batch(run: Run, step: str, done: int, batch: Sequence[Entry]) -> tuple[int, TargetError | None]:
+async def _run_batch(
+    run: Run, step: str, done: int, batch: Sequence[Entry], is_late: bool
+) -> tuple[int, TargetError | None]:
     async with run.target_transaction(step):
         await run.target.execute("set local check_function_bodies = off")
         await run.target.execute("set local client_min_messages = warning")
         if await _run_together(run, batch):
             made, failure = len(batch), None
         else:
-            made, failure = await _run_one_by_one(run, batch)
+            made, failure = await _run_one_by_one(run, batch, is_late)
         await steps.advance(run.target, run.epoch, step, done + made)
     return made, failure
 
@@ -74,7 +88,7 @@ async def _run_together(run: Run, batch: Sequence[Entry]) -> bool:
     return True
 
 
-async def _run_one_by_one(run: Run, batch: Sequence[Entry]) -> tuple[int, TargetError | None]:
+async def _run_one_by_one(run: Run, batch: Sequence[Entry], is_late: bool) -> tuple[int, TargetError | None]:
     """Run entries up to the first that fails; give how many were run, and what is said of that one."""
     made = 0
     in_force: tuple[tuple[str, str], ...] = ()
@@ -83,13 +97,13 @@ async def _run_one_by_one(run: Run, batch: Sequence[Entry]) -> tuple[int, Target
             for name, value in entry.defaults:
                 await run.target.execute(f"set local {name} = {value}")
             in_force = entry.defaults
-        if (failure := await _run_entry(run, entry)) is not None:
+        if (failure := await _run_entry(run, entry, is_late)) is not None:
             return made, failure
         made += 1
     return made, None
 
 
-async def _run_entry(run: Run, entry: Entry) -> TargetError | None:
+async def _run_entry(run: Run, entry: Entry, is_late: bool) -> TargetError | None:
     if not entry.statements or await _is_there_already(run, entry):
         return None
     try:
@@ -99,6 +113,9 @@ async def _run_entry(run: Run, entry: Entry) -> TargetError | None:
         refusal = refusal_of(error)
         if _is_done_without(entry, error):
             run.reporter.warning(f"{entry.label} is not restored: {refusal}")
+            return None
+        if is_late and isinstance(error, UNFIT):
+            run.reporter.warning(f"{entry.label} is not restored: {refusal}. Make it by hand: {entry.statements}")
             return None
         return TargetError(
             f"target: cannot make {entry.label}: {refusal} [SQLSTATE {error.sqlstate}]",

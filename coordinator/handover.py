@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 
 import asyncpg
 
-from live_migration.common.catalog import TableInfo, sequence_positions
+from live_migration.common.catalog import SequenceParameters, TableInfo, sequence_parameters, sequence_positions
 from live_migration.common.errors import TargetError
 from live_migration.common.postgres import asking, enter_replica_role
 from live_migration.common.progress import format_bytes
-from live_migration.common.relation import QualifiedName, ReplicaIdentity, quote_identifier
+from live_migration.common.relation import QualifiedName, ReplicaIdentity
 from live_migration.common.timescale import is_hypertable
 from live_migration.consumer.copy_stream import CopyPlan, stream_copy
 from live_migration.coordinator import steps
 from live_migration.coordinator.aggregate_refresh import refresh_aggregates
 from live_migration.coordinator.changed_definitions import follow_definitions
-from live_migration.coordinator.dropped import forget_dropped_keys
-from live_migration.coordinator.entries import run_entries
+from live_migration.coordinator.entries import UNFIT, run_entries
+from live_migration.coordinator.foreign_keys import add_foreign_keys, follow_foreign_keys, validate_foreign_keys
 from live_migration.coordinator.made_jobs import make_jobs
 from live_migration.coordinator.materialized_views import refresh_materialized_views
 from live_migration.coordinator.rewrites import mark_rewritten
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.schema import read_post_data
+from live_migration.coordinator.source_changes import fix_late_changes, make_late_changes
 from live_migration.coordinator.source_jobs import note_starts
 from live_migration.coordinator.statistics import mark_unfollowed
 from live_migration.coordinator.timescale_handover import (
@@ -36,20 +35,9 @@ from live_migration.coordinator.timescale_handover import (
 )
 from live_migration.producer.publication import identity_without_full
 
+_SET_SEQUENCE = "select setval($1::text::regclass, $2, $3)"
 _OBJECT_BATCH = 64
 _OBJECT_CHUNK = 128 << 10
-_NOT_VALID_ON_PARTITIONED = 180_000
-_REFERENCED = """
-    select n.nspname::text, c.relname::text
-    from pg_constraint k join pg_class c on c.oid = k.confrelid join pg_namespace n on n.oid = c.relnamespace
-    where k.conrelid = to_regclass($1) and k.conname = $2 and k.contype = 'f'
-"""
-_EVENT_TRIGGERS = """
-    select evtname::text, case evtenabled when 'A' then 'enable always' else 'enable' end from pg_event_trigger e
-    where evtenabled in ('O', 'A') and pg_has_role(evtowner, 'usage') and not exists (
-        select from pg_depend d where d.classid = 'pg_event_trigger'::regclass and d.objid = e.oid and d.deptype = 'e')
-"""
-"""Event triggers that may refuse an ALTER TABLE, and that our role may disable; no extension's."""
 
 
 async def hand_over(run: Run, source: asyncpg.Connection) -> None:
@@ -58,9 +46,11 @@ async def hand_over(run: Run, source: asyncpg.Connection) -> None:
     await _once(run, "large objects", lambda: copy_large_objects(run, source))
     await _once(run, "sequences", lambda: set_sequences(run, source))
     post_data = await read_post_data(run)
+    changes = await fix_late_changes(run, source, before="post-data")
     run.reporter.note(f"restoring the rest of the schema: {len(post_data.main) + len(post_data.last)} objects")
-    await run_entries(run, "post-data", post_data.main)
-    await _once(run, "dropped foreign keys", lambda: forget_dropped_keys(run, source))
+    await run_entries(run, "post-data", changes.to_run(post_data.main), is_late=True)
+    await _once(run, "late changes", lambda: make_late_changes(run, changes))
+    await _once(run, "dropped foreign keys", lambda: follow_foreign_keys(run, source))
     await _once(run, "foreign keys", lambda: add_foreign_keys(run))
     await _once(run, "triggers of newcomers", lambda: run_late_statements(run))
     await _once(run, "replica identities", lambda: take_identities_back(run))
@@ -71,7 +61,9 @@ async def hand_over(run: Run, source: asyncpg.Connection) -> None:
     await _once(run, "noted compression", lambda: note_compression(run, source))
     await _once(run, "noted starts of jobs", lambda: note_starts(run, source))
     await make_jobs(run, source)
-    await run_entries(run, "post-data last", post_data.last)  # event triggers: after all else that they would fire for
+    await run_entries(
+        run, "post-data last", post_data.last, is_late=True
+    )  # event triggers: after all else that they would fire for
 
 
 async def finish_after_handover(run: Run) -> None:
@@ -202,156 +194,64 @@ async def _alter_identity(target: asyncpg.Connection, statement: str) -> None:
 
 
 async def set_sequences(run: Run, source: asyncpg.Connection) -> None:
-    """Set each sequence of the target to where the source's is."""
+    """Set each sequence of the target to where the source's is; one that was altered on the source is altered first."""
     with asking("source", "reading sequences"):
         positions = [some async for some in sequence_positions(source)]
+        wanted = await sequence_parameters(source)
+    with asking("target", "reading sequences"):
+        present = await sequence_parameters(run.target)
+    altered = {name for name in wanted.keys() & present.keys() if wanted[name] != present[name]}
     for some in positions:
-        values = [(name.sql, last_value, is_called) for name, last_value, is_called in some]
+        values = [(name.sql, last_value, is_called) for name, last_value, is_called in some if name not in altered]
         async with run.target_transaction("setting sequences") as target:
-            await target.executemany("select setval($1::text::regclass, $2, $3)", values)
+            await target.executemany(_SET_SEQUENCE, values)
+        for name, last_value, is_called in some:
+            if name in altered:
+                await _alter_sequence(run, name, wanted[name], last_value, is_called)
 
 
-@dataclass(frozen=True, slots=True)
-class ForeignKey:
-    """A foreign key of the plan; `statement` is pg_dump's."""
-
-    oid: int
-    table: QualifiedName
-    name: str
-    statement: str
-    is_partitioned: bool
-    is_valid: bool
-
-    def add_statement(self, target_version: int) -> str:
-        """Give the statement that adds it without looking at the rows, where that is allowed."""
-        statement = self.statement.rstrip().removesuffix(";")
-        is_plain = not self.is_valid or (self.is_partitioned and target_version < _NOT_VALID_ON_PARTITIONED)
-        return statement if is_plain else f"{statement} NOT VALID"
-
-    @property
-    def validate_statement(self) -> str:
-        """Give the statement that looks at the rows."""
-        return f"alter table {self.table.sql} validate constraint {quote_identifier(self.name)}"
-
-
-async def _read_foreign_keys(run: Run, *states: str) -> list[ForeignKey]:
-    with asking("target", "reading the plan"):
-        rows = await run.target.fetch(
-            """select oid, schema_name, table_name, name, statement, is_partitioned, is_valid
-               from _live_migration.foreign_keys where state = any($1::text[]) order by oid""",
-            list(states),
+async def _alter_sequence(
+    run: Run, name: QualifiedName, wanted: SequenceParameters, last_value: int, is_called: bool
+) -> None:
+    # Where it stands must lie within the new bounds.
+    statement = f"ALTER SEQUENCE {name.sql} {wanted.clauses} RESTART WITH {last_value}"
+    try:
+        async with run.target_transaction(f"altering sequence {name}") as target:
+            await target.execute(statement)
+            await target.execute(_SET_SEQUENCE, name.sql, last_value, is_called)
+    except TargetError as error:
+        if not isinstance(error.__cause__, asyncpg.PostgresError):
+            raise
+        run.reporter.warning(
+            f"sequence {name}, altered on the source since the plan, is not set: {error.message}. "
+            f"Do it by hand: {statement}; select setval('{name.sql}', {last_value}, {str(is_called).lower()})"
         )
-    return [
-        ForeignKey(
-            row["oid"],
-            QualifiedName(row["schema_name"], row["table_name"]),
-            row["name"],
-            row["statement"],
-            row["is_partitioned"],
-            row["is_valid"],
-        )
-        for row in rows
-    ]
-
-
-async def add_foreign_keys(run: Run) -> None:
-    """Add the foreign keys, not valid yet where that is possible; each in a transaction of its own.
-
-    One that can only be added valid, and does not hold, is named and left out.
-    """
-    version = await run.target.fetchval("select current_setting('server_version_num')::int")
-    for key in await _read_foreign_keys(run, "pending"):
-        statement = key.add_statement(version)
-        try:
-            async with run.target_transaction(f"adding foreign key {key.name} of {key.table}") as target:
-                await target.execute(statement)
-                await target.execute("update _live_migration.foreign_keys set state = 'added' where oid = $1", key.oid)
-        except TargetError as error:
-            if not isinstance(error.__cause__, asyncpg.ForeignKeyViolationError):
-                raise
-            run.reporter.warning(
-                f"rows on the target violate a foreign key, as on the source, and it is left out: {error.message}. "
-                f"Mend the rows, then add it: {statement}"
-            )
-            async with run.target_transaction(f"leaving foreign key {key.name} of {key.table} out") as target:
-                await target.execute("update _live_migration.foreign_keys set state = 'failed' where oid = $1", key.oid)
+    else:
+        run.reporter.note(f"altered as on the source now: sequence {name}")
 
 
 async def run_late_statements(run: Run) -> None:
-    """Make the triggers, rules and policies of tables that came after the plan; each in a transaction of its own."""
+    """Make the triggers, rules and policies of tables that came after the plan; each in a transaction of its own.
+
+    One that the target cannot have as it is by now is named and left out.
+    """
     with asking("target", "reading the plan"):
         rows = await run.target.fetch(
             "select id, label, statement from _live_migration.late_statements where not is_done order by id"
         )
     for row in rows:
-        async with run.target_transaction(f"making {row['label']}") as target:
-            await target.execute("set local check_function_bodies = off")
-            await target.execute(row["statement"])
-            await target.execute("update _live_migration.late_statements set is_done = true where id = $1", row["id"])
-
-
-async def validate_foreign_keys(run: Run) -> None:
-    """Validate the foreign keys that were valid on the source; one that does not hold is named and left not valid."""
-    for key in await _read_foreign_keys(run, "added"):
-        state = "valid"
-        if key.is_valid and await _is_to_hypertable(run.target, key):
-            state = await _add_anew(run, key)  # validated, the keys to its chunks would stay as they are
-        elif key.is_valid:
-            try:
-                with asking("target", f"validating foreign key {key.name} of {key.table}"):
-                    async with run.target.transaction(), _event_triggers_off(run.target, key):
-                        await run.target.execute(key.validate_statement)
-            except TargetError as error:
-                if isinstance(error.__cause__, asyncpg.FeatureNotSupportedError):
-                    state = await _add_anew(run, key)
-                elif isinstance(error.__cause__, asyncpg.IntegrityConstraintViolationError):
-                    run.reporter.warning(f"rows on the target violate a foreign key, as on the source: {error.message}")
-                    state = "failed"
-                else:
-                    raise
-        with asking("target", "recording a foreign key"):
-            await run.target.execute(
-                "update _live_migration.foreign_keys set state = $2 where oid = $1", key.oid, state
-            )
-
-
-@asynccontextmanager
-async def _event_triggers_off(target: asyncpg.Connection, key: ForeignKey) -> AsyncIterator[None]:
-    """Silence event triggers in the caller's transaction: the source's are in force by now, and may refuse an ALTER TABLE.
-
-    TimescaleDB's own, by which a key's state is handed to chunks, would be silent in the replica role, too.
-    """
-    if not await is_hypertable(target, key.table) and not await _is_to_hypertable(target, key):
-        await enter_replica_role(target)
-        yield
-        return
-    triggers = [tuple(row) for row in await target.fetch(_EVENT_TRIGGERS)]
-    for name, _ in triggers:
-        await target.execute(f"alter event trigger {quote_identifier(name)} disable")
-    yield
-    for name, as_before in triggers:
-        await target.execute(f"alter event trigger {quote_identifier(name)} {as_before}")
-
-
-async def _is_to_hypertable(target: asyncpg.Connection, key: ForeignKey) -> bool:
-    with asking("target", f"looking at foreign key {key.name} of {key.table}"):
-        row = await target.fetchrow(_REFERENCED, key.table.sql, key.name)
-        return row is not None and await is_hypertable(target, QualifiedName(*row))
-
-
-async def _add_anew(run: Run, key: ForeignKey) -> str:
-    """Make a foreign key valid that cannot be validated, as those of hypertables with compression; give its state then."""
-    try:
-        doing = f"validating foreign key {key.name} of {key.table}"
-        async with run.target_transaction(doing) as target, _event_triggers_off(target, key):
-            await target.execute(f"alter table {key.table.sql} drop constraint {quote_identifier(key.name)}")
-            await target.execute(key.statement)
-    except TargetError as error:
-        if not isinstance(error.__cause__, asyncpg.IntegrityConstraintViolationError):
-            raise
-        run.reporter.warning(f"rows on the target violate a foreign key, as on the source: {error.message}")
-        return "failed"
-    return "valid"
+        done = "update _live_migration.late_statements set is_done = true where id = $1"
+        try:
+            async with run.target_transaction(f"making {row['label']}") as target:
+                await target.execute("set local check_function_bodies = off")
+                await target.execute(row["statement"])
+                await target.execute(done, row["id"])
+        except TargetError as error:
+            if not isinstance(error.__cause__, UNFIT):
+                raise
+            run.reporter.warning(f"{row['label']} is left out: {error.message}. Make it by hand: {row['statement']}")
+            async with run.target_transaction(f"leaving {row['label']} out") as target:
+                await target.execute(done, row["id"])
 
 
 async def _analyze(run: Run) -> None:

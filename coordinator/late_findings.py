@@ -36,6 +36,29 @@ _IN_SCHEMA = """
 """
 
 
+_CLOSED_SEQUENCES = f"""
+    select n.nspname || '.' || c.relname from pg_class c join pg_namespace n on n.oid = c.relnamespace
+    where c.relkind = 'S' and c.relpersistence in ('p', 'u') and {USERS_OWN}
+      and not (has_schema_privilege(n.oid, 'usage') and has_sequence_privilege(c.oid, 'select'))
+    order by 1
+"""
+_CLOSED_OBJECTS = """
+    select oid from pg_largeobject_metadata
+    where not pg_has_role(lomowner, 'usage') and not current_setting('lo_compat_privileges')::bool
+      and not exists (select from aclexplode(lomacl) a
+                      where a.privilege_type = 'SELECT' and (a.grantee = 0 or pg_has_role(a.grantee, 'usage')))
+    order by oid
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """What the source's role may not read and is to be read behind the last barrier."""
+
+    sequences: tuple[str, ...]
+    large_objects: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class RoleUse:
     """A role that a policy of the source is for."""
@@ -118,3 +141,32 @@ def assess_taken_oids(taken: Collection[int]) -> list[Finding]:
             "Remove them from the target with `lo_unlink` if nobody needs them; or use another database.",
         )
     ]
+
+
+async def find_unreadable(source: asyncpg.Connection) -> Unreadable:
+    """Give sequences and large objects that the source's role may not read."""
+    return Unreadable(
+        tuple(row[0] for row in await source.fetch(_CLOSED_SEQUENCES)),
+        tuple(row[0] for row in await source.fetch(_CLOSED_OBJECTS)),
+    )
+
+
+def assess_unreadable(closed: Unreadable) -> list[Finding]:
+    """Refuse what could not be read in the downtime. `pg_read_all_data` opens sequences, but no large objects."""
+    found = []
+    if closed.sequences:
+        found.append(
+            error(
+                f"the source's role lacks SELECT on sequences, or USAGE on their schemas: {name_list(closed.sequences)}",
+                "`grant pg_read_all_data to …`, or `grant usage on schema …` and `grant select on sequence …`.",
+            )
+        )
+    if closed.large_objects:
+        what = format_number_of(len(closed.large_objects), "large object")
+        found.append(
+            error(
+                f"the source's role may not read {what}, by oid: {name_list(closed.large_objects)}",
+                "`grant select on large object … to …` for each, make it a member of their owners, or connect as a superuser.",
+            )
+        )
+    return found

@@ -63,6 +63,7 @@ _HELP = {
     "skip_hypertable_object": "Leave out this key or foreign key that hypertables cannot have, 'schema.table.name'; repeatable.",
     "pause_source_jobs": "Pause TimescaleDB's jobs on the source that move data, until `clean`.",
     "accept_unseen_changes": "Begin though some changes of compressed chunks cannot be noticed (an old TimescaleDB, no superuser): `validate` says which.",
+    "accept_ddl": "Cut over though DDL on the source since the plan is not on the target; it is named all the same.",
     "flatten": "Let hypertables become plain tables on a target without TimescaleDB.",
     "partitions": "Lanes of the change log, applied in parallel.  [default: 8]",
     "lanes": "A hot table that gets several lanes of its own, rows by key: 'schema.table=number'; repeatable.",
@@ -121,6 +122,7 @@ CONDUCTOR = (
     *HYPERTABLES,
     "pause_source_jobs",
     "accept_unseen_changes",
+    "accept_ddl",
     "flatten",
     "partitions",
     "lanes",
@@ -158,6 +160,7 @@ def _option(field: str) -> Callable[[Command], Command]:
         "skip_hypertable_incompatible_objects",
         "pause_source_jobs",
         "accept_unseen_changes",
+        "accept_ddl",
         "flatten",
         "log_json",
     ):

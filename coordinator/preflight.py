@@ -351,6 +351,7 @@ class _Preflight:
         found = late_findings.assess_roles(missing, is_begun=self._migration is not None)
         privileged = await late_findings.find_privileged(source, target, self._publications)
         found += late_findings.assess_privileged(privileged)
+        found += late_findings.assess_unreadable(await late_findings.find_unreadable(source))
         if self._migration or self._is_same_database():
             return found
         return found + late_findings.assess_taken_oids(await late_findings.find_taken_oids(source, target))

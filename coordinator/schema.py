@@ -24,6 +24,8 @@ from live_migration.common.settings import Settings
 from live_migration.common.state import Phase
 from live_migration.coordinator import archives, client_programs, planning, steps
 from live_migration.coordinator.client_programs import ClientPrograms, ProgramError
+from live_migration.coordinator.definitions import ARCHIVE as DEFINITIONS_ARCHIVE
+from live_migration.coordinator.definitions import encode, read_definitions_of_all
 from live_migration.coordinator.dump_script import (
     PG_CLASS,
     PG_CONSTRAINT,
@@ -112,6 +114,8 @@ class SourceSchema:
     moment: Moment
     catalog: Catalog | None
     """TimescaleDB's, where it comes over whole."""
+    definitions: bytes
+    """What tables, views, functions and types are like, to be compared with at the cutover."""
     made: Made | None = None
     """Hypertables that are made anew."""
 
@@ -223,6 +227,7 @@ async def _look(run: Run, source: asyncpg.Connection, programs: ClientPrograms, 
             schemas = await source.fetch(_SCHEMA_MEMBERS, [row["oid"] for row in ours])
         made = await read_made(settings, source, run.target)
         catalog = await read_catalog(source) if made is None else None
+        definitions = await asyncio.to_thread(encode, await read_definitions_of_all(source))
     inner = {table.oid for table in tables if not table.is_users}
     left_out = {(PG_PUBLICATION_REL, member) for row in ours for member in row["members"] or ()}
     left_out |= {(PG_PUBLICATION, row["oid"]) for row in ours}
@@ -235,6 +240,7 @@ async def _look(run: Run, source: asyncpg.Connection, programs: ClientPrograms, 
         frozenset(left_out),
         moment,
         catalog,
+        definitions,
         made,
     )
 
@@ -312,6 +318,9 @@ async def _save_plan(
             run.migration.lane_count,
         )
         await target.execute("insert into _live_migration.archives values ($1, $2)", ARCHIVE, archive)
+        await target.execute(
+            "insert into _live_migration.archives values ($1, $2)", DEFINITIONS_ARCHIVE, schema.definitions
+        )
         if schema.catalog is not None:
             await target.execute(
                 "insert into _live_migration.archives values ($1, $2)", CATALOG_ARCHIVE, schema.catalog.encode()

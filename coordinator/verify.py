@@ -12,7 +12,14 @@ from enum import Enum
 import asyncpg
 
 from live_migration.common import postgres
-from live_migration.common.catalog import ColumnInfo, TableInfo, list_tables, sequence_positions
+from live_migration.common.catalog import (
+    ColumnInfo,
+    SequenceParameters,
+    TableInfo,
+    list_tables,
+    sequence_parameters,
+    sequence_positions,
+)
 from live_migration.common.errors import LiveMigrationError
 from live_migration.common.postgres import Side
 from live_migration.common.relation import QualifiedName, quote_identifier
@@ -269,24 +276,30 @@ async def _compare_sequences(pair: _Pair, tell: Callable[[Result], None]) -> Non
         elif name not in source:
             tell(Result("sequence", str(name), Verdict.MISSING_ON_SOURCE))
         elif source[name] != target[name]:
-            values = [
-                "{} ({})".format(each[0], "called" if each[1] else "not called")
-                for each in (source[name], target[name])
-            ]
-            tell(
-                Result("sequence", str(name), Verdict.DIFFERENT, detail=f"source at {values[0]}, target at {values[1]}")
-            )
+            here, there = source[name], target[name]
+            detail = f"source at {here.at}, target at {there.at}" if here.at != there.at else ""
+            if here.parameters != there.parameters:
+                detail += f"{'; ' if detail else ''}source {here.parameters.clauses}, target {there.parameters.clauses}"
+            tell(Result("sequence", str(name), Verdict.DIFFERENT, detail=detail))
         else:
             tell(Result("sequence", str(name), Verdict.EQUAL))
 
 
-async def _read_sequences(connection: asyncpg.Connection, side: Side) -> dict[QualifiedName, tuple[int, bool]]:
-    """Give last value and `is_called` of every sequence."""
+@dataclass(frozen=True, slots=True)
+class _Sequence:
+    at: str
+    parameters: SequenceParameters
+
+
+async def _read_sequences(connection: asyncpg.Connection, side: Side) -> dict[QualifiedName, _Sequence]:
+    """Give last value, `is_called` and parameters of every sequence."""
     with postgres.asking(side, "reading sequences"):
+        parameters = await sequence_parameters(connection)
         return {
-            name: (last_value, is_called)
+            name: _Sequence(f"{last_value} ({'called' if is_called else 'not called'})", parameters[name])
             async for some in sequence_positions(connection)
             for name, last_value, is_called in some
+            if name in parameters  # else it was made just now
         }
 
 

@@ -68,7 +68,43 @@ async def test_what_only_a_superuser_can_make_is_announced(settings: Settings, t
     assert errors(found) == []
 
 
-@pytest.mark.parametrize("change", ["role", "large object"])
+async def test_sequences_and_large_objects_that_the_source_s_role_may_not_read_are_named(
+    settings: Settings, role: str
+) -> None:
+    """They are read behind the last barrier; pg_read_all_data does not open large objects."""
+    uri = settings.source_uri()
+    database = uri.rsplit("/", 1)[1]
+    await execute(
+        uri,
+        f"alter role {role} replication",
+        f"grant create on database {database} to {role}",
+        "create sequence closed",
+        "create sequence open",
+        f"grant select on sequence open to {role}",
+        "create schema hidden",
+        "create sequence hidden.away",
+        "grant select on hidden.away to public",
+        "select lo_from_bytea(o::oid, 'x') from unnest('{100, 200, 300, 4000000000}'::bigint[]) o",
+        "grant select on large object 200 to public",
+        f"grant select on large object 300 to {role}",
+    )
+    mine = with_(settings, source=uri.replace("postgres@", f"{role}@"))
+    try:
+        assert sorted(errors(await validate(mine))) == [
+            "the source's role lacks SELECT on sequences, or USAGE on their schemas: hidden.away, public.closed",
+            "the source's role may not read 2 large objects, by oid: 100, 4000000000",
+        ]
+        await execute(uri, f"grant pg_read_all_data to {role}")
+        assert "2 large objects" in await only_error(mine)
+        await execute(
+            uri, f"alter large object 100 owner to {role}", f"grant select on large object 4000000000 to {role}"
+        )
+        assert errors(await validate(mine)) == []
+    finally:
+        await execute(uri, f"reassign owned by {role} to postgres", f"drop owned by {role}")
+
+
+@pytest.mark.parametrize("change", ["role", "large object", "SELECT on sequences"])
 async def test_the_cutover_is_refused_while_the_target_could_not_have_what_follows_the_last_barrier(
     change: str, make_settings: MakeSettings, role: str
 ) -> None:
@@ -83,9 +119,12 @@ async def test_the_cutover_is_refused_while_the_target_could_not_have_what_follo
             await _require_accounted_for(b.run, source)
             if change == "role":
                 await b.source(f"create policy one on t to {role} using (true)")
-            else:
+            elif change == "large object":
                 await b.target("select lo_from_bytea(100, 'y')")
-            with pytest.raises(CutoverRefused, match="large object" if change == "large object" else role):
+            else:
+                await source.execute(f"create sequence public.s; set role {role}")
+                await b.target("create sequence s")
+            with pytest.raises(CutoverRefused, match=role if change == "role" else change):
                 await _require_accounted_for(b.run, source)
         await b.source("drop table t")
 

@@ -110,6 +110,7 @@ async def test_row_that_stands_twice_instead_of_another_is_found(settings: Setti
     [
         ("source", "drop table odd.unlogged", ("table", "odd.unlogged", Verdict.MISSING_ON_SOURCE)),
         ("target", "drop table odd.unlogged", ("table", "odd.unlogged", Verdict.MISSING_ON_TARGET)),
+        ("target", "alter sequence odd.counter increment by 5", ("sequence", "odd.counter", Verdict.DIFFERENT)),
         ("target", "drop sequence odd.counter", ("sequence", "odd.counter", Verdict.MISSING_ON_TARGET)),
         ("target", "select nextval('odd.counter')", ("sequence", "odd.counter", Verdict.DIFFERENT)),
         ("target", "select setval('odd.counter', 1, false)", ("sequence", "odd.counter", Verdict.DIFFERENT)),

@@ -17,7 +17,7 @@ from live_migration.coordinator import planning
 from live_migration.coordinator.beside import beside, most_telling
 from live_migration.coordinator.client_programs import password_file, split_password
 from live_migration.coordinator.drift import compare
-from live_migration.coordinator.handover import ForeignKey
+from live_migration.coordinator.foreign_keys import ForeignKey
 from live_migration.coordinator.observer import Reporter
 from live_migration.coordinator.phases import FOLLOWERS, Phase, is_transition_allowed
 from live_migration.producer.slot import OpenTransaction, describe_transactions
