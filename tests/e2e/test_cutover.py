@@ -134,7 +134,7 @@ async def test_an_open_or_prepared_transaction_and_a_table_that_cannot_be_brough
             await migration.finish()
         assert "renamed on the source: public.child to public.kid" in refused.value.message
         assert await rows(target_database, "select phase from _live_migration.migration") == [("replay",)]
-        await source.execute("drop table newcomer; alter table kid rename to child")
+        await source.execute("drop table newcomer; drop type mood; alter table kid rename to child")
         migration.start_coordinator()
         await migration.finish()
     query = "select * from parent order by id"
