@@ -67,20 +67,22 @@ async def hand_over(run: Run, source: asyncpg.Connection) -> None:
 
 
 async def finish_after_handover(run: Run) -> None:
-    """Validate the foreign keys, compress, start the jobs and gather statistics, while the target is in use already.
+    """Validate the foreign keys, gather statistics, compress and start the jobs, while the target is in use already.
 
     The source is asked for nothing: it may be switched off by now.
     """
     await _once(run, "validation of foreign keys", lambda: validate_foreign_keys(run))
     await _once(run, "refreshed aggregates", lambda: refresh_aggregates(run))
+    await _once(
+        run, "analyze", lambda: _analyze(run)
+    )  # users wait for it, and TimescaleDB chooses by it how to compress
     await _once(run, "compression", lambda: compress_like_source(run))
     await _once(run, "jobs", lambda: release_jobs(run))
-    await _once(run, "analyze", lambda: _analyze(run))
 
 
 async def is_finished(target: asyncpg.Connection) -> bool:
     """Tell whether nothing is left to do after the handover."""
-    return await steps.is_done(target, "analyze")
+    return all([await steps.is_done(target, step) for step in ("analyze", "jobs")])
 
 
 async def _once(run: Run, step: str, act: Callable[[], Awaitable[None]]) -> None:

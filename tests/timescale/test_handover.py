@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import asyncpg
@@ -11,8 +12,11 @@ from pydantic import SecretStr
 from live_migration.common.errors import TargetError
 from live_migration.coordinator import handover
 from live_migration.coordinator.clean import clean
+from live_migration.coordinator.foreign_keys import validate_foreign_keys
 from tests.e2e.migration import Migration
+from tests.fixtures.change_log import wait_for
 from tests.fixtures.fix_postgres import execute
+from tests.support.begun import begun
 from tests.timescale import world
 
 pytestmark = [pytest.mark.e2e, pytest.mark.integration]
@@ -110,3 +114,59 @@ async def test_foreign_keys_of_hypertables_and_to_them_hold_for_chunks(
         assert (
             await world.value(target, "select evtenabled::text from pg_event_trigger where evtname = 'refuse'") == "O"
         )
+
+
+_UNVALIDATED = (
+    "create table devices (id int primary key)",
+    "create table metrics (time timestamptz not null, device int)",
+    "select create_hypertable('metrics', 'time')",
+    "alter table metrics set (timescaledb.compress)",
+    "insert into devices values (1)",
+    "insert into metrics values ('2026-01-01', 1), ('2026-02-01', 1)",
+    "alter table metrics add constraint known foreign key (device) references devices not valid",
+)
+_PLANNED = """
+    insert into _live_migration.foreign_keys (oid, schema_name, table_name, name, statement, is_partitioned, is_valid, state)
+    values (4711, 'public', 'metrics', 'known', '', false, true, 'added')
+"""
+_KEYS = "select array_agg(format('%s %s', conname, convalidated) order by conname) from pg_constraint where contype = 'f' and conrelid = 'metrics'::regclass"
+_CHUNKS_VALID = "select bool_and(convalidated) from pg_constraint where contype = 'f' and conrelid in (select inhrelid from pg_inherits where inhparent = 'metrics'::regclass)"
+
+
+@pytest.mark.parametrize("dies", [False, True], ids=["goes on", "dies before the last step"])
+async def test_readers_and_the_key_itself_are_there_while_a_key_is_made_valid(
+    dies: bool, timescale_source_database: str, timescale_target_database: str
+) -> None:
+    """A reader's transaction stands in the way of nothing but the last, short step; a row without its counterpart is refused all along."""
+    target = timescale_target_database
+    await execute(target, *_UNVALIDATED)
+    async with begun(timescale_source_database, target) as (run, observer):
+        await run.target.execute(_PLANNED)
+        reader = await asyncpg.connect(target)
+        reading = reader.transaction()
+        await reading.start()
+        await reader.fetch("select * from metrics join devices on id = device")
+        validating = asyncio.ensure_future(validate_foreign_keys(run))
+
+        async def is_looked_through() -> bool:
+            return "live_migration_valid_4711 t" in await world.value(target, _KEYS)
+
+        await wait_for(is_looked_through)
+        assert await world.value(target, _KEYS) == ["known f", "live_migration_valid_4711 t"]
+        if dies:
+            validating.cancel()
+            await asyncio.gather(validating, return_exceptions=True)
+        await reading.rollback()
+        await reader.close()
+        if dies:
+            with pytest.raises(asyncpg.ForeignKeyViolationError):
+                await execute(target, "insert into metrics values ('2026-01-01', 2)")
+            await validate_foreign_keys(run)
+        else:
+            await validating
+        assert await world.value(target, _KEYS) == ["known t"]
+        assert await world.value(target, _CHUNKS_VALID)
+        assert await run.target.fetchval("select state from _live_migration.foreign_keys") == "valid"
+        assert not observer.warnings
+        with pytest.raises(asyncpg.ForeignKeyViolationError):
+            await execute(target, "insert into metrics values ('2026-01-01', 2)")
