@@ -45,6 +45,8 @@ class Run:
     migration: Migration
     following: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by whoever brings newcomers: the watcher, or the cutover."""
+    apart: set[tuple[int, int, int]] = field(default_factory=set)
+    """Chunks that are gone and newer ones that are known to share no row: by oid, and what their ranges were then."""
 
     @property
     def phase(self) -> Phase:
