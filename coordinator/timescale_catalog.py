@@ -24,6 +24,8 @@ from live_migration.coordinator.source_jobs import hold_target_jobs
 ARCHIVE = "timescaledb catalog"
 EXTENSION_STEP = "timescaledb extension"
 _RESTORED = "timescaledb catalog"
+PRE_RESTORE = "timescaledb pre restore"
+"""Begun before restoring mode, which every session that begins in it keeps; `POST_RESTORE` is done after it."""
 POST_RESTORE = "timescaledb post restore"
 
 _CONFIGURATION = """
@@ -139,6 +141,7 @@ async def begin_restoring(run: Run) -> None:
             )
     async with run.target_session("timescaledb") as target:
         with asking("target", "entering TimescaleDB's restoring mode"):
+            await steps.begin(target, PRE_RESTORE)
             await target.execute(f"select {catalog.schema}.timescaledb_pre_restore()")
     with asking("target", "entering TimescaleDB's restoring mode"):
         await run.target.execute("set timescaledb.restoring = on")
