@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import asyncpg
 
 from live_migration.common.catalog import ColumnInfo
+from live_migration.common.errors import TargetError
 from live_migration.common.relation import QualifiedName
 
 INTEGER_TYPES = frozenset({20, 21, 23})
@@ -67,9 +68,41 @@ _SETTINGS = """
 """
 
 
+# Of a database that is in restoring mode no session is asked to leave it.
+_IS_STRANDED = """
+    select coalesce(current_setting('timescaledb.restoring', true), 'off') in ('on', 'true', 'yes', '1') and not exists (
+        select from pg_db_role_setting s where s.setdatabase = (select oid from pg_database where datname = current_database())
+            and s.setrole = 0 and array_to_string(s.setconfig, ' ') like '%timescaledb.restoring=%')
+"""
+
+
 async def session_settings(connection: asyncpg.Connection) -> str:
-    """Give statements that let a transaction change any number of rows in compressed chunks, each counted; empty without TimescaleDB."""
+    """Give statements that let a transaction change any number of rows in compressed chunks, each counted; empty without TimescaleDB.
+
+    Raises:
+        TargetError: the session is in restoring mode, and our role may not leave it.
+    """
+    await leave_restoring(connection)
     return await connection.fetchval(_SETTINGS) or ""
+
+
+async def leave_restoring(connection: asyncpg.Connection) -> None:
+    """Leave the restoring mode that the database has left: a session that began in it, one that a pooler keeps, say, would keep it.
+
+    Its rows would lie in the hypertable itself, where nobody else sees them.
+
+    Raises:
+        TargetError: our role may not have it so.
+    """
+    if not await connection.fetchval(_IS_STRANDED):
+        return
+    try:
+        await connection.execute("set timescaledb.restoring = off")
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise TargetError(
+            "a session of ours began in TimescaleDB's restoring mode, and its role may not leave it",
+            hint="Close the pooler's connections to the target's database, or GRANT SET ON PARAMETER timescaledb.restoring.",
+        ) from error
 
 
 async def read_hypertable(

@@ -114,7 +114,7 @@ async def look_for_merged(
             others = await _read_newcomers(source, hypertable, [gone, *known])
             lsn = int(await source.fetchval("select pg_current_wal_insert_lsn()"))
     grown = [oid for oid, condition in now.items() if condition != known[oid]]
-    newcomers = await _keep_overlapping(target, hypertable.root, others, None if is_early else own["range"])
+    newcomers = await keep_overlapping(target, hypertable.root, others, None if is_early else own["range"])
     return Leftover(grown, has_rows, newcomers, lsn)
 
 
@@ -133,7 +133,7 @@ async def find_newcomers(
     hypertable = _hypertable(own)
     with server_errors("source", "looking for split chunks"):
         others = await _read_newcomers(source, hypertable, [chunk, *known])
-    return await _keep_overlapping(target, hypertable.root, others, condition)
+    return await keep_overlapping(target, hypertable.root, others, condition)
 
 
 async def find_unknown(
@@ -172,7 +172,7 @@ async def _read_newcomers(
     }
 
 
-async def _keep_overlapping(
+async def keep_overlapping(
     target: asyncpg.Connection, root: QualifiedName, newcomers: Mapping[int, Newcomer], condition: str | None
 ) -> dict[int, Newcomer]:
     """Leave out the chunks none of whose rows can meet a condition: the target's planner sees that two ranges exclude one another."""

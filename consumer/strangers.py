@@ -33,9 +33,9 @@ _LET_GO = """
 _MEET = """
     insert into _live_migration.tables
         (oid, schema_name, table_name, lane, publication, columns, binary_copy, state, kind, hypertable_oid, root_schema, root_name,
-         copies_to_root, newcomer, snapshot, horizon, timeline)
+         copies_to_root, newcomer, snapshot, horizon, timeline, seen_range)
     select $1, $2, $3, h.lane, h.publication, h.columns, h.binary_copy, 'ready', 'chunk', h.oid, h.root_schema, h.root_name,
-           true, 'met', coalesce($6, h.snapshot), coalesce($7::pg_lsn, h.horizon), coalesce($8, h.timeline)
+           true, 'met', coalesce($6, h.snapshot), coalesce($7::pg_lsn, h.horizon), coalesce($8, h.timeline), case when $6::text is null then null else 'false' end
     from _live_migration.tables h
     where h.kind = 'hypertable' and not h.is_left_out and h.schema_name = $4 and h.table_name = $5
     on conflict do nothing

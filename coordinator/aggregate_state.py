@@ -29,13 +29,19 @@ _TABLES = {
     f"{_PREFIX}_materialization_ranges": ("materialization_id", "lowest_modified_value", "greatest_modified_value"),
 }  # fmt: skip
 """Columns by table: first the hypertable's id, which differs from server to server."""
+_LOG = f"{_PREFIX}_materialization_invalidation_log"
+_RANGES = f"{_PREFIX}_materialization_ranges"
+_INFINITE = 2**63 - 1
+
+
+Rows = dict[str, list[tuple[QualifiedName, tuple[int, ...]]]]
 
 
 @dataclass(frozen=True, slots=True)
 class AggregateState:
     """Rows by table; in place of its id the name by which users call a hypertable or aggregate."""
 
-    rows: dict[str, list[tuple[QualifiedName, tuple[int, ...]]]]
+    rows: Rows
 
     def encode(self) -> bytes:
         found = {
@@ -84,13 +90,25 @@ async def write_state(connection: asyncpg.Connection, layout: Layout, wanted: Ag
         asyncpg.InsufficientPrivilegeError: our role is no superuser.
     """
     ids = {name: key for key, name in _names(layout).items()}
-    present = [table for table in wanted.rows if await connection.fetchval("select to_regclass($1) is not null", table)]
+    found = as_invalidations(wanted.rows)
+    present = [table for table in found if await connection.fetchval("select to_regclass($1) is not null", table)]
     for table in present:
         columns = _TABLES[table]
-        rows = [(ids[name], *values) for name, values in wanted.rows[table] if name in ids]
+        rows = [(ids[name], *values) for name, values in found[table] if name in ids]
         await connection.execute(f"delete from {table} where {columns[0]} = any($1::int[])", list(ids.values()))
         places = ", ".join(f"${n}" for n in range(1, len(columns) + 1))
         await connection.executemany(f"insert into {table} ({', '.join(columns)}) values ({places})", rows)
+
+
+def as_invalidations(rows: Rows) -> Rows:
+    """Put what a refresh that did not end had still to materialize back among what is out of date; pure.
+
+    2.29 never looks at such ranges, which 2.24 does, and a refresh of either looks at the log. A range ends before its second value, an invalidation with it.
+    """
+    pending = [(name, (first, end if end == _INFINITE else end - 1)) for name, (first, end) in rows.get(_RANGES, [])]
+    if not pending:
+        return rows
+    return {**rows, _LOG: [*rows.get(_LOG, []), *pending], _RANGES: []}
 
 
 def _names(layout: Layout) -> dict[int, QualifiedName]:

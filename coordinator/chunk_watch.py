@@ -25,6 +25,7 @@ from live_migration.common.timescale import read_version
 from live_migration.consumer.chunk_marks import NOT_KNOWN_YET, is_marking, is_waiting, mark_chunk, set_marks
 from live_migration.coordinator import planning
 from live_migration.coordinator.barrier import emit_call
+from live_migration.coordinator.dropped_chunks import find_successors, note_ranges
 from live_migration.coordinator.prepare import publish_compressed
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.timescale_source import can_watch_compressed, publishes_schemas
@@ -42,6 +43,7 @@ _PLAN = """
 """
 """Of chunks that a lane has met it counts only whether, and in which file, they were copied: nobody has looked at them."""
 _UNWATCHED = "it was compressed, and what then changed was not told at first"
+_AGAIN = "it holds the range of one that was dropped, whose rows the target has"
 _MOVED = "it was written anew, as by compression, and what changed meanwhile was not told"
 
 
@@ -169,7 +171,8 @@ async def mark_unlooked(run: Run, source: asyncpg.Connection) -> None:
         in_all, _ = await _published(run, source)
         tables = await run.list_tables(source)
         watches = await can_watch_compressed(source)
-        await _mark(run.target, await _find_changed(run, source, known, tables, in_all, watches=watches), lsn=None)
+        missed = await _find_changed(run, source, run.target, known, tables, in_all, watches=watches)
+        await _mark(run.target, missed, lsn=None)
 
 
 async def unpublished_chunks(run: Run, source: asyncpg.Connection) -> list[QualifiedName]:
@@ -200,7 +203,9 @@ async def _follow_chunks(run: Run, source: asyncpg.Connection, target: asyncpg.C
     missed = find_missed(known, tables, in_all, in_insert)
     watches = await can_watch_compressed(source)
     names = set(suspects.values())
-    missed += await _find_changed(run, source, known, tables, in_all, watches=watches, suspects=names)
+    missed += await _find_changed(run, source, target, known, tables, in_all, watches=watches, suspects=names)
+    await note_ranges(target, tables)
+    missed = list({each.chunk.oid: each for each in missed}.values())
     is_under_way = await is_marking(target)
     has_new = watches and any(table.part == "compressed" and table.oid not in in_all for table in tables)
     if not (missed or has_new or suspects or is_under_way):
@@ -229,6 +234,7 @@ async def _follow_chunks(run: Run, source: asyncpg.Connection, target: asyncpg.C
 async def _find_changed(
     run: Run,
     source: asyncpg.Connection,
+    target: asyncpg.Connection,
     known: Known,
     tables: Sequence[TableInfo],
     published: frozenset[int],
@@ -238,6 +244,10 @@ async def _find_changed(
 ) -> list[Missed]:
     """Give the chunks whose rows may have changed untold, each once. `watches`: whether tables of compressed rows are published at all."""
     found = find_grown(known, tables)
+    if known.roots:
+        found += [
+            Missed(chunk, root, _AGAIN, is_new=True) for chunk, root in await find_successors(run, target, tables)
+        ]
     if watches:
         found += find_unwatched(known, tables, published, suspects)
         if not await publishes_schemas(run, source):

@@ -42,6 +42,7 @@ from live_migration.coordinator.recopy import FENCE_LANES
 from live_migration.coordinator.run import APPLICATION, Run
 from live_migration.coordinator.skip import describe_skips, read_skips
 from live_migration.coordinator.source_changes import require_consent
+from live_migration.coordinator.stranded_sessions import find_stranded, warn_of_stranded_rows
 from live_migration.coordinator.timescale_handover import keep_aggregates
 from live_migration.producer.slot import OpenTransaction, describe_transactions, open_transactions
 
@@ -157,6 +158,7 @@ async def cut_over(run: Run) -> None:
                 raise
         await hand_over(run, source)
         await _warn_of_late_writes(run, source)
+    await warn_of_stranded_rows(run)
     async with run.target_transaction("ending the migration"):
         await _answer(run, "done")
         await run.enter(Phase.DONE)
@@ -277,6 +279,7 @@ async def _require_accounted_for(
             *assess_unreadable(await find_unreadable(source)),
         ]
     found += [finding.what for finding in late]
+    found += await find_stranded(run)
     await require_publications(run, source, run.target)
     found += [
         f"{left} is not published any more, or not all of it: `live-migration migrate` publishes and copies it again"

@@ -17,6 +17,7 @@ from live_migration.common.errors import LiveMigrationError, SourceError
 from live_migration.common.postgres import asking, is_dropped_meanwhile, session
 from live_migration.common.settings import Settings
 from live_migration.common.state import Migration, Phase
+from live_migration.consumer.hypertables import leave_restoring
 from live_migration.coordinator.control_topic import announce_publication_change
 from live_migration.coordinator.observer import Reporter
 from live_migration.coordinator.phases import is_transition_allowed
@@ -29,9 +30,14 @@ APPLICATION = "live-migration"
 _DROPPED_ATTEMPTS = 50
 
 
-def target_session(settings: Settings, owner: str, what: str) -> AbstractAsyncContextManager[asyncpg.Connection]:
+@asynccontextmanager
+async def target_session(settings: Settings, owner: str, what: str) -> AsyncIterator[asyncpg.Connection]:
     """Open a session of the coordinator `owner` on the target, which its successor ends by its name."""
-    return session(settings.target_uri(), "target", application=f"{APPLICATION} {what} {state.session_tag(owner)}")
+    application = f"{APPLICATION} {what} {state.session_tag(owner)}"
+    async with session(settings.target_uri(), "target", application=application) as target:
+        with asking("target", "setting up a session"):
+            await leave_restoring(target)
+        yield target
 
 
 @dataclass(slots=True)
@@ -45,6 +51,8 @@ class Run:
     migration: Migration
     following: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by whoever brings newcomers: the watcher, or the cutover."""
+    apart: set[tuple[int, int, int]] = field(default_factory=set)
+    """Chunks that are gone and newer ones that are known to share no row: by oid, and what their ranges were then."""
 
     @property
     def phase(self) -> Phase:

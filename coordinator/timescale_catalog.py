@@ -24,6 +24,8 @@ from live_migration.coordinator.source_jobs import hold_target_jobs
 ARCHIVE = "timescaledb catalog"
 EXTENSION_STEP = "timescaledb extension"
 _RESTORED = "timescaledb catalog"
+PRE_RESTORE = "timescaledb pre restore"
+"""Begun before restoring mode, which every session that begins in it keeps; `POST_RESTORE` is done after it."""
 POST_RESTORE = "timescaledb post restore"
 
 _CONFIGURATION = """
@@ -34,9 +36,10 @@ _CONFIGURATION = """
                  where a.attrelid = c.oid and a.attnum > 0 and a.atttypid = 'regclass'::regtype) as relations
     from pg_extension e, unnest(e.extconfig, e.extcondition) with ordinality k (oid, condition, number)
     join pg_class c on c.oid = k.oid join pg_namespace n on n.oid = c.relnamespace
-    where e.extname = 'timescaledb'
+    where e.extname = 'timescaledb' and c.relname <> 'continuous_aggs_jobs_refresh_ranges'
     order by k.number
 """
+"""But for what running refreshes hold: the target may have a process of the same number, for which refreshes would be refused there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,7 @@ async def begin_restoring(run: Run) -> None:
             )
     async with run.target_session("timescaledb") as target:
         with asking("target", "entering TimescaleDB's restoring mode"):
+            await steps.begin(target, PRE_RESTORE)
             await target.execute(f"select {catalog.schema}.timescaledb_pre_restore()")
     with asking("target", "entering TimescaleDB's restoring mode"):
         await run.target.execute("set timescaledb.restoring = on")

@@ -43,6 +43,7 @@ create table _live_migration.tables (
     compressed_name text,                   -- its quoted, qualified name
     range text,                             -- condition that holds for the rows of a chunk alone; of one that came after the plan: from when
                                             -- it is marked on, or copied
+    seen_range text,                        -- of one that came after the plan: what the coordinator saw last; 'false' where all of it is passed over
     root_schema text,                       -- hypertable on the target that changes of the chunk (or hypertable) go to
     root_name text,
     is_left_out boolean not null default false,     -- holds a continuous aggregate's rows, which a target of plain tables does not get

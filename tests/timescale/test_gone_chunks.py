@@ -85,3 +85,47 @@ async def test_changes_of_chunks_that_went_before_the_producer_first_came(
         producer.start_now()
         await migration.finish()
         assert {table: await world.all_rows(target, table) for table in expected} == expected
+
+
+_AGAIN = (
+    *(
+        f"create temp table old_{number} as select * from {table} where {column} < '2026-01-03' {but}"
+        for number, (table, column, but) in enumerate(
+            (
+                ("events", "ts", "and kind <> 'k17'"),
+                ("metrics", "time", "and device <> 4"),
+                ("app.readings", "time", "and sensor <> 2"),
+                ("samples", "at", "and place is distinct from 'p3'"),
+            )
+        )
+    ),
+    *(
+        f"select drop_chunks('{table}', older_than => '2026-01-03'::timestamptz)"
+        for table in ("events", "metrics", "app.readings", "samples")
+    ),
+    "insert into events select * from old_0",
+    "insert into metrics select * from old_1",
+    "insert into app.readings select * from old_2",
+    "insert into samples select * from old_3",
+)
+_OF = "from _live_migration.tables where kind = 'chunk' and hypertable_oid in (select oid from _live_migration.tables where table_name = $1)"
+_KNOWN = f"select count(range) {_OF}"
+_COPIED = f"select count(range) > $2 and bool_and(rebuild is null) {_OF}"
+
+
+async def test_rows_that_are_dropped_and_loaded_again_are_there_once(
+    source: str, target_of_timescale: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    """With a key, with REPLICA IDENTITY FULL and without any: what the target kept gives way, what was not loaded again, too. And once more."""
+    target = target_of_timescale
+    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
+        await migration.until_phase("replay", timeout=240)
+        for _ in range(2):
+            known = {
+                name: await world.value(target, _KNOWN, name) for name in ("events", "metrics", "readings", "samples")
+            }
+            await execute(source, *_AGAIN)
+            for name, count in known.items():
+                await migration.until(f"{name} copied anew", _COPIED, name, count)
+        await migration.finish()
+        assert await world.differences(source, target) == []

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import asyncpg
 import pytest
 
 from tests.e2e.migration import Migration
-from tests.fixtures.fix_postgres import execute
+from tests.fixtures.fix_postgres import Server, database, execute
 from tests.fixtures.fix_timescale import timescale_database
 from tests.timescale import world
 from tests.timescale.writer import NEWCOMERS
@@ -37,6 +38,20 @@ _DURING = (
     "update late set temp = 500 where device = 1 and time = '2026-01-01 10:00'",
     "delete from late where device = 2 and time >= '2026-01-02' and time < '2026-01-02 05:00'",
 )
+_LEFT_BEHIND = (
+    "update metrics set temp = 5000 where device = 1 and time = '2026-01-01 05:10'",
+    "delete from _timescaledb_catalog.continuous_aggs_hypertable_invalidation_log",
+    """insert into _timescaledb_catalog.continuous_aggs_materialization_ranges
+       select mat_hypertable_id, _timescaledb_functions.to_unix_microseconds('2026-01-01 05:00'::timestamptz),
+              _timescaledb_functions.to_unix_microseconds('2026-01-01 06:00'::timestamptz)
+       from _timescaledb_catalog.continuous_agg where user_view_name = 'hourly'""",
+)
+"""What a refresh of 2.24 leaves that has taken note of a change and died before it materialized it."""
+_RUNNING = """
+    insert into _timescaledb_catalog.continuous_aggs_jobs_refresh_ranges
+    select mat_hypertable_id, -9223372036854775808, 9223372036854775807, {pid}, 1000, now()
+    from _timescaledb_catalog.continuous_agg where user_view_name = 'hourly'
+"""
 _FRESH = {
     "hourly": "(select time_bucket('1 hour', time), device, avg(temp), count(*) from metrics group by 1, 2)",
     "late_hourly": "(select time_bucket('1 hour', time), device, sum(temp), count(*) from late group by 1, 2)",
@@ -81,6 +96,57 @@ async def test_one_run_of_each_policy_covers_what_changed(
                 await _run_policy(uri, name)
                 stored = (await world.aggregates(uri))[name][0]
                 assert stored == await world.all_rows(uri, fresh) != [], name
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["same version", "another version"])
+async def test_what_a_refresh_that_died_had_still_to_materialize(
+    same: bool,
+    other_timescale: Server,
+    target_of_timescale: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+) -> None:
+    """Of another version the target's refresh never looks at the ranges that the source's would."""
+    target = target_of_timescale
+    async with timescale_database(other_timescale) as source, AsyncExitStack() as stack:
+        if same:
+            target = await stack.enter_async_context(database(other_timescale))
+        await world.make(source)
+        await execute(source, *_POLICIES, *_LEFT_BEHIND)
+        async with Migration(
+            source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True
+        ) as migration:
+            await migration.finish()
+            for uri in (source, target):
+                stored = (await world.aggregates(uri))["hourly"][0]
+                assert stored != await world.all_rows(uri, _FRESH["hourly"])
+                await _run_policy(uri, "hourly")
+            ours, theirs = [(await world.aggregates(uri))["hourly"] for uri in (source, target)]
+            assert theirs[1] == ours[1]
+            assert "5000" in str([row for row in await world.all_rows(target, "metrics") if "05:10" in row])
+            fresh = f"(select * from {_FRESH['hourly']} f where time_bucket < '2026-01-02')"
+            stored = [row for row in theirs[0] if row.startswith('("2026-01-01')]
+            assert stored == await world.all_rows(target, fresh) != []
+
+
+async def test_a_refresh_that_ran_on_the_source_blocks_none_on_the_target(
+    timescale_source_database: str, target_of_timescale: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    """What it holds is known by its process, and the target has another one of that number."""
+    source, target = timescale_source_database, target_of_timescale
+    await world.make(source)
+    await execute(source, *_POLICIES)
+    other = await asyncpg.connect(target)
+    try:
+        await execute(source, _RUNNING.format(pid=other.get_server_pid()))
+        async with Migration(
+            source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True
+        ) as migration:
+            await migration.finish()
+            await _run_policy(target, "hourly")
+    finally:
+        await other.close()
 
 
 async def _run_policy(uri: str, aggregate: str) -> None:
