@@ -1,21 +1,19 @@
-"""Aggregates of a target whose catalog our role may not write (no superuser): refreshed after the hand-over, up to the source's watermarks.
+"""Aggregates of a target whose catalog our role may not write (no superuser): one bucket of each is refreshed after the hand-over.
 
-A refresh takes away the buckets of its window whose rows are gone. So each run of chunks that the aggregate reads, one beside the other, is refreshed
-by itself: buckets before and between them, whose chunks were dropped, are kept as they were copied, and so are those at a run's edges.
+A refresh takes away the buckets of its window whose rows are gone, and brings up to date what is not so on the source. So no more is refreshed than makes
+TimescaleDB see up to where the aggregate is materialized: the newest bucket of which rows are left. All others stay as they were copied, and are out
+of date by the target's own record, so that a policy's next run refreshes what lies in its window.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-
-import asyncpg
+from dataclasses import dataclass
 
 from live_migration.common.errors import TargetError
 from live_migration.common.postgres import asking
 from live_migration.common.progress import name_list
-from live_migration.common.relation import QualifiedName, quote_literal
-from live_migration.common.timescale import read_layout, read_slices
+from live_migration.common.relation import QualifiedName, quote_identifier, quote_literal
 from live_migration.coordinator import archives
 from live_migration.coordinator.aggregate_state import AggregateState
 from live_migration.coordinator.hypertable_definitions import ContinuousAggregate
@@ -62,7 +60,8 @@ async def refresh_aggregates(run: Run) -> None:
         definitions, server = await read_definitions(run.target), await read_target(run.target)
     if definitions is None or server is None:
         return
-    runs = await _read_runs(run)
+    columns = {each.name: each.dimensions[0].column for each in definitions.hypertables}
+    columns |= {each.name: each.time_column for each in definitions.aggregates}
     refused, refreshed, emptied = [], [], []
     for aggregate in definitions.aggregates:
         if (watermark := watermarks.get(aggregate.name)) is None:
@@ -70,10 +69,12 @@ async def refresh_aggregates(run: Run) -> None:
         run.reporter.note(f"refreshing {aggregate.name}")
         try:
             with asking("target", f"refreshing {aggregate.name}"):
-                windows = list(windows_below(watermark, runs.get(aggregate.parent, [])))
-                if not windows and not aggregate.materialized_only:
+                kind = await run.target.fetchval(_TYPE, aggregate.name.sql, aggregate.time_column)
+                newest = await _find_newest(run, aggregate, watermark, columns[aggregate.parent], kind)
+                if newest.window is not None:
+                    await _refresh(run, aggregate, server.function("refresh_continuous_aggregate"), kind, newest.window)
+                elif not newest.is_empty and not aggregate.materialized_only:
                     emptied.append(str(aggregate.name))
-                await _refresh(run, aggregate, server.function("refresh_continuous_aggregate"), windows)
             refreshed.append(aggregate.name)
         except TargetError as error:
             refused.append(error.message)
@@ -87,52 +88,51 @@ async def refresh_aggregates(run: Run) -> None:
     await refresh_readers(run, refreshed)
 
 
-Range = tuple[int, int]
-"""From where to where, in TimescaleDB's own unit."""
+Window = tuple[str, str]
+"""From where to where, as the server writes it."""
 
 
-async def _read_runs(run: Run) -> dict[QualifiedName, list[Range]]:
-    """Give the ranges in which each hypertable and aggregate of the target has chunks."""
-    with asking("target", "reading the chunks"):
-        layout = await read_layout(run.target)
-        slices = await read_slices(run.target, layout) if layout else {}
-    ranges: dict[QualifiedName, list[Range]] = {}
-    for chunk in layout.chunks.values() if layout else ():
-        hypertable = layout.hypertables[chunk.hypertable] if layout else None
-        if hypertable is not None and chunk.oid in slices:
-            first, end = json.loads(slices[chunk.oid])[hypertable.time_column]
-            ranges.setdefault(hypertable.view or hypertable.name, []).append((first, end))
-    return {name: join_ranges(found) for name, found in ranges.items()}
+@dataclass(frozen=True, slots=True)
+class _Newest:
+    """The newest bucket of which rows are left, None where there is none. `is_empty`: nothing is materialized at all."""
+
+    window: Window | None
+    is_empty: bool
 
 
-def join_ranges(ranges: Iterable[Range]) -> list[Range]:
-    """Join ranges that touch; pure."""
-    joined: list[Range] = []
-    for first, end in sorted(ranges):
-        if joined and first <= joined[-1][1]:
-            joined[-1] = joined[-1][0], max(end, joined[-1][1])
-        else:
-            joined.append((first, end))
-    return joined
+async def _find_newest(
+    run: Run, aggregate: ContinuousAggregate, watermark: int, parent_column: str, kind: str
+) -> _Newest:
+    stored, column = aggregate.materialization.sql, quote_identifier(aggregate.time_column)
+    if not await run.target.fetchval(f"select exists (select from {stored})"):
+        return _Newest(None, is_empty=True)
+    if aggregate.bucket is None:
+        return _Newest(None, is_empty=False)
+    first, end = bucket_within(aggregate.bucket.width, kind)
+    below = _place(kind).format(f"({watermark})::bigint")
+    row = await run.target.fetchrow(
+        f"""select b::text as first, ({end})::text as "end" from (select distinct {column} as b from {stored} where {column} < {below}) m
+            where exists (select from {aggregate.parent.sql} p where p.{quote_identifier(parent_column)} >= b and p.{quote_identifier(parent_column)} < {first})
+            order by b desc limit 1"""
+    )
+    return _Newest((row["first"], row["end"]) if row else None, is_empty=False)
 
 
-def windows_below(watermark: int, runs: Sequence[Range]) -> Iterator[Range]:
-    """Give what is to be refreshed of the runs: up to the watermark, the last one to that itself, so that it becomes the target's; pure."""
-    below = [each for each in runs if each[0] < watermark]
-    yield from ((first, end) for first, end in below[:-1])
-    if below:
-        yield below[-1][0], watermark
+def bucket_within(width: str, kind: str) -> tuple[str, str]:
+    """Give two expressions of a bucket's first moment `b`: where its rows surely still lie before, and an end that no other whole bucket comes before; pure.
+
+    Days and months are not all of one length: nine tenths of one are in each, and one and a half hold no second.
+    """
+    quoted = quote_literal(width)
+    if kind in _TIMES:
+        return f"(b + {quoted}::interval * 0.9)", f"(b + {quoted}::interval * 1.5)::{kind}"
+    return f"b + {quoted}::bigint", f"b + {quoted}::bigint"
 
 
-async def _refresh(run: Run, aggregate: ContinuousAggregate, function: str, windows: Sequence[Range]) -> None:
-    kind = await run.target.fetchval(_TYPE, aggregate.name.sql, aggregate.time_column)
-    place = _TIMES.get(kind, f"{{}}::{kind}")
-    name = f"{quote_literal(aggregate.name.sql)}::regclass"
-    for number, window in enumerate(windows, 1):
-        first, end = (place.format(f"({value})::bigint") for value in window)
-        try:
-            await run.target.execute(f"call {function}({name}, {first}, {end})")
-        except asyncpg.InvalidParameterValueError:
-            if number == len(windows):
-                raise
-            # It holds no whole bucket: what is there of one is kept.
+def _place(kind: str) -> str:
+    return _TIMES.get(kind, f"{{}}::{kind}")
+
+
+async def _refresh(run: Run, aggregate: ContinuousAggregate, function: str, kind: str, window: Window) -> None:
+    first, end = (f"{quote_literal(value)}::{kind}" for value in window)
+    await run.target.execute(f"call {function}({quote_literal(aggregate.name.sql)}::regclass, {first}, {end})")

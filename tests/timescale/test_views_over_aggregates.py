@@ -80,8 +80,18 @@ _STRAY = (
     "select drop_chunks('r', older_than => '2026-01-11'::timestamptz, newer_than => '2026-01-08'::timestamptz)",
 )
 
+_DELETED = (
+    *_STRAY[:-2],
+    "delete from r where time >= '2026-01-01' and time < '2026-01-06'",
+    "delete from r where time >= '2026-01-08' and time < '2026-01-11'",
+    "delete from r where time >= '2026-01-19'",
+)
+"""The chunks are there, their rows are not, and no refresh has taken the buckets away: those of the last days among them."""
 
+
+@pytest.mark.parametrize("world_of", [_STRAY, _DELETED], ids=["chunks dropped", "rows deleted"])
 async def test_buckets_between_rows_that_are_there_are_kept(
+    world_of: tuple[str, ...],
     timescale_target: Server,
     other_timescale: Server,
     kafka_bootstrap: str,
@@ -91,7 +101,7 @@ async def test_buckets_between_rows_that_are_there_are_kept(
     """One stray row from long ago: a refresh from there on would take away what is materialized of rows that are gone."""
     async with timescale_database(other_timescale) as source, database(timescale_target) as target:
         admin = await _as_owner(target, unique_name)
-        await execute(source, *_STRAY)
+        await execute(source, *world_of)
         async with Migration(
             source, admin, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True
         ) as migration:
