@@ -36,7 +36,7 @@ from live_migration.consumer.row_encoding import (
     Value,
     binary_row,
     copy_chunks,
-    is_binary,
+    message_form,
     text_row,
 )
 from live_migration.consumer.stretches import stretches
@@ -437,8 +437,8 @@ def _names(table: TargetTable) -> list[str]:
 
 
 def _is_binary(messages: Iterable[Message]) -> bool:
-    """Tell by the first value that is not NULL; the first tuple of each kind of row message starts at byte 6."""
-    return next((found for message in messages if (found := is_binary(message, 6)) is not None), False)
+    """Tell by the first value that is not NULL."""
+    return next((found for message in messages if (found := message_form(message)) is not None), False)
 
 
 def _integer(number: int, *, binary: bool) -> bytes:

@@ -14,7 +14,7 @@ from live_migration.common.readable import readable
 from live_migration.common.relation import Relation
 from live_migration.common.segment import Position
 from live_migration.consumer.folding import decode_change
-from live_migration.consumer.row_encoding import Message, Value, is_binary
+from live_migration.consumer.row_encoding import Message, Value, message_form
 from live_migration.consumer.target_tables import RelationRefused, TargetTable
 
 OPERATIONS = {
@@ -129,7 +129,7 @@ def describe_key(message: Message, relation: Relation, table: TargetTable | None
     assert row is not None
     indexes: Sequence[int] = [column.index for column in table.key] if table is not None else ()
     indexes = indexes or relation.key_indexes or range(len(relation.columns))
-    binary = bool(is_binary(message, 6))
+    binary = bool(message_form(message))
     values = [f"{relation.columns[i].name}={_shown(row[i], relation.columns[i].type_oid, binary)}" for i in indexes]
     return shortened(f"({', '.join(values)})", _MOST_KEY)
 

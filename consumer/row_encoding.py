@@ -38,6 +38,7 @@ CopyRow = bytes | Iterator[Message]
 _PIECE_BYTES = 131_072
 Row = Sequence[Value]
 
+_UPDATE, _NEW = ord("U"), ord("N")
 _NULL = ord("n")
 _TOASTED = ord("u")
 _TEXT = ord("t")
@@ -97,6 +98,15 @@ def is_binary(message: Message, at: int) -> bool | None:
             return kind == _BINARY
         at += 1
     return None
+
+
+def message_form(message: Message) -> bool | None:
+    """Tell by its first non-NULL value whether a row message is binary, the new row of an UPDATE looked at after the old; None if it has none."""
+    found = is_binary(message, 6)
+    if found is None and message[0] == _UPDATE and message[5] != _NEW:
+        new_at = 8 + int.from_bytes(message[6:8], "big")  # each value of the old row is one byte
+        return is_binary(message, new_at + 1)
+    return found
 
 
 def escape_text(value: Message) -> Message:

@@ -40,21 +40,26 @@ class ChangeTail:
         self.lsn = -1
         self.number = 0
 
-    def note(self, data: bytes | memoryview, last: int, end: int) -> None:
-        """Take note of CopyData messages from the beginning of `data` to `end`, of which that at `last` is the last change.
+    def restart(self) -> None:
+        """Begin anew with a transaction: a message at the end of another may bear the LSN that its first change has."""
+        self.lsn = -1
+        self.number = 0
+
+    def note(self, data: bytes | memoryview, last: int, end: int, begin: int = 0) -> None:
+        """Take note of a transaction's CopyData messages from `begin` in `data` to `end`, of which that at `last` is the last change.
 
         A row that holds its own LSN, so as it stands before it here, was written by somebody who foresaw it.
         """
         head = bytes(data[last + _STREAM_AT : last + _STREAM_AT + 1 + 2 * _LSN_BYTES])
         lsn = int.from_bytes(head[1 : 1 + _LSN_BYTES], "big")
-        number = _count(data, head, end) if isinstance(data, bytes) else 1
+        number = _count(data, head, begin, end) if isinstance(data, bytes) else 1
         self.number = self.number + number if lsn == self.lsn else number
         self.lsn = lsn
 
 
-def _count(data: bytes, head: bytes, end: int) -> int:
+def _count(data: bytes, head: bytes, begin: int, end: int) -> int:
     number = 0
-    at = data.find(head, 0, end)
+    at = data.find(head, begin, end)
     while at >= 0:
         kind = at - _STREAM_AT + BEFORE_MESSAGE_BYTES
         number += data[kind] in _COUNTED

@@ -76,6 +76,7 @@ class Router:
         self._lsn = 0  # of the present message
         self._passed = (0, 0)  # LSN and number of the last change that stands in the log
         self._tail = ChangeTail()
+        self._begins = False  # the message just dispatched is a Begin
         self._migration_id = migration_id
         self._homes = homes or Homes(None, {})
         self._hidden: dict[bytes, QualifiedName] = {}  # relations that are not replayed
@@ -146,6 +147,7 @@ class Router:
         Raises:
             FormatError: a message is not what the protocol says.
         """
+        self._begins = False
         if isinstance(data, memoryview):
             before = self._ordinal
             self._copied(data[_COPY_HEAD_BYTES:])
@@ -158,7 +160,7 @@ class Router:
         unpack, pack = _COPY_HEAD.unpack_from, FRAME.pack
         at, end = 0, len(data) - 5
         ordinal = self._ordinal
-        last_change = -1
+        since, last_change = 0, -1
         last_lane: LaneBuffer | None = None
         last_length = alike = 0
         try:
@@ -213,9 +215,12 @@ class Router:
                     last_change = at
                 ordinal = self._ordinal
                 at = following
+                if self._begins:  # what stands before is another transaction's
+                    self._begins = False
+                    since, last_change = following, -1
         finally:  # what is in the lanes must be told of also where the next message ends the session
             if last_change >= 0:
-                self._tail.note(data, last_change, at)
+                self._tail.note(data, last_change, at, since)
         self._ordinal = ordinal
         self.pending_bytes = self.pending_bytes + at if self.has_changes else 0
         return at
@@ -307,6 +312,8 @@ class Router:
         self._commit_lsn = int.from_bytes(message[1:9], "big")
         self._ordinal = 0
         self._moves = 0
+        self._begins = True
+        self._tail.restart()
         if self._held is not None:
             self._resume(self._held)
         self._acks.begin()

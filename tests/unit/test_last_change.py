@@ -222,6 +222,36 @@ def test_nor_does_it_take_what_is_behind_it_for_had() -> None:
     assert sorted(rows_of(first, second)) == sorted(put_insert(each.oid, each.value) for each in earlier + transaction)
 
 
+@pytest.mark.parametrize("is_transactional", [True, False])
+@pytest.mark.parametrize("is_apart", [True, False])
+def test_a_message_that_ends_where_the_next_record_begins_is_no_change_of_it(
+    is_apart: bool, is_transactional: bool
+) -> None:
+    """A logical message bears the LSN of its record's end, the rows of a COPY that of their record's beginning: another transaction's."""
+    others = copied(
+        BASE, b"M" + bytes([is_transactional]) + struct.pack(">Q", BASE) + b"other\0" + struct.pack(">I", 0)
+    )
+    rows = [Change(BASE, OLD_OID, b"row %d" % n) for n in range(3)]
+    begin, relation, *messages, commit = session([rows], 0, set())
+    before = [others]
+    if is_transactional:
+        at = BASE - 8
+        before = [
+            copied(at, b"B" + struct.pack(">QqI", at, 0, 2)),
+            others,
+            copied(at, b"C\0" + struct.pack(">QQq", at, at, 0)),
+        ]
+    first = session_of(Homes(None, {}))
+    if is_apart:
+        first.drain(b"".join(before))
+        first.drain(b"".join([begin, relation, *messages[:2]]))
+    else:
+        first.drain(b"".join([*before, begin, relation, *messages[:2]]))
+    second = session_of(Homes(None, {}), first)
+    second.drain(b"".join([begin, relation, *messages, commit]))
+    assert sorted(rows_of(first, second)) == sorted(put_insert(each.oid, each.value) for each in rows)
+
+
 OLD_OID, NEW_OID = OIDS[:2]
 KNOWN = frozenset(QualifiedName("public", f"t{oid}") for oid in OIDS)
 NEW = QualifiedName("public", f"t{NEW_OID}")

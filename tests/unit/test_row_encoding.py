@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ from live_migration.consumer.row_encoding import (
     insert_as_text_row,
     insert_text_blocks,
     is_binary,
+    message_form,
     text_row,
 )
 from tests.support.messages import put_insert
@@ -102,3 +104,16 @@ def test_blocks_of_text_rows_take_big_values_and_plain_rows_together() -> None:
     rows = [[b"1", None, b"plain"], [b"2", big, b"tab\t"], [None, None, None]]
     messages = [memoryview(put_insert(7, row)) if big in row else put_insert(7, row) for row in rows]
     assert b"".join(copy_chunks(insert_text_blocks(messages), binary=False)) == b"".join(map(text_row, rows))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("old", [b"O", b"K"])
+@pytest.mark.parametrize("value", [b"b", b"t"])
+def test_the_form_of_an_update_of_a_row_of_nulls_is_that_of_its_new_row(old: bytes, value: bytes) -> None:
+    """Four digits of a binary integer would be taken for a number in text, else."""
+    head, nulls = b"U" + (7).to_bytes(4, "big") + old, b"\0\2nn"
+    new = b"N\0\2n" + value + (4).to_bytes(4, "big") + b"1234"
+    assert is_binary(head + nulls + new, 6) is None
+    assert message_form(head + nulls + new) is (value == b"b")
+    assert message_form(head + nulls + b"N" + nulls) is None
+    assert message_form(b"D" + head[1:] + nulls) is None
+    assert message_form(b"U" + head[1:5] + new) is (value == b"b")
