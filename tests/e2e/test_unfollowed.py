@@ -72,7 +72,11 @@ async def test_tables_that_ddl_gives_new_values_are_copied_once_more(
             "insert into altered values (100, 100)",
             "insert into parts values (100, 100)",
         )
-        await execute(target_database, "alter table added add w float default random()")
+        await execute(
+            target_database,
+            "alter table added add w float default random()",
+            "alter table compared alter v set default 7",
+        )
         async with asyncio.timeout(30):
             while len(named(migration)) < 4:
                 migration.raise_failures()
