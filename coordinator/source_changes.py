@@ -96,13 +96,21 @@ async def find_changes(
     run: Run, source: asyncpg.Connection, target: asyncpg.Connection, *, kinds: Collection[str] = ()
 ) -> list[Change] | None:
     """Compare the source with the plan, in these `kinds` or in all; None where the plan was made by a version that kept nothing of it."""
+    planned = await _read_planned(target)
+    return None if planned is None else await _compare_now(run, source, planned, kinds)
+
+
+async def _read_planned(target: asyncpg.Connection) -> list[Definition] | None:
     with asking("target", "reading the plan"):
         content = await archives.read(target, ARCHIVE)
-    if content is None:
-        return None
+    return None if content is None else await asyncio.to_thread(decode, content)
+
+
+async def _compare_now(
+    run: Run, source: asyncpg.Connection, planned: Sequence[Definition], kinds: Collection[str]
+) -> list[Change]:
     now = await run.patiently("reading definitions", lambda: read_definitions_of_all(source, kinds=kinds))
-    before = [each for each in await asyncio.to_thread(decode, content) if not kinds or each.kind in kinds]
-    return compare_definitions(before, now)
+    return compare_definitions([each for each in planned if not kinds or each.kind in kinds], now)
 
 
 async def find_lacking(
@@ -228,13 +236,11 @@ async def make_late_changes(run: Run, changes: LateChanges) -> None:
 
 async def find_new_foreign_keys(run: Run, source: asyncpg.Connection) -> list[Definition]:
     """Give the foreign keys that were made on the source's planned tables since the plan; not those that got another name."""
-    with asking("target", "reading the plan"):
-        content = await archives.read(run.target, ARCHIVE)
-    # Row security is told of each table: by it new tables are known, whose keys are planned with them.
-    changes = await find_changes(run, source, run.target, kinds=("foreign key", "row security")) or []
-    if content is None or not (
-        new := [each.now for each in changes if each.kind == "foreign key" and each.now and not each.before]
-    ):
+    planned = await _read_planned(run.target)
+    if planned is None:
         return []
-    known = {each.oid for each in decode(content) if each.kind == "foreign key"}
+    # Row security is told of each table: by it new tables are known, whose keys are planned with them.
+    changes = await _compare_now(run, source, planned, ("foreign key", "row security"))
+    new = [each.now for each in changes if each.kind == "foreign key" and each.now and not each.before]
+    known = {each.oid for each in planned if each.kind == "foreign key"}
     return [each for each in new if each.oid not in known]
