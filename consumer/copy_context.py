@@ -116,8 +116,8 @@ class CopyContext:
             error=shown.message if shown else None,
             hint=shown.hint if shown else None,
         )
-        if not is_news:
-            return
-        log.info("table set back", table=str(claim.name), attempt=claim.attempt, reason=error.message)
-        if shown or (isinstance(error, CopyDeferred) and error.is_news):
+        if is_news:
+            log.info("table set back", table=str(claim.name), attempt=claim.attempt, reason=error.message)
+        # Whom a part gave way to is said even where another part, which missed the first's snapshot, was quicker to set the table back.
+        if (shown and is_news) or (isinstance(error, CopyDeferred) and error.is_news):
             await record_event(connection, "warning", error.message)

@@ -10,6 +10,7 @@ from importlib.resources import files
 
 import asyncpg
 from aiokafka import errors as kafka_errors
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from live_migration.common import kafka, postgres, state
 from live_migration.common.catalog import USERS_OWN, list_tables
@@ -32,6 +33,9 @@ from live_migration.coordinator.findings import Finding
 from live_migration.coordinator.hypertable_findings import find_hypertables
 from live_migration.coordinator.lane_findings import find_lanes
 from live_migration.producer.replication import ReplicationConnection
+
+_PATIENCE_SECONDS = 30.0
+"""How long a check is made again while somebody holds a table's lock."""
 
 _SERVER = """
     select current_setting('server_version_num')::int as version,
@@ -141,6 +145,22 @@ def require_clean(found: Sequence[Finding]) -> None:
     )
 
 
+async def _patiently(look: Callable[[], Awaitable[list[Finding]]]) -> list[Finding]:
+    """Look again for a while when a table is locked, or dropped meanwhile: a TRUNCATE or a DDL that comes by is no finding."""
+    async for attempt in AsyncRetrying(
+        retry=retry_if_exception(_passes), stop=stop_after_delay(_PATIENCE_SECONDS), wait=wait_fixed(0.2), reraise=True
+    ):
+        with attempt:
+            return await look()
+    raise AssertionError
+
+
+def _passes(error: BaseException) -> bool:
+    cause = error.__cause__ if isinstance(error, LiveMigrationError) else error
+    is_locked = isinstance(cause, asyncpg.LockNotAvailableError | asyncpg.DeadlockDetectedError)
+    return is_locked or postgres.is_dropped_meanwhile(cause)
+
+
 class _Preflight:
     def __init__(self, settings: Settings, stack: AsyncExitStack) -> None:
         self._settings = settings
@@ -183,7 +203,7 @@ class _Preflight:
 
     async def _check(self, side: Side, check: Callable[..., Awaitable[list[Finding]]], *arguments: object) -> None:
         try:
-            self.findings += await check(*arguments)
+            self.findings += await _patiently(lambda: check(*arguments))
         except LiveMigrationError as error:
             self.findings.append(findings.error(error.message, error.hint))
         except asyncpg.PostgresError as error:

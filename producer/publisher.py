@@ -87,7 +87,8 @@ class Publisher:
         """Fence whoever writes the log, and read how far it reaches. The topics must exist.
 
         Raises:
-            BrokerLost: no broker answers, or it fails half way.
+            BrokerLost: no broker answers, or it fails half way, or somebody fenced us before we could speak: a coordinator that makes the
+                log anew, or another producer, who then leaves at our next word.
             KafkaError: it refuses us.
         """
         producer = _client(settings)
@@ -124,7 +125,12 @@ class Publisher:
         if not self._is_usable:
             raise BrokerLost("Kafka: our last transaction was not completed")
         token = uuid4().hex
-        await _greet(self._producer, self._settings, token)
+        try:
+            await _greet(self._producer, self._settings, token)
+        except BrokerLost:
+            self._is_usable = False
+            await self._check_successor()
+            raise
         self._token = token
         await self._control.read_until(token)
 
@@ -236,7 +242,7 @@ async def _greet(producer: LogProducer, settings: Settings, token: str) -> None:
     except TimeoutError as error:
         raise BrokerLost(f"Kafka takes no transaction within {_START_SECONDS:.0f} s") from error
     except kafka_errors.ProducerFenced as error:
-        raise _superseded(settings) from error
+        raise BrokerLost("Kafka: fenced while saying that we are here") from error
 
 
 async def _transact(

@@ -14,6 +14,7 @@ import asyncpg
 import pytest
 
 from live_migration.common import kafka, state
+from live_migration.common.catalog import TableInfo
 from live_migration.common.errors import LiveMigrationError
 from live_migration.common.local_postgres import LocalPostgres
 from live_migration.common.postgres import Side
@@ -391,6 +392,31 @@ async def test_a_look_for_big_rows_that_takes_too_long_is_given_up(
         assert await big_rows.find_big_rows(looker, is_binary=True) == []
     await holder.close()
     await looker.close()
+
+
+async def test_a_table_that_is_locked_for_a_moment_is_no_finding(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A TRUNCATE that takes its time, or a producer of DDL: `migrate` began anew in the middle of one."""
+    await execute(settings.source_uri(), "create table t (id int primary key)")
+    holder = await asyncpg.connect(settings.source_uri())
+    await holder.execute("begin; lock table t in access exclusive mode")
+    list_tables, looks = preflight.list_tables, 0
+
+    async def look(connection: asyncpg.Connection) -> list[TableInfo]:
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            await holder.execute("commit")
+        return await list_tables(connection)
+
+    monkeypatch.setattr(preflight, "list_tables", look)
+    assert errors(await validate(with_(settings, lock_timeout=0.2))) == []
+    assert looks == 2
+    await holder.execute("begin; lock table t in access exclusive mode")
+    monkeypatch.setattr(preflight, "_PATIENCE_SECONDS", 0.5)
+    assert "lock timeout" in await only_error(with_(settings, lock_timeout=0.2))  # it does not wait for ever
+    await holder.close()
 
 
 async def test_sql_ascii_source_is_refused(settings: Settings, source_server: LocalPostgres, unique_name: str) -> None:

@@ -15,11 +15,13 @@ from aiokafka.errors import KafkaError as ClientError
 from pydantic import SecretStr
 
 from live_migration.common.control import POSITION, LogPosition
-from live_migration.common.errors import LiveMigrationError, SourceError
+from live_migration.common.errors import KafkaError, LiveMigrationError, SourceError
 from live_migration.common.kafka_clients import LogProducer
 from live_migration.common.local_kafka import LocalKafka
 from live_migration.common.settings import KIB, Settings
+from live_migration.producer import publisher as publisher_module
 from live_migration.producer.batcher import Record
+from live_migration.producer.control_reader import BrokerLost
 from live_migration.producer.publisher import Publisher
 from live_migration.producer.service import run_producer
 from tests.fixtures.change_log import (
@@ -70,6 +72,39 @@ async def test_the_broker_refuses_whoever_wrote_before_the_newest_producer(
             await second.publish(put_records(b"third"), put_position(300), None)
     assert await read_records(settings) == {0: [b"first", b"second", b"third"]}
     assert await read_position(settings) == put_position(300)
+
+
+async def test_a_producer_that_is_fenced_before_it_could_speak_begins_again(
+    source_database: str, kafka_bootstrap: str, unique_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--recopy` fences whoever comes back between two words; nobody took over then, and nobody else would bring the producer back."""
+    settings = make_settings(source_database, kafka_bootstrap, unique_name)
+    await run_sql(settings, "create table public.t (id int primary key)")
+    await prepare(settings, ["public.t"])
+    greet, fenced = publisher_module._greet, 0
+
+    async def fence_first(*arguments: Any) -> None:
+        nonlocal fenced
+        fenced += 1
+        if fenced == 1:
+            await publisher_module.fence_producers(settings)
+        await greet(*arguments)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(publisher_module, "_greet", fence_first)
+        async with running_producer(settings):
+            await run_sql(settings, "insert into public.t values (1)")
+            await wait_until_published(settings, await source_lsn(settings))
+    assert fenced > 1
+    async with Publisher.open(settings) as publisher:
+        await publisher_module.fence_producers(settings)
+        with pytest.raises(BrokerLost):
+            await publisher.catch_up()
+        assert not publisher.is_superseded
+    async with Publisher.open(settings) as first, Publisher.open(settings):
+        with pytest.raises(KafkaError, match="took over"):
+            await first.catch_up()
+        assert first.is_superseded
 
 
 async def test_records_count_only_with_the_record_of_their_position(
