@@ -30,7 +30,10 @@ BINARY_SAFE_TYPES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class ColumnInfo:
-    """A table's column. `type` is `format_type` (schema-qualified where not built in); `generated` is '', 's' or 'v'."""
+    """A table's column. `type` is `format_type` (schema-qualified where not built in); `generated` is '', 's' or 'v'.
+
+    `base_type`: where the type is a domain, what it rests on at last, else ''.
+    """
 
     name: str
     type: str
@@ -39,6 +42,7 @@ class ColumnInfo:
     identity: str
     not_null: bool
     type_modifier: int = -1
+    base_type: str = ""
 
     @property
     def is_binary_safe(self) -> bool:
@@ -100,8 +104,16 @@ class TableInfo:
 
 _COLUMNS = """
     select a.attrelid as relation, a.attname as name, format_type(a.atttypid, a.atttypmod) as type, a.atttypid as type_oid,
-           a.attgenerated::text as generated, a.attidentity::text as identity, a.attnotnull as not_null, a.atttypmod as type_modifier
-    from pg_attribute a
+           a.attgenerated::text as generated, a.attidentity::text as identity, a.attnotnull as not_null, a.atttypmod as type_modifier,
+           case when t.typtype = 'd' then (
+               with recursive below (oid, modifier, kind) as (
+                   select t.typbasetype, t.typtypmod, (select typtype from pg_type where oid = t.typbasetype)
+                   union all
+                   select d.typbasetype, d.typtypmod, (select typtype from pg_type where oid = d.typbasetype)
+                   from below join pg_type d on d.oid = below.oid and d.typtype = 'd')
+               select format_type(oid, modifier) from below where kind <> 'd')
+           else '' end as base_type
+    from pg_attribute a left join pg_type t on t.oid = a.atttypid
     where a.attrelid = any($1::oid[]) and a.attnum > 0 and not a.attisdropped
     order by a.attrelid, a.attnum
 """

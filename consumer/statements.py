@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from live_migration.common.catalog import ColumnInfo
 from live_migration.common.relation import quote_identifier
 from live_migration.consumer.target_tables import TargetTable
 
@@ -38,12 +39,17 @@ def create_stage(stage: str, columns: Sequence[tuple[str, str]], indexed: Collec
 
 def key_stage_columns(table: TargetTable) -> list[tuple[str, str]]:
     """Give the staged columns k0, k1 … of the key."""
-    return [(f"k{i}", table.columns[column.index].type) for i, column in enumerate(table.key)]
+    return [(f"k{i}", stage_type(table.columns[column.index])) for i, column in enumerate(table.key)]
 
 
 def value_stage_columns(table: TargetTable, indexes: Sequence[int], prefix: str = "c") -> list[tuple[str, str]]:
     """Give staged columns for some of the table's; their names carry the column's position."""
-    return [(f"{prefix}{i}", table.columns[i].type) for i in indexes]
+    return [(f"{prefix}{i}", stage_type(table.columns[i])) for i in indexes]
+
+
+def stage_type(column: ColumnInfo) -> str:
+    """Give the type that a column's values are staged in: a domain may refuse the NULL of a value that is not there."""
+    return column.base_type or column.type
 
 
 def key_matches(table: TargetTable) -> str:
@@ -102,10 +108,12 @@ def count_staged(table: TargetTable, stage: str, present: Sequence[int]) -> str:
 
 def row_image(table: TargetTable, alias: str, name: str = "") -> str:
     """Give a row of `alias` as a record; its columns are the table's own, or those staged under `name`."""
-    columns = ", ".join(
-        f"{alias}.{name}{i}" if name else f"{alias}.{quote_identifier(column.name)}"
-        for i, column in enumerate(table.columns)
-    )
+
+    def own(column: ColumnInfo) -> str:
+        value = f"{alias}.{quote_identifier(column.name)}"
+        return f"{value}::{column.base_type}" if column.base_type else value  # images of other types are not compared
+
+    columns = ", ".join(f"{alias}.{name}{i}" if name else own(column) for i, column in enumerate(table.columns))
     return f"row({columns})::record"  # a bare row constructor would be compared column by column
 
 

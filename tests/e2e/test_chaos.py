@@ -27,7 +27,7 @@ async def world() -> AsyncIterator[World]:
 
 
 async def test_every_row_is_there_once_whatever_broke(world: World, tmp_path: Path) -> None:
-    for seed in (1, 2, 3):
+    for seed in (1, 200_000):
         outcome = await Round(world, make_plan(seed, POSSIBLE, brief=True), tmp_path / str(seed)).run()
         told = "\n".join(map(str, outcome.faults))
         print(f"seed {seed}: {outcome.seconds} s\n{told}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from pathlib import Path
 from typing import Self
@@ -15,7 +16,7 @@ from tests.support.workload import Workload, differences, lanes_by_key, read_row
 
 pytestmark = [pytest.mark.e2e, pytest.mark.integration]
 
-SEEDS = range(20)
+SEEDS = range(int(os.environ.get("LIVE_MIGRATION_TEST_SEEDS", "10")))
 
 TOUCH_ALL = """
     insert into app.by_key values (-{n}, 1, 'open transaction {n}');

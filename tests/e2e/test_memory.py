@@ -17,7 +17,7 @@ from tests.support.workload import differences, read_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.integration]
 
-ROWS = int(os.environ.get("LIVE_MIGRATION_TEST_ROWS", "3000000"))
+ROWS = int(os.environ.get("LIVE_MIGRATION_TEST_ROWS", "1500000"))
 """Of the one huge transaction."""
 BOUNDS = Bounds(batch_bytes=8 << 20)
 
