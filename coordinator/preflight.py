@@ -272,6 +272,10 @@ class _Preflight:
             tables = await list_tables(source)
         self._is_binary_safe = all(table.is_binary_safe for table in tables if table.persistence == "p")
         found = source_findings.assess_tables(tables, replica_identity_full=self._settings.replica_identity_full)
+        target = self._servers.get("target")
+        found += source_findings.assess_short_names(
+            tables, self._servers["source"].encoding, target.encoding if target else "UTF8"
+        )
         objects = await source.fetchrow(_LARGE_OBJECTS)
         found += source_findings.assess_large_objects(objects["count"], objects["size_bytes"])
         prepared = [source_findings.PreparedTransaction(**dict(row)) for row in await source.fetch(_PREPARED)]

@@ -223,6 +223,27 @@ def assess_tables(tables: Sequence[TableInfo], *, replica_identity_full: bool) -
     return found
 
 
+def assess_short_names(tables: Sequence[TableInfo], encoding: str, target_encoding: str) -> list[Finding]:
+    """Name columns of fixed length in bytes, whose values may need more of them in the target's encoding, and are then cut without a word."""
+    if encoding in ("UTF8", target_encoding):
+        return []
+    short = [
+        f"{table.name}.{column.name}"
+        for table in tables
+        for column in table.columns
+        if (column.base_type or column.type).removesuffix("[]") in ("name", '"char"')
+    ]
+    if not short:
+        return []
+    return [
+        warning(
+            f'columns of type name hold 63 bytes and of type "char" one, and {encoding}\'s characters beyond ASCII take more of them in {target_encoding}: '
+            f"values that do not fit are cut on the target: {name_list(short)}",
+            "Make them text on the source, if they hold such characters.",
+        )
+    ]
+
+
 def assess_large_objects(count: int, size_bytes: int) -> list[Finding]:
     """Announce what is copied at the cutover, within the downtime."""
     if not count:

@@ -27,6 +27,7 @@ from live_migration.coordinator.source_findings import (
     assess_large_objects,
     assess_prepared,
     assess_role,
+    assess_short_names,
     assess_source,
     assess_tables,
 )
@@ -141,6 +142,16 @@ def test_tables_that_cannot_be_followed_are_named() -> None:
     assert computed.what.endswith("s.computed")
     assert volatile.what.endswith("s.volatile")
     assert "without an identity: s.bare" in assess_tables(tables, replica_identity_full=True)[0].what
+
+
+def test_names_that_grow_in_another_encoding_are_named() -> None:
+    columns = [ColumnInfo(kind[0], kind, 1, "", "", False) for kind in ("name", '"char"[]', "text", "char(3)")]
+    columns.append(ColumnInfo("d", "public.d", 1, "", "", False, base_type="name"))
+    tables = [replace(table("t", ReplicaIdentity.DEFAULT, 5), columns=tuple(columns))]
+    (finding,) = assess_short_names(tables, "LATIN1", "UTF8")
+    assert finding.what.endswith('cut on the target: s.t.n, s.t.", s.t.d')
+    assert assess_short_names(tables, "UTF8", "UTF8") == assess_short_names(tables, "LATIN1", "LATIN1") == []
+    assert assess_short_names([table("t", ReplicaIdentity.DEFAULT, 5)], "LATIN1", "UTF8") == []
 
 
 def test_large_objects_and_prepared_transactions_are_announced() -> None:
