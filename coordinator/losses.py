@@ -77,9 +77,12 @@ async def _require_whole(run: Run) -> None:
     config = ProducerConfig.model_validate_json(control[CONFIG]) if CONFIG in control else None
     position = LogPosition.model_validate_json(control[POSITION]) if POSITION in control else None
     if config is not None and config.topic_id != str(migration.topic_id):
-        raise LogGap(
-            f"topic {settings.control_topic} was made again: it belongs to another change log than the target's state"
-        )
+        if not await _is_log_ours(run):
+            raise LogGap(
+                f"topic {settings.control_topic} was made again: it belongs to another change log than the target's state"
+            )
+        # A late word of a coordinator that slept through a recopy, on the log of before. Any producer that starts would believe it.
+        await run.publications_changed(run.target)
     recorded = position.confirm_lsn if position else migration.start_lsn
     if slot and slot.confirmed_lsn is not None and recorded is not None and slot.confirmed_lsn > recorded:
         raise SlotLost(
@@ -90,6 +93,11 @@ async def _require_whole(run: Run) -> None:
     await _check_wal_end(run, position)
     lanes = [(row["next_offset"], Position(int(row["commit_lsn"]), row["ordinal"])) for row in checkpoints]
     await _check_log(run, position, lanes)
+
+
+async def _is_log_ours(run: Run) -> bool:
+    tails = await read_tails(run.settings, run.migration.lane_count)
+    return any(tail.last is not None and tail.last.topic_id == run.migration.topic_id.bytes for tail in tails)
 
 
 async def _check_branch(run: Run, position: LogPosition | None) -> None:

@@ -9,18 +9,21 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
+from uuid import uuid4
 
 import asyncpg
 import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import NewTopic, RecordsToDelete
 
+from live_migration.common.control import CONFIG, ProducerConfig
 from live_migration.common.errors import LiveMigrationError, LogGap, SlotLost
-from live_migration.common.kafka import CHANGES_CONFIG, admin, topic_exists
+from live_migration.common.kafka import CHANGES_CONFIG, admin, read_control, topic_exists
 from live_migration.common.kafka_clients import client_options
 from live_migration.common.local_kafka import LocalKafka
 from live_migration.common.local_postgres import LocalPostgres
 from live_migration.common.settings import Settings
+from live_migration.coordinator.control_topic import write_config
 from live_migration.producer.service import run_producer
 from tests.e2e.migration import Migration
 from tests.fixtures.change_log import (
@@ -366,3 +369,28 @@ async def test_a_coordinator_and_a_consumer_refuse_what_lost_changes(
 
         await execute(source_database, f"select pg_drop_replication_slot('{settings.slot}')")
         await refused(SlotLost, "does not exist")
+
+
+async def test_the_late_word_of_a_coordinator_that_slept_through_a_recopy_is_no_loss(
+    source_database: str, target_database: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    """It stands in the control topic behind ours, and says that the change log is the one of before: every producer that starts refuses ours."""
+    await execute(source_database, "create table t (id int primary key)", "insert into t values (1)")
+    migration = Migration(source_database, target_database, kafka_bootstrap, unique_name, tmp_path, partitions=1)
+    settings = migration.settings
+    async with migration:
+        await migration.until_phase("replay")
+        await execute(source_database, "insert into t values (2)")
+        await migration.until("applied", "select count(*) = 2 from t")
+        await migration.stop()
+        await migration.producer.drain()
+        config = ProducerConfig.model_validate_json((await read_control(settings))[CONFIG])
+        await write_config(settings, config.model_copy(update={"topic_id": str(uuid4())}))
+        await execute(source_database, "insert into t values (3)")
+        migration.producer.task = None
+        producing = asyncio.ensure_future(keep_producing(migration))
+        migration.start_coordinator()
+        await migration.finish()
+        producing.cancel()
+        await asyncio.wait([producing])
+    await execute(target_database, "select 1 / (count(*) = 3)::int from t")
