@@ -67,7 +67,7 @@ async def in_range_now(source: asyncpg.Connection, claim: TableClaim) -> TableCl
 
 
 async def look_without(source: asyncpg.Connection, claim: TableClaim) -> CopyOrigin:
-    """Give a snapshot in which a chunk is gone: all its changes are to be passed over.
+    """Give a snapshot in which a chunk, or a table, is gone: all its changes are to be passed over.
 
     Raises:
         CopyDeferred: it is there, after all.
@@ -77,7 +77,7 @@ async def look_without(source: asyncpg.Connection, claim: TableClaim) -> CopyOri
         row = await source.fetchrow(_GONE, claim.oid)
         await source.execute("rollback")
     if row["is_there"]:
-        raise CopyDeferred(f"chunk {claim.name} is there, after all")
+        raise CopyDeferred(f"{claim.name} is there, after all")
     return CopyOrigin(row["snapshot"], row["horizon"], row["timeline"], json.dumps([]), False)
 
 
