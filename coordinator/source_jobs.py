@@ -304,6 +304,15 @@ async def held_target_jobs(target: asyncpg.Connection) -> list[str]:
     return [row["name"] for row in rows if row["id"] in off]
 
 
+async def held_target_ids(target: asyncpg.Connection) -> list[int]:
+    """Give the jobs of the target that get their schedule with `release_target_jobs`."""
+    with asking("target", "reading the jobs that are held"):
+        rows = await target.fetch(
+            "select id from _live_migration.target_jobs where is_scheduled and not is_released order by id"
+        )
+    return [row["id"] for row in rows]
+
+
 async def release_target_jobs(run: Run) -> list[str]:
     """Give each job of the target that was held the flag of the source; give the names of those that are scheduled now.
 

@@ -28,6 +28,7 @@ from live_migration.coordinator import (
     hypertable_source,
     newcomer_jobs,
     newcomer_making,
+    refresh_gaps,
     source_jobs,
     timescale_facts,
 )
@@ -116,6 +117,7 @@ async def look_at_the_rest(connection: asyncpg.Connection) -> list[str]:
         hypertable_findings._DECOMPRESSED,
         newcomer_jobs._AGGREGATE_VIEW,
         newcomer_making._MATERIALIZATION,
+        refresh_gaps._WATERMARK,
         *job_statements,
     ]
     for statement in rest:
