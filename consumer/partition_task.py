@@ -24,7 +24,7 @@ from live_migration.consumer.applier import Applier
 from live_migration.consumer.checkpoint import Checkpoint
 from live_migration.consumer.chunk_marks import mark_chunk, read_lane_suspects
 from live_migration.consumer.chunk_rebuild import ChunkToRebuild, due_chunks, find_chunk, rebuild_chunk
-from live_migration.consumer.decoder import LaneDecoder
+from live_migration.consumer.decoder import Decoded, LaneDecoder
 from live_migration.consumer.lane_meeting import LanesMeet, has_met, meet
 from live_migration.consumer.lane_pipeline import ChunksDue, LanePipeline
 from live_migration.consumer.log_reader import LogReader
@@ -70,7 +70,7 @@ class PartitionTask:
         self._careful_until = START
         self._refused_at: Position | None = None  # where chunks that wait were copied early
         self._unseen_at: tuple[int, int] | None = None  # relation and transaction that made a chunk be copied
-        self._decoded_lsn = 0
+        self._decoded = Decoded(0, 0)
         self._suspects: dict[int, Home] = {}  # met in what was decoded, applied or not
         self._meeting: Meeting | None = None  # the newest, of which the decoder hears once it is over
         self._has_marks = False
@@ -256,6 +256,7 @@ class PartitionTask:
 
     async def _mark_suspects(self) -> None:
         """Mark the lane's suspects to be copied early, and again behind what was decoded: what stands there may undo it."""
+        decoded = self._decoded
         async with session(self._settings.target_uri(), "target", application="live-migration lane") as target:
             with asking("target", f"looking for suspects of lane {self._lane}"):
                 suspects = {**self._suspects, **await read_lane_suspects(target, self._lane)}
@@ -268,7 +269,7 @@ class PartitionTask:
                     if oid is None:
                         continue
                     with asking("target", f"marking chunk {home.chunk}"):
-                        reason, behind = "a change is refused, and it was compressed unwatched", self._decoded_lsn + 1
+                        reason, behind = "a change is refused, and it was compressed unwatched", decoded.commit_lsn + 1
                         await mark_chunk(target, oid, home, reason=reason, lsn=behind, is_new=True)
 
     async def _mark(self, error: ChunkChangedUnseen) -> None:
@@ -278,11 +279,11 @@ class PartitionTask:
         again then.
         """
         self._log.info("chunk is copied anew", reason=error.message)
-        event = (error.relation.oid, self._decoded_lsn)
+        event = (error.relation.oid, self._decoded.commit_lsn)
         if event == self._unseen_at:  # the copy did not show it: whatever keeps it from that, it is no reason to spin
             await asyncio.sleep(STOPPED_SECONDS)
         self._unseen_at = event
-        behind = self._decoded_lsn + 1 if self._migration.lane_count == 1 or error.is_undone else None
+        behind = self._decoded.commit_lsn + 1 if self._migration.lane_count == 1 or error.is_undone else None
         try:
             async with session(self._settings.source_uri(), "source", application="live-migration lane") as source:
                 with asking("source", f"looking for chunk {error.home.chunk}"):
@@ -328,7 +329,7 @@ class PartitionTask:
         try:
             async with session(self._settings.source_uri(), "source", application="live-migration lane") as source:
                 async with session(self._settings.target_uri(), "target", application="live-migration lane") as target:
-                    return await let_go_if_gone(source, target, self._lane, error)
+                    return await let_go_if_gone(source, target, self._lane, error, self._decoded, self._tell)
         except LiveMigrationError as failure:
             self._log.warning("lane could not ask for a relation", reason=failure.message)
             return False
@@ -352,7 +353,7 @@ class PartitionTask:
         try:
             await pipeline.run()
         except LiveMigrationError as error:
-            self._decoded_lsn = decoder.commit_lsn
+            self._decoded = decoder.decoded
             self._suspects = decoder.suspects
             if error.retry is Retry.STOP:
                 self._careful_until = max(self._careful_until, pipeline.attempted)
