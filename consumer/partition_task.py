@@ -24,6 +24,7 @@ from live_migration.consumer.applier import Applier
 from live_migration.consumer.checkpoint import Checkpoint
 from live_migration.consumer.chunk_marks import mark_chunk, read_lane_suspects
 from live_migration.consumer.chunk_rebuild import ChunkToRebuild, due_chunks, find_chunk, rebuild_chunk
+from live_migration.consumer.copy_errors import TableStopped
 from live_migration.consumer.decoder import Decoded, LaneDecoder
 from live_migration.consumer.lane_meeting import LanesMeet, has_met, meet
 from live_migration.consumer.lane_pipeline import ChunksDue, LanePipeline
@@ -44,6 +45,13 @@ BROKEN_LOG_SECONDS = 30.0
 _FIRST_BACKOFF_SECONDS, _LONGEST_BACKOFF_SECONDS = 0.2, 10.0
 
 log = get_logger(__name__)
+
+
+def _seconds_after(error: LiveMigrationError) -> float:
+    """Give how long a lane waits after an error that stops it; TableStopped is of a copy of its own."""
+    if isinstance(error, TableStopped):
+        return error.retry_seconds
+    return STOPPED_SECONDS if isinstance(error, TargetError) else BROKEN_LOG_SECONDS
 
 
 class PartitionTask:
@@ -385,12 +393,12 @@ class PartitionTask:
 
     async def _pause(self, error: LiveMigrationError) -> None:
         is_passing = isinstance(error.__cause__, asyncpg.TransactionRollbackError)  # a deadlock, say
-        if error.retry is Retry.RECONNECT or is_passing:
+        if not isinstance(error, TableStopped) and (error.retry is Retry.RECONNECT or is_passing):
             seconds = self._backoff * random.uniform(0.7, 1.3)
             self._backoff = min(self._backoff * 2, _LONGEST_BACKOFF_SECONDS)
             self._log.warning("lane begins again", reason=error.message, seconds=round(seconds, 1))
         else:
-            seconds = STOPPED_SECONDS if isinstance(error, TargetError) else BROKEN_LOG_SECONDS
+            seconds = _seconds_after(error)
             message = self._placed(error)
             self._log.error("lane stopped", reason=message, hint=error.hint, retry_seconds=seconds)
             await self._record(message, error.hint, error.as_json() if isinstance(error, ChangeRefused) else None)
@@ -401,7 +409,7 @@ class PartitionTask:
         if self._checkpoint is None or isinstance(error, ChangeRefused):
             return error.message
         place = f"{self._settings.changes_topic}-{self._lane}-{self._checkpoint.next_offset}"
-        kind = "" if isinstance(error, LaneStopped) else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, LaneStopped | TableStopped) else f"{type(error).__name__}: "
         return f"lane {self._lane} stands at {place} ({self._checkpoint.position}): {kind}{error.message}"
 
     async def _record(self, message: str, hint: str, refused: str | None) -> None:
