@@ -34,7 +34,7 @@ from live_migration.consumer.passed_over import pass_over
 from live_migration.consumer.refusal import ChangeRefused, is_of_a_change
 from live_migration.consumer.skips import LaneSkips
 from live_migration.consumer.source_watch import giving_way, write_flush_barrier
-from live_migration.consumer.strangers import let_go_if_gone, meet_chunk
+from live_migration.consumer.strangers import find_unseen, let_go_if_gone, meet_chunk
 from live_migration.consumer.target_tables import ChunkChangedUnseen, NotPlanned, RebuildFirst, TargetTables
 
 STANDBY_SECONDS = 1.0
@@ -294,13 +294,12 @@ class PartitionTask:
         behind = self._decoded.commit_lsn + 1 if self._migration.lane_count == 1 or error.is_undone else None
         try:
             async with session(self._settings.source_uri(), "source", application="live-migration lane") as source:
-                with asking("source", f"looking for chunk {error.home.chunk}"):
-                    oid = await find_chunk(source, error.home.chunk)
+                oid = await find_unseen(source, error.home, error.relation, self._tell)
             async with session(self._settings.target_uri(), "target", application="live-migration lane") as target:
                 with asking("target", f"marking chunk {error.home.chunk}"):
                     await mark_chunk(
                         target,
-                        oid or error.relation.oid,
+                        oid,
                         error.home,
                         reason="rows changed unseen",
                         lsn=behind,

@@ -10,14 +10,15 @@ from collections.abc import Awaitable, Callable
 
 import asyncpg
 
-from live_migration.common.errors import ConnectionLost
+from live_migration.common.errors import ConnectionLost, LaneStopped
 from live_migration.common.home import Home
 from live_migration.common.postgres import asking
-from live_migration.common.relation import QualifiedName
+from live_migration.common.relation import QualifiedName, Relation
 from live_migration.common.telemetry import get_logger
 from live_migration.common.timescale import read_version
 from live_migration.common.visibility import CopySnapshot
 from live_migration.consumer.chunk_copy import look_without
+from live_migration.consumer.chunk_rebuild import find_chunk
 from live_migration.consumer.claim_endings import CopyOrigin
 from live_migration.consumer.claims import TableClaim
 from live_migration.consumer.committing import await_committing
@@ -81,6 +82,31 @@ async def meet_chunk(
             await mark_leftover(target, leftover)
     log.info("a chunk that is gone from the source is passed over", chunk=str(home.chunk))
     return bool(leftover.grown or leftover.newcomers)
+
+
+async def find_unseen(
+    source: asyncpg.Connection, home: Home, relation: Relation, on_wait: Callable[[str], Awaitable[None]]
+) -> int:
+    """Give the oid of a chunk whose rows changed unseen, as `relation` tells; where it is gone, that of the relation, to find that out by.
+
+    `on_wait`: told whom it waits for, where that lasts: who made the chunk may be about to become visible.
+
+    Raises:
+        LaneStopped: the chunk is not there by its name, and what holds its compressed rows is.
+    """
+    with asking("source", f"looking for chunk {home.chunk}"):
+        if oid := await find_chunk(source, home.chunk):
+            return oid
+        if home.is_compressed:
+            await await_committing(source, lambda what: on_wait(f"chunk {home.chunk} is looked for: it {what}"))
+            if oid := await find_chunk(source, home.chunk):
+                return oid
+            if await source.fetchval("select exists (select from pg_class where oid = $1)", relation.oid):
+                raise LaneStopped(
+                    f"chunk {home.chunk} is not on the source, but {relation.name}, which holds its compressed rows, is",
+                    hint="Was it renamed? Give it its name back; the lane then goes on by itself.",
+                )
+    return relation.oid
 
 
 async def let_go_if_gone(

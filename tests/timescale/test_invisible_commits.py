@@ -80,6 +80,34 @@ async def test_a_hypertable_whose_commit_is_not_visible_yet_comes_over_once(
         assert await world.all_rows(target, "late") == await world.all_rows(source, "late")
 
 
+_DIRECT = (
+    "set timescaledb.enable_direct_compress_insert = on",
+    "insert into h select '2026-02-01'::timestamptz + i * interval '1 second', i from generate_series(1, 20000) i",
+)
+_IS_MARKED = "select exists (select from _live_migration.tables where rebuild = 'rows changed unseen')"
+
+
+async def test_a_chunk_whose_compressed_rows_come_with_it_is_marked_by_its_own_oid(
+    source_with_standby: str,
+    target_of_timescale: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody sees the chunk yet. Under the oid of the table of its compressed rows, which takes its place, it can be copied by nobody."""
+    monkeypatch.setattr(committing, "TELL_SECONDS", 0.0)
+    source, target = source_with_standby, target_of_timescale
+    await execute(source, *_WORLD, "alter table h set (timescaledb.compress, timescaledb.compress_orderby = 'time')")
+    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
+        await migration.until_phase("replay")
+        async with _hanging(source, *_DIRECT):
+            await migration.until("looked for", f"select ({_IS_TOLD}) or ({_IS_MARKED})")
+        await migration.finish()
+        assert await world.compression(source), "rows came compressed"
+        assert await world.all_rows(target, "h") == await world.all_rows(source, "h")
+
+
 async def _look_at_once(source: asyncpg.Connection, stranger: NotPlanned, *_: object) -> CopyOrigin:
     relation = stranger.relation
     return await look_without(source, TableClaim(relation.oid, relation.name, 0, has_parts=False))
