@@ -30,7 +30,7 @@ _PARTS = """
         ) o
     )
     select p.relation, p.name, t.typname::text as type, n.nspname = 'pg_catalog' as is_built_in,
-           t.typtype = 'e' or t.typtype = 'p' or (n.nspname = 'pg_catalog' and t.typname ~ '^reg') as has_oids
+           t.typtype in ('e', 'p') as has_oids, n.nspname = 'pg_catalog' and t.typname ~ '^reg' as is_reference
     from part p join pg_type t on t.oid = p.type join pg_namespace n on n.oid = t.typnamespace
     where t.typtype in ('b', 'e', 'p') and not (t.typelem <> 0 and t.typlen = -1)
 """
@@ -39,11 +39,15 @@ _ENCODING = "select getdatabaseencoding()"
 
 @dataclass(frozen=True, slots=True)
 class Hashed:
-    """What the hash of a column's values is made of: the built-in types in it, whether others are, and whether oids go in."""
+    """What the hash of a column's values is made of: the built-in types in it, whether others are, and whether oids go in.
+
+    `has_references`: values are oids of the catalog's rows, as of regclass.
+    """
 
     types: frozenset[str]
     has_others: bool
     has_oids: bool
+    has_references: bool = False
 
     def is_by_value(self, *, same_encoding: bool) -> bool:
         """Tell whether a value hashes to the same on both servers for certain."""
@@ -60,8 +64,9 @@ async def read_hashed(connection: asyncpg.Connection, relations: Iterable[int]) 
         is_by_value = row["is_built_in"] and row["type"] in _BY_VALUE
         found[key] = Hashed(
             known.types | {row["type"]} if is_by_value else known.types,
-            known.has_others or not (is_by_value or row["has_oids"]),
-            known.has_oids or row["has_oids"],
+            known.has_others or not (is_by_value or row["has_oids"] or row["is_reference"]),
+            known.has_oids or row["has_oids"] or row["is_reference"],
+            known.has_references or row["is_reference"],
         )
     return found
 

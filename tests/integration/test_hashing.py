@@ -38,6 +38,7 @@ async def test_what_takes_in_an_oid_is_told_from_what_does_not(source_database: 
     assert {name for name, each in found.items() if each.has_oids} == {
         *("a_mood", "b_moods", "c_list", "d_span", "e_pair", "f_pairs", "g_class", "h_types")
     }
+    assert {name for name, each in found.items() if each.has_references} == {"g_class", "h_types"}
     assert {name for name, each in found.items() if each.has_others} == {"i_line"}
     by_value = {name for name, each in found.items() if each.is_by_value(same_encoding=True)}
     assert by_value == {
