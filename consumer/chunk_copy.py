@@ -14,6 +14,7 @@ from dataclasses import replace
 import asyncpg
 
 from live_migration.common.catalog import CURRENT_TIMELINE
+from live_migration.common.hashing import read_encoding, read_hashed
 from live_migration.common.relation import QualifiedName
 from live_migration.common.timescale import (
     chunk_range,
@@ -23,6 +24,7 @@ from live_migration.common.timescale import (
     write_chunk_status,
     write_column_bounds,
 )
+from live_migration.consumer.batch_filters import filters_that_hold
 from live_migration.consumer.claim_endings import CopyOrigin
 from live_migration.consumer.claims import TableClaim
 from live_migration.consumer.copy_errors import CopyDeferred, TableStopped, server_errors
@@ -33,6 +35,8 @@ from live_migration.consumer.table_snapshot import read_definitions
 
 _COMPRESSED = "_timescaledb_internal.compressed_data"
 """Its binary form is the extension's own, the same under the same version. (`bloom1`, of sparse indexes, has none: text then.)"""
+
+_FILTER = "_timescaledb_internal.bloom1"
 
 _GONE = f"""
     select pg_current_snapshot()::text as snapshot, pg_current_wal_insert_lsn() as horizon, {CURRENT_TIMELINE} as timeline,
@@ -110,8 +114,27 @@ async def copy_compressed(
             await write_chunk_status(target, claim.name, status)
             await write_column_bounds(target, claim.name, bounds)
     is_binary = all(column.info.is_binary_safe or column.info.type == _COMPRESSED for column in columns)
-    plan = CopyPlan(QualifiedName(schema, table), tuple(column.name for column in columns), is_binary)
+    left_out = await _filters_to_leave_out(source, target, claim, columns)
+    plan = CopyPlan(
+        QualifiedName(schema, table), tuple(each.name for each in columns if each.name not in left_out), is_binary
+    )
     return await stream_copy(source, target, plan, blocks=None, freeze=True, on_bytes=on_bytes)
+
+
+async def _filters_to_leave_out(
+    source: asyncpg.Connection, target: asyncpg.Connection, claim: TableClaim, columns: Sequence[ColumnDefinition]
+) -> frozenset[str]:
+    """Give the bloom filters that do not hold for the target's values of what they are over: they are NULL there."""
+    filters = frozenset(column.name for column in columns if column.info.type == _FILTER)
+    if not filters:
+        return filters
+    with server_errors("target", f"looking at {claim.name}"):
+        encoding = await read_encoding(target)
+    with server_errors("source", f"looking at {claim.name}"):
+        is_same = await read_encoding(source) == encoding
+        hashed = await read_hashed(source, [claim.oid])
+    others = [column for (_, column), each in hashed.items() if not each.is_by_value(same_encoding=is_same)]
+    return filters - filters_that_hold(filters, others)
 
 
 def _shape(columns: Sequence[ColumnDefinition]) -> list[tuple[str, str]]:

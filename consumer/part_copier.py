@@ -5,6 +5,7 @@ from __future__ import annotations
 from live_migration.common.errors import LiveMigrationError
 from live_migration.common.state import record_event
 from live_migration.common.telemetry import get_logger
+from live_migration.consumer.batch_bytes import why_not_as_they_are
 from live_migration.consumer.chunk_copy import (
     CHANGED,
     as_it_is_now,
@@ -196,18 +197,19 @@ class CopyWorker:
         return False
 
     async def _is_chunk_whole(self, claim: TableClaim, source: CopySession, target: CopySession) -> bool:
-        """Tell whether a chunk is as it was planned; end its copy without rows where it is not."""
+        """Tell whether a chunk can be copied as it was planned; end its copy without rows where it cannot."""
         leftover = Leftover()
         if await self._is_gone(claim, source):
             origin = await look_without(source.connection, claim)
             lock_timeout = self._context.settings.lock_timeout
             leftover = await look_for_merged(source.connection, target.connection, claim.oid, lock_timeout)
             log.info("chunk was dropped on the source", table=str(claim))
-        elif await is_as_planned(source.connection, claim):
-            return True
         else:
-            origin = CopyOrigin(None, None, None, "[]", False, rebuild=CHANGED)
-            log.info("chunk is copied by its lane", table=str(claim), reason=CHANGED)
+            reason = await _why_not_as_planned(claim, source, target)
+            if reason is None:
+                return True
+            origin = CopyOrigin(None, None, None, "[]", False, rebuild=reason)
+            log.info("chunk is copied by its lane", table=str(claim), reason=reason)
         # What an earlier attempt brought goes, but for what the chunk was merged into: its copy has emptied the range.
         keeps = claim.root is not None and (leftover.has_rows or claim.attempt == 1)
         await begin_on_target(target, str(claim), *([] if keeps else _empty(claim)))
@@ -235,6 +237,12 @@ class CopyWorker:
             return not await source.connection.fetchval(
                 "select exists (select from pg_class where oid = $1)", claim.oid
             )
+
+
+async def _why_not_as_planned(claim: TableClaim, source: CopySession, target: CopySession) -> str | None:
+    if not await is_as_planned(source.connection, claim):
+        return CHANGED
+    return await why_not_as_they_are(source.connection, target.connection, claim)
 
 
 def _empty(claim: TableClaim, *, has_grown: bool = False) -> list[str]:

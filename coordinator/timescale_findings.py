@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from live_migration.common.progress import format_number_of, name_list
 from live_migration.common.timescale import FIRST_WATCHED_BY_OWNERS, parse_version
 from live_migration.coordinator.findings import Finding, error, warning
+from live_migration.coordinator.hash_dimensions import assess_hash_dimensions
 from live_migration.coordinator.source_findings import assess_locks
 from live_migration.coordinator.source_jobs import Job, rights_hint
 from live_migration.coordinator.timescale_facts import HypertableFacts, ServerFacts, SourceFacts, TargetFacts
@@ -77,6 +78,7 @@ def assess_target(
         *_assess_tablespaces(source, target),
         *_assess_catalog(source, target),
         *_assess_owners(source, target),
+        *assess_hash_dimensions(source.dimensions, source.server.encoding, target.server.encoding),
         *_assess_tried("target", target.server.version_to_be(source.version)),
     ]
     if not is_begun:

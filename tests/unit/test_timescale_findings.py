@@ -23,6 +23,7 @@ SERVER = ServerFacts(
     is_restoring=False,
     background_workers=16,
     worker_processes=40,
+    encoding="UTF8",
     locks=10_000,
 )
 PLAIN = HypertableFacts("public.plain", "alice", can_compress=False, tablespaces=())
