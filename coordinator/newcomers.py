@@ -105,7 +105,7 @@ async def _bring(
     """Make and follow newcomers; give what could not be brought, and whether some are to be made anew, of another kind."""
     with asking("target", "reading the plan"):
         known = await target.fetch(KNOWN)
-    newcomers, problems = await _find(source, known, tables)
+    newcomers, problems = await _find(run, source, known, tables)
     if seen is not None and await _has_timescale(source):
         newcomers = _settled(newcomers, seen)
     if newcomers:
@@ -155,7 +155,7 @@ async def _make(
 
 
 async def _find(
-    source: asyncpg.Connection, known: Sequence[asyncpg.Record], tables: Sequence[TableInfo]
+    run: Run, source: asyncpg.Connection, known: Sequence[asyncpg.Record], tables: Sequence[TableInfo]
 ) -> tuple[list[Newcomer], dict[str, str]]:
     """Give the tables that are not in the plan, in the order in which they can be made, and those that cannot."""
     oids = {row["oid"] for row in known}
@@ -164,8 +164,8 @@ async def _find(
         return [], {}
     with asking("source", "looking at new tables"):
         partitions = {row["oid"] for row in await source.fetch(PARENTS)}
-        layout = await read_layout(source)
-        definitions = await read_definitions(source)
+    layout = await run.patiently("reading the hypertables", lambda: read_layout(source))
+    definitions = await run.patiently("reading the hypertables", lambda: read_definitions(source))
     views = {oid: each.view for oid, each in layout.hypertables.items()} if layout else {}
     aggregates = [each.name for each in definitions.aggregates] if definitions else []
     taken = {QualifiedName(row["schema_name"], row["table_name"]) for row in known}
