@@ -39,10 +39,12 @@ from live_migration.coordinator.planning import Moment
 from live_migration.coordinator.prepare import publish_compressed
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.schema import MOMENT
-from live_migration.producer.publication import PublishedTable, add_tables, published_tables
+from live_migration.producer.publication import LockTimeout, PublishedTable, add_tables, published_tables
 from live_migration.producer.slot import SlotTimeout, await_older_transactions
 
 INTERVAL_SECONDS = 10.0
+PATIENCE_SECONDS = 5.0
+"""For a lock on the source: whoever else follows what came, the cutover too, waits for us meanwhile."""
 _ORDER = ("table", "hypertable", "aggregate")
 
 _FOLLOW = """
@@ -51,6 +53,12 @@ _FOLLOW = """
         changed_row_count = $7, snapshot = $8, horizon = $9, timeline = $10, statistics = $11
     where oid = $1 and newcomer = 'made'
 """
+
+
+class Passing(str):
+    """A reason that passes by itself, for which something cannot be brought yet: a lock that somebody holds, a transaction that is open."""
+
+    __slots__ = ()
 
 
 async def watch_newcomers(run: Run) -> None:
@@ -198,24 +206,28 @@ async def _follow(
     Gives what could not be followed, and why; and whether some have become tables of another kind, and so were unmade.
     """
     tables = await run.list_tables(source)
-    before = await _unmake_changed(run, source, target, tables)
-    oids = oids - before
-    if not oids:
-        return {}, bool(before)
+    before: set[int] = set()
     try:
+        before = await _unmake_changed(run, source, target, tables)
+        oids = oids - before
+        if not oids:
+            return {}, bool(before)
         await _publish(run, source, target, tables, oids)
         await await_older_transactions(
             source, timeout=run.settings.slot_timeout, on_wait=run.reporter.note, what="publishing new tables"
         )
-    except SlotTimeout as error:
-        return {name_list(table.name for table in tables if table.oid in oids): error.message}, bool(before)
+    except (SlotTimeout, LockTimeout) as error:
+        return {name_list(table.name for table in tables if table.oid in oids): Passing(error.message)}, bool(before)
     except SourceError as error:
         if not isinstance(error.__cause__, asyncpg.UndefinedTableError | asyncpg.InvalidSchemaNameError):
             raise
         return {}, bool(before)  # dropped or renamed just now; the next look finds what is left
     await run.publications_changed(target)
     published = await _look_behind(run, source)
-    after = await _unmake_changed(run, source, target, published.tables)
+    try:
+        after = await _unmake_changed(run, source, target, published.tables)
+    except LockTimeout as error:
+        return {name_list(table.name for table in tables if table.oid in oids): Passing(error.message)}, bool(before)
     names = await _save(run, target, oids - after, published)
     if names:
         # It also brings every lane past where the newcomers begin.
@@ -232,7 +244,7 @@ async def _unmake_changed(
         known = await target.fetch(KNOWN)
     changed = changed_kinds(known, tables)
     if changed:
-        await unmake(run, source, target, changed, tables)
+        await unmake(run, source, target, changed, tables, patience=PATIENCE_SECONDS)
     return {table.oid for table in changed}
 
 
@@ -249,9 +261,9 @@ async def _publish(
         }
     for publication, group in ((settings.publication, members.all), (settings.insert_publication, members.insert)):
         missing = [PublishedTable(table.oid, table.name) for table in group if table.oid not in present]
-        await add_tables(source, publication, missing, lock_timeout=settings.lock_timeout)
+        await add_tables(source, publication, missing, lock_timeout=settings.lock_timeout, patience=PATIENCE_SECONDS)
     await move_lost(run, source, target)  # at once: an identity may have been lost between looking and publishing
-    await publish_compressed(run, source, target, tables)
+    await publish_compressed(run, source, target, tables, patience=PATIENCE_SECONDS)
     if without := [table.name for table in members.insert if table.oid in oids]:
         run.reporter.warning(
             f"{name_list(without)}: no usable replica identity; only INSERT and TRUNCATE are followed, and the table is copied once more at "
