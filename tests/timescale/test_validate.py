@@ -202,7 +202,9 @@ async def test_roles_and_tablespaces_that_the_target_lacks(
         assert about(findings, "tablespaces that the target lacks: fast").level == "error"
     finally:
         await execute(
-            timescale_source_database, f"drop table if exists metrics cascade; drop owned by {role}; drop role {role}"
+            timescale_source_database,
+            "select delete_job(job_id) from timescaledb_information.jobs where proc_name = 'act'",
+            f"drop table if exists metrics cascade; drop owned by {role}; drop role {role}",
         )
 
 
