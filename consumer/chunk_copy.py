@@ -41,7 +41,8 @@ _FILTER = "_timescaledb_internal.bloom1"
 
 _GONE = f"""
     select pg_current_snapshot()::text as snapshot, pg_current_wal_insert_lsn() as horizon, {CURRENT_TIMELINE} as timeline,
-           exists (select from pg_class where oid = $1) as is_there
+           exists (select from pg_class c join pg_namespace n on n.oid = c.relnamespace
+                   where c.oid = $1 or (n.nspname, c.relname) = ($2, $3)) as is_there
 """
 
 CHANGED = "it was compressed or decompressed between planning and copy"
@@ -71,18 +72,18 @@ async def in_range_now(source: asyncpg.Connection, claim: TableClaim) -> TableCl
         return replace(claim, range=await chunk_range(source, claim.oid) or claim.range)
 
 
-async def look_without(source: asyncpg.Connection, claim: TableClaim) -> CopyOrigin:
-    """Give a snapshot in which a chunk is gone: all its changes are to be passed over.
+async def look_without(source: asyncpg.Connection, claim: TableClaim, home: QualifiedName | None = None) -> CopyOrigin:
+    """Give a snapshot in which a chunk, or a table, is gone, and `home` with it, the chunk whose compressed rows it holds: all its changes are to be passed over.
 
     Raises:
         CopyDeferred: it is there, after all.
     """
     with server_errors("source", f"looking at {claim.name}"):
         await source.execute("begin isolation level repeatable read read only")
-        row = await source.fetchrow(_GONE, claim.oid)
+        row = await source.fetchrow(_GONE, claim.oid, home and home.schema, home and home.name)
         await source.execute("rollback")
     if row["is_there"]:
-        raise CopyDeferred(f"chunk {claim.name} is there, after all")
+        raise CopyDeferred(f"{claim.name} is there, after all")
     return CopyOrigin(row["snapshot"], row["horizon"], row["timeline"], json.dumps([]), False)
 
 
