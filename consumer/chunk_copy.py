@@ -14,6 +14,7 @@ from dataclasses import replace
 import asyncpg
 
 from live_migration.common.catalog import CURRENT_TIMELINE
+from live_migration.common.chunk_range import is_same_range
 from live_migration.common.hashing import read_encoding, read_hashed
 from live_migration.common.relation import QualifiedName
 from live_migration.common.timescale import (
@@ -53,8 +54,8 @@ async def is_as_planned(source: asyncpg.Connection, claim: TableClaim) -> bool:
         found = await compressed_table(source, claim.oid)
         # One that has grown is copied over what it has taken up, if that can be told from the rest of its hypertable.
         may_grow = claim.root is not None and not (claim.is_into_plain and not is_told_without(claim.range or ""))
-        is_same_range = may_grow or claim.range is None or await chunk_range(source, claim.oid) == claim.range
-    return found == claim.compressed and is_same_range
+        is_same = may_grow or claim.range is None or is_same_range(await chunk_range(source, claim.oid), claim.range)
+    return found == claim.compressed and is_same
 
 
 async def as_it_is_now(source: asyncpg.Connection, target: asyncpg.Connection, claim: TableClaim) -> TableClaim:

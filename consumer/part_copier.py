@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from live_migration.common.chunk_range import is_same_range
 from live_migration.common.errors import LiveMigrationError
 from live_migration.common.state import record_event
 from live_migration.common.telemetry import get_logger
@@ -156,7 +157,7 @@ class CopyWorker:
         plan, origin = await check_target(target.connection, table, claim.root, decompresses=decompresses)
         await self._context.watch.flush_barrier()
         ranges = table.parts(settings.part_size)
-        has_grown = lease.claim.range is not None and claim.range != lease.claim.range
+        has_grown = lease.claim.range is not None and not is_same_range(claim.range, lease.claim.range)
         present = await siblings(source.connection, claim.oid) if has_grown else []
         newcomers = (
             await find_newcomers(source.connection, target.connection, claim.oid, lease.claim.range)
