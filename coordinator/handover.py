@@ -9,7 +9,7 @@ import asyncpg
 from live_migration.common.catalog import SequenceParameters, TableInfo, sequence_parameters, sequence_positions
 from live_migration.common.errors import TargetError
 from live_migration.common.postgres import asking, enter_replica_role
-from live_migration.common.progress import format_bytes
+from live_migration.common.progress import format_bytes, name_list
 from live_migration.common.relation import QualifiedName, ReplicaIdentity
 from live_migration.common.timescale import is_hypertable
 from live_migration.consumer.copy_stream import CopyPlan, stream_copy
@@ -24,7 +24,7 @@ from live_migration.coordinator.rewrites import mark_rewritten
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.schema import read_post_data
 from live_migration.coordinator.source_changes import fix_late_changes, make_late_changes
-from live_migration.coordinator.source_jobs import note_starts
+from live_migration.coordinator.source_jobs import held_target_jobs, note_starts
 from live_migration.coordinator.statistics import mark_unfollowed
 from live_migration.coordinator.timescale_handover import (
     bring_watermarks,
@@ -36,6 +36,13 @@ from live_migration.coordinator.timescale_handover import (
 from live_migration.producer.publication import identity_without_full
 
 _SET_SEQUENCE = "select setval($1::text::regclass, $2, $3)"
+_AFTER = {
+    "validation of foreign keys": "foreign keys to be validated",
+    "refreshed aggregates": "continuous aggregates to be refreshed",
+    "analyze": "statistics (ANALYZE)",
+    "compression": "chunks to be compressed",
+    "jobs": "jobs to be scheduled",
+}
 _OBJECT_BATCH = 64
 _OBJECT_CHUNK = 128 << 10
 
@@ -83,6 +90,15 @@ async def finish_after_handover(run: Run) -> None:
 async def is_finished(target: asyncpg.Connection) -> bool:
     """Tell whether nothing is left to do after the handover."""
     return all([await steps.is_done(target, step) for step in ("analyze", "jobs")])
+
+
+async def list_unfinished(target: asyncpg.Connection) -> list[str]:
+    """Give what is left to do after the handover, for people; nothing once `is_finished`."""
+    if await is_finished(target):
+        return []
+    left = [what for step, what in _AFTER.items() if not await steps.is_done(target, step)]
+    jobs = await held_target_jobs(target)
+    return left + ([f"jobs that are still off: {name_list(jobs)}"] if jobs else [])
 
 
 async def _once(run: Run, step: str, act: Callable[[], Awaitable[None]]) -> None:

@@ -29,6 +29,7 @@ from live_migration.common.state import Phase
 from live_migration.common.supervisor import lock_file
 from live_migration.coordinator import clean as cleaning
 from live_migration.coordinator import prepare as preparing
+from live_migration.coordinator import steps
 from live_migration.coordinator.clean import clean
 from live_migration.coordinator.migrating import clean_up
 from live_migration.coordinator.ownership import sign_topics
@@ -341,25 +342,65 @@ async def test_clean_without_a_state_leaves_topics_of_another_source(
         assert await log_of(theirs) == log
 
 
-async def test_clean_of_what_is_done_goes_without_a_source_that_is_off_where_somebody_says_so(
+@pytest.mark.parametrize("is_done", [True, False])
+async def test_clean_goes_without_a_source_that_is_off_where_somebody_says_so(
     make_settings: MakeSettings,  # noqa: F811
+    is_done: bool,
 ) -> None:
-    settings = make_settings()
+    settings = make_settings(replica_identity_full=True)
     off = settings.model_copy(update={"source": SecretStr("postgresql://127.0.0.1:1/gone")})
+    await fetch(settings.source_uri(), "create table t (id int)")
     async with bench(settings) as b:
         await prepare(b.run)
-    with pytest.raises(ConnectionLost):
-        await clean(off, prune=False, note=print, force=True)  # not before it is done
-    await fetch(settings.target_uri(), "update _live_migration.migration set phase = 'done'")
-    with pytest.raises(ConnectionLost, match="clean --force"):
+        if is_done:
+            await b.target("update _live_migration.migration set phase = 'done'")
+            for step in ("analyze", "jobs"):
+                await steps.finish(b.run.target, b.run.epoch, step)
+    with pytest.raises(ConnectionLost, match="cannot reach the source") as refused:
         await clean(off, prune=False, note=print)
+    assert "clean --force" in refused.value.hint
     said: list[str] = []
     assert not await clean(off, prune=False, note=said.append, force=True)
     assert said[0].startswith("the source was left as it is")
+    for left in (f"slot {settings.slot}", settings.insert_publication, "REPLICA IDENTITY FULL of public.t"):
+        assert left in said[0]
     assert "dropped schema _live_migration on the target" in said
     assert f"deleted topic {settings.changes_topic}" in said
     assert len(await traces(settings)) == 3
     await clean(settings, prune=False, note=print, force=True)
+    assert await traces(settings) == []
+
+
+async def test_clean_goes_without_a_source_whose_database_was_dropped(make_settings: MakeSettings) -> None:  # noqa: F811
+    settings = make_settings()
+    dropped = settings.model_copy(update={"source": SecretStr(f"{settings.source_uri()}_dropped")})
+    async with bench(settings) as b:
+        await prepare(b.run)
+    with pytest.raises(SourceError, match="does not exist"):
+        await clean(dropped, prune=False, note=print)
+    said: list[str] = []
+    assert not await clean(dropped, prune=False, note=said.append, force=True)
+    assert said[0].startswith("the source was left as it is")
+    await clean(settings, prune=False, note=print, force=True)
+
+
+async def test_clean_keeps_the_state_while_something_is_left_to_do_on_the_target(
+    make_settings: MakeSettings,  # noqa: F811
+) -> None:
+    settings = make_settings()
+    async with bench(settings) as b:
+        await prepare(b.run)
+        await b.target("update _live_migration.migration set phase = 'done'")
+        await steps.finish(b.run.target, b.run.epoch, "analyze")
+    with pytest.raises(TargetError, match="foreign keys to be validated") as refused:
+        await clean(settings, prune=False, note=print)
+    assert "`live-migration migrate`" in refused.value.hint
+    assert "ANALYZE" not in refused.value.message
+    assert len(await traces(settings)) == 3
+    said: list[str] = []
+    await clean(settings, prune=False, note=said.append, force=True)
+    assert "foreign keys to be validated" in said[0]
+    assert "dropped schema _live_migration on the target" in said
     assert await traces(settings) == []
 
 
