@@ -6,7 +6,14 @@ from collections.abc import Awaitable, Callable
 
 import asyncpg
 
-from live_migration.common.catalog import SequenceParameters, TableInfo, sequence_parameters, sequence_positions
+from live_migration.common.catalog import (
+    SequenceParameters,
+    TableInfo,
+    list_sequences,
+    read_columns,
+    sequence_parameters,
+    sequence_positions,
+)
 from live_migration.common.errors import TargetError
 from live_migration.common.postgres import asking, enter_replica_role
 from live_migration.common.progress import format_bytes, name_list
@@ -122,11 +129,26 @@ async def copy_outside_stream(run: Run, source: asyncpg.Connection) -> None:
 
 
 async def _copy(run: Run, source: asyncpg.Connection, table: TableInfo) -> None:
+    with asking("target", f"looking at {table.name}"):
+        oid = await run.target.fetchval("select to_regclass($1)::oid", table.name.sql)
+        there = (await read_columns(run.target, [oid])).get(oid, ()) if oid else ()
+    columns = {(column.name, column.type) for column in there if not column.generated}
+    left_out = [column.name for column in table.copied_columns if (column.name, column.type) not in columns]
+    if oid is None or (left_out and len(left_out) == len(table.copied_columns)):
+        run.reporter.warning(
+            f"table {table.name}, which the stream does not carry, is left out: the target has none like it. Make it and copy its rows by hand"
+        )
+        return
+    if left_out:
+        run.reporter.warning(
+            f"columns {name_list(left_out)} of {table.name}, which the stream does not carry, are left out: the target has none of that name and type"
+        )
     run.reporter.note(f"copying {table.name} ({format_bytes(table.size_bytes)}), which the stream does not carry")
     async with run.target_transaction(f"copying {table.name}") as target:
         # The target may be partitioned otherwise or have indexes of its own by now, but no trigger of the source's.
         await enter_replica_role(target)
-        plan = CopyPlan(table.name, tuple(column.name for column in table.copied_columns), table.is_binary_safe)
+        names = tuple(column.name for column in table.copied_columns if column.name not in left_out)
+        plan = CopyPlan(table.name, names, table.is_binary_safe)
         with asking("target", f"emptying {table.name}"):
             only = "" if await is_hypertable(target, table.name) else "only "
             await target.execute(f"truncate {only}{table.name.sql}")
@@ -212,14 +234,22 @@ async def _alter_identity(target: asyncpg.Connection, statement: str) -> None:
 
 
 async def set_sequences(run: Run, source: asyncpg.Connection) -> None:
-    """Set each sequence of the target to where the source's is; one that was altered on the source is altered first."""
+    """Set each sequence of the target to where the source's is; one that was altered on the source is altered first.
+
+    One that the target has not, made on the source since the last look at both, is named and left out: users wait.
+    """
     with asking("source", "reading sequences"):
         positions = [some async for some in sequence_positions(source)]
         wanted = await sequence_parameters(source)
     with asking("target", "reading sequences"):
-        present = await sequence_parameters(run.target)
+        present, there = await sequence_parameters(run.target), set(await list_sequences(run.target))
+    if absent := [name for some in positions for name, *_ in some if name not in there]:
+        run.reporter.warning(
+            f"sequences that the target has not are left out: {name_list(absent)}. Make them, and set them with setval"
+        )
     altered = {name for name in wanted.keys() & present.keys() if wanted[name] != present[name]}
-    for some in positions:
+    for batch in positions:
+        some = [each for each in batch if each[0] in there]
         values = [(name.sql, last_value, is_called) for name, last_value, is_called in some if name not in altered]
         async with run.target_transaction("setting sequences") as target:
             await target.executemany(_SET_SEQUENCE, values)
