@@ -27,6 +27,7 @@ from live_migration.coordinator.entries import UNFIT, run_entries
 from live_migration.coordinator.foreign_keys import add_foreign_keys, follow_foreign_keys, validate_foreign_keys
 from live_migration.coordinator.made_jobs import make_jobs
 from live_migration.coordinator.materialized_views import refresh_materialized_views
+from live_migration.coordinator.post_data import PostData
 from live_migration.coordinator.rewrites import mark_rewritten
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.schema import read_post_data
@@ -54,12 +55,15 @@ _OBJECT_BATCH = 64
 _OBJECT_CHUNK = 128 << 10
 
 
-async def hand_over(run: Run, source: asyncpg.Connection) -> None:
-    """Bring everything that lanes do not carry; afterwards the target is complete but for the validation of foreign keys."""
+async def hand_over(run: Run, source: asyncpg.Connection, post_data: PostData | None = None) -> None:
+    """Bring everything that lanes do not carry; afterwards the target is complete but for the validation of foreign keys.
+
+    `post_data`: what `read_post_data` gives, where somebody has read it already.
+    """
     await _once(run, "unlogged tables", lambda: copy_outside_stream(run, source))
     await _once(run, "large objects", lambda: copy_large_objects(run, source))
     await _once(run, "sequences", lambda: set_sequences(run, source))
-    post_data = await read_post_data(run)
+    post_data = post_data or await read_post_data(run)
     changes = await fix_late_changes(run, source, before="post-data")
     run.reporter.note(f"restoring the rest of the schema: {len(post_data.main) + len(post_data.last)} objects")
     await run_entries(run, "post-data", changes.to_run(post_data.main), is_late=True)

@@ -35,7 +35,9 @@ from live_migration.coordinator.migrating import clean_up
 from live_migration.coordinator.ownership import sign_topics
 from live_migration.coordinator.prepare import prepare
 from live_migration.coordinator.recopy import begin_recopy
+from live_migration.coordinator.timescale_source import AUTO_PUBLICATION
 from live_migration.producer import slot
+from live_migration.producer.publication import renew_decoding_catalog
 from live_migration.producer.slot import SlotTimeout, create_slot
 from tests.fixtures.fix_postgres import DatabaseFactory, PostgresFactory
 from tests.integration.test_conductor import MakeSettings, bench, fetch, make_settings  # noqa: F401
@@ -219,7 +221,7 @@ async def test_a_crash_between_a_publication_and_its_record_is_mended(
     async def record_and_fail(*arguments: Any) -> None:
         await record(*arguments)
         monkeypatch.setattr(preparing, "record_publication", record)
-        await watcher.execute("select pg_terminate_backend(pid) from pg_stat_activity where application_name = $1 and datname = current_database()", "live-migration prepare")  # fmt: skip
+        await watcher.execute("select pg_terminate_backend(pid) from pg_stat_activity where application_name like $1 and datname = current_database()", "live-migration prepare%")  # fmt: skip
 
     watcher = await asyncpg.connect(settings.source_uri())
     async with bench(settings) as b:
@@ -369,6 +371,30 @@ async def test_clean_goes_without_a_source_that_is_off_where_somebody_says_so(
     assert len(await traces(settings)) == 3
     await clean(settings, prune=False, note=print, force=True)
     assert await traces(settings) == []
+
+
+async def test_a_source_that_is_read_only_by_default_is_changed_and_given_back(
+    make_settings: MakeSettings,  # noqa: F811
+) -> None:
+    """So its writers are stopped, ours not: the setting stands in the state as on a source with TimescaleDB, which it needs none to give back."""
+    settings = make_settings(replica_identity_full=True)
+    database = settings.source_uri().rsplit("/", 1)[1]
+    await fetch(settings.source_uri(), "create table t (id int)")
+    await fetch(settings.source_uri(), f"alter database {database} set {AUTO_PUBLICATION} = on")
+    await fetch(settings.source_uri(), f"alter database {database} set default_transaction_read_only = on")
+    async with bench(settings) as b:
+        await prepare(b.run)
+        await b.target(
+            f"insert into _live_migration.source_changes (kind, object, before, after) values ('database_setting', '{AUTO_PUBLICATION}', '', 'on')"
+        )
+        async with b.run.source_session("test") as source:
+            await renew_decoding_catalog(source, settings.publication)
+    said: list[str] = []
+    assert await clean(settings, prune=False, note=said.append)
+    assert "public.t has its replica identity back" in said
+    assert f"{AUTO_PUBLICATION} of the source's database is as it was" in said
+    left = "select unnest(setconfig) from pg_db_role_setting s join pg_database d on d.oid = s.setdatabase where d.datname = current_database()"
+    assert await fetch(settings.source_uri(), left) == [("default_transaction_read_only=on",)]
 
 
 async def test_clean_goes_without_a_source_whose_database_was_dropped(make_settings: MakeSettings) -> None:  # noqa: F811
