@@ -68,7 +68,7 @@ async def in_range_now(source: asyncpg.Connection, claim: TableClaim) -> TableCl
 
 
 async def look_without(source: asyncpg.Connection, claim: TableClaim, home: QualifiedName | None = None) -> CopyOrigin:
-    """Give a snapshot in which a chunk is gone, and `home` with it, the chunk whose compressed rows it holds: all its changes are to be passed over.
+    """Give a snapshot in which a chunk, or a table, is gone, and `home` with it, the chunk whose compressed rows it holds: all its changes are to be passed over.
 
     Raises:
         CopyDeferred: it is there, after all.
@@ -78,7 +78,7 @@ async def look_without(source: asyncpg.Connection, claim: TableClaim, home: Qual
         row = await source.fetchrow(_GONE, claim.oid, home and home.schema, home and home.name)
         await source.execute("rollback")
     if row["is_there"]:
-        raise CopyDeferred(f"chunk {claim.name} is there, after all")
+        raise CopyDeferred(f"{claim.name} is there, after all")
     return CopyOrigin(row["snapshot"], row["horizon"], row["timeline"], json.dumps([]), False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from live_migration.common.errors import LiveMigrationError
+from live_migration.common.state import record_event
 from live_migration.common.telemetry import get_logger
 from live_migration.consumer.chunk_copy import (
     CHANGED,
@@ -139,6 +140,9 @@ class CopyWorker:
             claim = await as_it_is_now(source.connection, target.connection, claim)
         if claim.is_chunk and not await self._is_chunk_whole(claim, source, target):
             return False
+        if not claim.is_chunk and await self._is_gone(claim, source):
+            await self._end_without_rows(claim, source, target)
+            return False
         with server_errors("source", f"looking at {claim}"):
             await await_applied(source.connection, target.connection, str(claim))
         table = await lock_table(source.connection, claim, settings.lock_timeout)
@@ -213,6 +217,18 @@ class CopyWorker:
             await target.connection.execute("commit")
         self._context.bell.ring()
         return False
+
+    async def _end_without_rows(self, claim: TableClaim, source: CopySession, target: CopySession) -> None:
+        """End the copy of a table that was dropped on the source: the target's is empty, and its lane passes over all that the stream holds of it."""
+        origin = await look_without(source.connection, claim)
+        await begin_on_target(target, str(claim), *_empty(claim))
+        with server_errors("target", f"finishing {claim}"):
+            await finish_table(target.connection, claim, self._context.owner, origin, CopyCount(0, 0))
+            message = f"{claim} was dropped on the source before it was copied: it stays empty on the target"
+            await record_event(target.connection, "warning", message)
+            await target.connection.execute("commit")
+        log.warning("table was dropped on the source", table=str(claim))
+        self._context.bell.ring()
 
     async def _is_gone(self, claim: TableClaim, source: CopySession) -> bool:
         with server_errors("source", f"looking at {claim}"):
