@@ -159,21 +159,24 @@ class PartitionTask:
             with asking("target", f"looking for the lanes that lane {self._lane} waits for"):
                 is_met = self._meeting is not None and await has_met(connection, self._meeting)
             met_lsn = self._meeting.commit_lsn if self._meeting is not None and is_met else 0
-            tables = TargetTables(beside, self._lane, self._meeting_of_chunks(stack, beside))
+            tables = TargetTables(beside, self._lane, self._meeting_of_chunks(stack, beside, lambda: decoder.decoded))
             decoder = LaneDecoder(tables, str(self._migration.id), met_lsn)
             await self._run_pipeline(held, connection, reader, decoder)
 
     def _meeting_of_chunks(
-        self, stack: AsyncExitStack, target: asyncpg.Connection
+        self, stack: AsyncExitStack, target: asyncpg.Connection, decoded: Callable[[], Decoded]
     ) -> Callable[[int, Home], Awaitable[None]]:
-        """Give what looks for a chunk that was made after the plan, on a session that is opened for the first of them and ends with the stack."""
+        """Give what looks for a chunk that was made after the plan, on a session that is opened for the first of them and ends with the stack.
+
+        `decoded`: tells which transaction is being decoded.
+        """
         opened: list[asyncpg.Connection] = []
 
         async def meet(oid: int, home: Home) -> None:
             if not opened:
                 uri, application = self._settings.source_uri(), f"live-migration lane {self._lane}"
                 opened.append(await stack.enter_async_context(session(uri, "source", application=application)))
-            if await meet_chunk(opened[0], target, oid, home, self._settings.lock_timeout):
+            if await meet_chunk(opened[0], target, oid, home, decoded(), self._settings.lock_timeout):
                 self._has_marks = True
 
         return meet

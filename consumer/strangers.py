@@ -57,9 +57,16 @@ _NAMESAKES = """
 
 
 async def meet_chunk(
-    source: asyncpg.Connection, target: asyncpg.Connection, oid: int, home: Home, lock_timeout: float
+    source: asyncpg.Connection,
+    target: asyncpg.Connection,
+    oid: int,
+    home: Home,
+    decoded: Decoded,
+    lock_timeout: float,
 ) -> bool:
     """Give a chunk that was made after the plan its row; does nothing where it has one, or its hypertable has none.
+
+    `decoded`: the transaction that tells of it.
 
     Tells whether chunks were marked to be copied anew: those that may have taken it up.
 
@@ -69,6 +76,8 @@ async def meet_chunk(
     with asking("source", f"looking for chunk {home.chunk}"):
         is_there = await source.fetchval("select exists (select from pg_class where oid = $1)", oid)
     origin = None if is_there else await look_without(source, TableClaim(oid, home.chunk, 0, has_parts=False))
+    if origin is not None and not _shows(origin, decoded):
+        origin = None  # nobody sees yet who made it
     names = home.chunk.schema, home.chunk.name, home.hypertable.schema, home.hypertable.name
     with asking("target", f"meeting chunk {home.chunk}"):
         async with target.transaction():

@@ -14,9 +14,10 @@ from live_migration.common.local_postgres import LocalPostgres
 from live_migration.common.relation import QualifiedName, Relation, ReplicaIdentity
 from live_migration.consumer import committing, strangers
 from live_migration.consumer.decoder import Decoded
-from live_migration.consumer.strangers import let_go_if_gone
+from live_migration.consumer.strangers import let_go_if_gone, meet_chunk
 from live_migration.consumer.target_tables import NotPlanned
 from tests.fixtures.fix_postgres import HAS_STANDBY, NO_STANDBY, execute
+from tests.integration.test_chunk_rules import SOURCE
 from tests.support.begun import begun
 
 pytestmark = pytest.mark.integration
@@ -94,6 +95,28 @@ async def test_what_a_snapshot_without_its_transaction_does_not_show_is_not_gone
     async with _made_unseen(server) as (oid, decoded):
         assert not await let_go_if_gone(source, target, 0, _stranger(oid, CHUNK, HOME), decoded, _unexpected)
     assert await target.fetchval(_ROWS) == 0
+    await source.close()
+
+
+_HYPERTABLE = """
+    insert into _live_migration.tables (oid, schema_name, table_name, lane, publication, columns, binary_copy, state, kind, snapshot, horizon, timeline)
+    values (1, 'public', 'late', 0, 'all', '[]', true, 'ready', 'hypertable', '3:3:', '0/3', 1)
+"""
+_MET = "select newcomer, snapshot, seen_range from _live_migration.tables where kind = 'chunk'"
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+async def test_a_chunk_that_its_lane_meets_before_anybody_sees_it_is_met_as_one_that_is_there(
+    is_gone: bool, server: LocalPostgres, target: asyncpg.Connection
+) -> None:
+    """Not as one all of whose changes are passed over, of which no rows are on the target."""
+    await target.execute(_HYPERTABLE)
+    await execute(server.uri(), SOURCE, "create table late (id int)")
+    source = await asyncpg.connect(server.uri())
+    async with _made_unseen(server) as (oid, decoded):
+        await meet_chunk(source, target, 2 if is_gone else oid, HOME, Decoded(1, 3) if is_gone else decoded, 1.0)
+    assert tuple(await target.fetchrow(_MET))[::2] == ("met", "false" if is_gone else None)
+    assert ((await target.fetchrow(_MET))["snapshot"] != "3:3:") is is_gone
     await source.close()
 
 
