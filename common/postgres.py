@@ -194,7 +194,7 @@ def server_error(error: asyncpg.PostgresError, side: Side, doing: str) -> LiveMi
     kind: type[LiveMigrationError] = SourceError if side == "source" else TargetError
     if side == "target" and error.sqlstate == _READ_ONLY:
         kind = ConnectionLost  # it fails over, or is about to: whoever works there comes back to it
-    if side == "target" and is_dropped_meanwhile(error):
+    if side == "target" and _is_relation_dropped(error):
         kind = ConnectionLost  # a lane has emptied a hypertable, chunks and all: the next look finds it so
     return kind(
         f"{side}: {doing}: {error.args[0]}{_detail(error)} [SQLSTATE {error.sqlstate}]",
@@ -214,7 +214,13 @@ def _detail(error: asyncpg.PostgresError) -> str:
 
 
 def is_dropped_meanwhile(error: BaseException | None) -> bool:
-    """Tell whether a query met a relation in the catalogs that somebody has dropped since its snapshot."""
+    """Tell whether a query met in the catalogs what somebody has dropped since its snapshot: a relation, or a function that an expression names."""
+    return _is_relation_dropped(error) or (
+        isinstance(error, asyncpg.InternalServerError) and str(error).startswith("cache lookup failed for ")
+    )
+
+
+def _is_relation_dropped(error: BaseException | None) -> bool:
     return isinstance(error, asyncpg.InternalServerError) and "could not open relation" in str(error)
 
 

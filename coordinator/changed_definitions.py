@@ -58,9 +58,11 @@ async def follow_definitions(run: Run, source: asyncpg.Connection) -> None:
 
 
 async def _read(run: Run, source: asyncpg.Connection) -> tuple[Definitions | None, Definitions | None, Target | None]:
-    with asking("source", "reading hypertables and jobs"):
+    async def look() -> Definitions | None:
         async with source.transaction(isolation="repeatable_read", readonly=True):
-            theirs = await read_definitions(source)
+            return await read_definitions(source)
+
+    theirs = await run.patiently("reading hypertables and jobs", look)
     with asking("target", "reading hypertables and jobs"):
         return theirs, await read_definitions(run.target), await read_target(run.target)
 

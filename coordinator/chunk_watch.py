@@ -15,6 +15,7 @@ from itertools import count
 import asyncpg
 
 from live_migration.common.catalog import TableInfo
+from live_migration.common.chunk_range import is_same_range
 from live_migration.common.errors import SourceError
 from live_migration.common.home import Home
 from live_migration.common.postgres import asking
@@ -29,10 +30,12 @@ from live_migration.coordinator.dropped_chunks import find_successors, note_rang
 from live_migration.coordinator.prepare import publish_compressed
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.timescale_source import can_watch_compressed, publishes_schemas
-from live_migration.producer.publication import PublishedTable, add_tables, published_tables
-from live_migration.producer.slot import await_older_transactions
+from live_migration.producer.publication import LockTimeout, PublishedTable, add_tables, published_tables
+from live_migration.producer.slot import SlotTimeout, await_older_transactions
 
 INTERVAL_SECONDS = 15.0
+_PATIENCE_SECONDS = 5.0
+"""For a lock on the source: whoever else follows what came, the cutover too, waits for us meanwhile."""
 _ATTEMPTS = 20
 
 _PLAN = """
@@ -116,7 +119,7 @@ def find_grown(known: Known, tables: Sequence[TableInfo]) -> list[Missed]:
         Missed(table, known.roots[table.hypertable or 0][0], "others were merged into it, or split off", is_new=False)
         for table in tables
         if table.part == "chunk" and table.hypertable in known.roots
-        if known.ranges.get(table.oid, table.range) != table.range
+        if not is_same_range(known.ranges.get(table.oid, table.range), table.range)
     ]
 
 
@@ -140,7 +143,13 @@ async def watch_chunks(run: Run) -> None:
             if await read_version(source) is None:
                 await asyncio.Event().wait()
         while True:
-            await follow_chunks(run, source, target, phases=(Phase.COPY, Phase.REPLAY))
+            try:
+                await follow_chunks(run, source, target, phases=(Phase.COPY, Phase.REPLAY))
+            except (SlotTimeout, LockTimeout) as error:  # the marks are there, and the next look goes on with them
+                waits = f"chunks that came since the plan wait to be followed: {error.message}"
+                run.reporter.warn_on_change("chunks", waits)
+            else:
+                run.reporter.warn_on_change("chunks", "")
             await asyncio.sleep(INTERVAL_SECONDS)
 
 
@@ -150,6 +159,9 @@ async def follow_chunks(
     """Publish what came since, and have copied anew what was missed; give how many chunks that is.
 
     In other `phases` than these it does nothing: what it writes into the WAL between two barriers would look like a write.
+
+    Raises:
+        SlotTimeout | LockTimeout: somebody stands in the way for now; to be called again, for what was marked waits for that.
     """
     async with run.following:
         for attempt in count(1):
@@ -203,8 +215,8 @@ async def _follow_chunks(run: Run, source: asyncpg.Connection, target: asyncpg.C
     missed = find_missed(known, tables, in_all, in_insert)
     watches = await can_watch_compressed(source)
     names = set(suspects.values())
-    missed += await _find_changed(run, source, target, known, tables, in_all, watches=watches, suspects=names)
     await note_ranges(target, tables)
+    missed += await _find_changed(run, source, target, known, tables, in_all, watches=watches, suspects=names)
     missed = list({each.chunk.oid: each for each in missed}.values())
     is_under_way = await is_marking(target)
     has_new = watches and any(table.part == "compressed" and table.oid not in in_all for table in tables)
@@ -219,8 +231,10 @@ async def _follow_chunks(run: Run, source: asyncpg.Connection, target: asyncpg.C
     for publication, wanted in ((settings.publication, True), (settings.insert_publication, False)):
         chunks = [each.chunk for each in missed if _goes_into_all(run, each.chunk) is wanted]
         wanted_tables = [PublishedTable(chunk.oid, chunk.name) for chunk in chunks]
-        await add_tables(source, publication, wanted_tables, lock_timeout=settings.lock_timeout)
-    await publish_compressed(run, source, target, tables)
+        await add_tables(
+            source, publication, wanted_tables, lock_timeout=settings.lock_timeout, patience=_PATIENCE_SECONDS
+        )
+    await publish_compressed(run, source, target, tables, patience=_PATIENCE_SECONDS)
     await await_older_transactions(
         source, timeout=settings.slot_timeout, on_wait=run.reporter.note, what="publishing new chunks"
     )

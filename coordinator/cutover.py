@@ -38,7 +38,7 @@ from live_migration.coordinator.late_findings import (
     find_unreadable,
 )
 from live_migration.coordinator.memberships import find_left, require_publications
-from live_migration.coordinator.newcomers import bring_newcomers
+from live_migration.coordinator.newcomers import Passing, bring_newcomers
 from live_migration.coordinator.recopy import FENCE_LANES
 from live_migration.coordinator.run import APPLICATION, Run
 from live_migration.coordinator.schema import FolderError, read_post_data
@@ -47,11 +47,13 @@ from live_migration.coordinator.source_changes import require_consent
 from live_migration.coordinator.stranded_sessions import find_stranded, warn_of_stranded_rows
 from live_migration.coordinator.target_blockers import naming_blockers, warn_of_open_transactions
 from live_migration.coordinator.timescale_handover import keep_aggregates
-from live_migration.producer.slot import OpenTransaction, describe_transactions, open_transactions
+from live_migration.producer.publication import LockTimeout
+from live_migration.producer.slot import OpenTransaction, SlotTimeout, describe_transactions, open_transactions
 
 _QUIET_SECONDS = 10.0
 _START_SECONDS = 10.0
 _LOG_SECONDS = 30.0
+_WAITS = "End that session or transaction, or wait for it, then ask for the cutover again."
 # Whoever has a transaction open, which can commit nothing any more, could keep locks that the hand-over needs.
 _AT_WORK = """
     select a.pid, a.backend_start from unnest($1::int[], $2::timestamptz[]) as held (pid, backend_start)
@@ -185,9 +187,7 @@ async def _back_to_replay(run: Run, error: LiveMigrationError) -> None:
 async def _prove_everything_arrived(run: Run, source: asyncpg.Connection) -> None:
     migration_id = str(run.migration.id)
     await _require_quiet(run, source)
-    problems = await bring_newcomers(run, source)
-    await _require_accounted_for(run, source, [f"{name} cannot be brought: {why}" for name, why in problems.items()])
-    await follow_chunks(run, source, run.target)
+    await _bring_what_came(run, source)
     await warn_of_open_transactions(run)
     first = await emit_barrier(source, migration_id)
     run.reporter.note("the first barrier is in the WAL; waiting until the target has reached it")
@@ -217,6 +217,21 @@ async def _prove_everything_arrived(run: Run, source: asyncpg.Connection) -> Non
     if is_passed:
         raise await _busy(source, "", "after the last barrier")
     await _record_barrier(run, between.commit_lsn)
+
+
+async def _bring_what_came(run: Run, source: asyncpg.Connection) -> None:
+    """Bring newcomers and chunks, and refuse the cutover while any is not followed."""
+    problems = await bring_newcomers(run, source)
+    lines = [f"{name} cannot be brought: {why}" for name, why in problems.items()]
+    if lines and all(isinstance(why, Passing) for why in problems.values()):
+        raise SourceBusy("; ".join(lines), hint=_WAITS)
+    await _require_accounted_for(run, source, lines)
+    try:
+        await follow_chunks(run, source, run.target)
+    except (SlotTimeout, LockTimeout) as error:
+        raise SourceBusy(
+            f"chunks that came since the plan wait to be followed: {error.message}", hint=_WAITS
+        ) from error
 
 
 async def _record_barrier(run: Run, barrier_lsn: int) -> None:

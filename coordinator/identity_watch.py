@@ -65,6 +65,7 @@ async def _move(run: Run, source: asyncpg.Connection, target: asyncpg.Connection
             run.settings.publication,
             run.settings.insert_publication,
             lock_timeout=run.settings.lock_timeout,
+            patience=0,  # the next look comes in a moment, and others have lost theirs, too
         )
     except SourceError as error:
         run.reporter.warn_on_change(f"identity {table.oid}", f"{table.name} has lost its replica identity: {error}")

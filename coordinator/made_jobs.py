@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncpg
 
-from live_migration.common.postgres import asking, refusal_of
+from live_migration.common.postgres import refusal_of
 from live_migration.common.progress import name_list
 from live_migration.coordinator import steps
-from live_migration.coordinator.hypertable_definitions import Job
+from live_migration.coordinator.hypertable_definitions import Definitions, Job
 from live_migration.coordinator.hypertable_gaps import jobs_to_make, read_absent, read_target
 from live_migration.coordinator.hypertable_source import read_definitions
 from live_migration.coordinator.hypertable_sql import job_statement
@@ -28,9 +28,12 @@ async def make_jobs(run: Run, source: asyncpg.Connection) -> None:
     made = await load_made(run.target)
     if made is None or made.is_from_plain or made.is_flat or await steps.is_done(run.target, _STEP):
         return
-    with asking("source", "reading the jobs"):
+
+    async def look() -> Definitions | None:
         async with source.transaction(isolation="repeatable_read", readonly=True):
-            definitions = await read_definitions(source)
+            return await read_definitions(source)
+
+    definitions = await run.patiently("reading the jobs", look)
     if definitions is None:
         return
     refused: list[str] = []

@@ -30,8 +30,7 @@ async def bring_jobs(run: Run, source: asyncpg.Connection, target: asyncpg.Conne
         if not await steps.is_done(target, POST_RESTORE):
             return {}
         known = {row[0] for row in await target.fetch(_KNOWN)}
-    with asking("source", "reading the jobs"):
-        definitions = await read_definitions(source)
+    definitions = await run.patiently("reading the jobs", lambda: read_definitions(source))
     timescale = await read_target(target)
     problems: dict[str, str] = {}
     if definitions is None or timescale is None:

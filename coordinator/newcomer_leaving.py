@@ -83,17 +83,23 @@ async def unmake(
     target: asyncpg.Connection,
     changed: Collection[TableInfo],
     tables: Sequence[TableInfo],
+    *,
+    patience: float | None = None,
 ) -> None:
     """Forget newcomers that became another kind of table, a hypertable say, before they were followed; the next look finds them as they are.
 
     None of their rows is on the target yet, and no lane has passed over a change of theirs. `tables`: the source's, for their chunks.
+
+    Raises:
+        LockTimeout: one is locked on the source for longer than `patience` seconds.
     """
     oids = {table.oid for table in changed}
     parts = oids | {table.oid for table in tables if table.hypertable in oids}
     # Out of the publications first: were one that cannot be made again left there, its changes would stop its lane.
     for publication in (run.settings.publication, run.settings.insert_publication):
         with asking("source", "taking tables out of the publications"):
-            await remove_tables(source, publication, parts, lock_timeout=run.settings.lock_timeout)
+            lock_timeout = run.settings.lock_timeout
+            await remove_tables(source, publication, parts, lock_timeout=lock_timeout, patience=patience)
     for table in changed:
         try:
             with asking("target", f"dropping {table.name}"):

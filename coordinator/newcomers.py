@@ -39,10 +39,12 @@ from live_migration.coordinator.planning import Moment
 from live_migration.coordinator.prepare import publish_compressed
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.schema import MOMENT
-from live_migration.producer.publication import PublishedTable, add_tables, published_tables
+from live_migration.producer.publication import LockTimeout, PublishedTable, add_tables, published_tables
 from live_migration.producer.slot import SlotTimeout, await_older_transactions
 
 INTERVAL_SECONDS = 10.0
+PATIENCE_SECONDS = 5.0
+"""For a lock on the source: whoever else follows what came, the cutover too, waits for us meanwhile."""
 _ORDER = ("table", "hypertable", "aggregate")
 
 _FOLLOW = """
@@ -51,6 +53,18 @@ _FOLLOW = """
         changed_row_count = $7, snapshot = $8, horizon = $9, timeline = $10, statistics = $11
     where oid = $1 and newcomer = 'made'
 """
+
+# A lane can have taken them for gone, wrongly: what the hypertable's copy shows of them would be applied once more.
+_MEET_ANEW = """
+    delete from _live_migration.tables t using unnest($1::oid[], $2::text[], $3::text[]) as c (oid, schema_name, table_name)
+    where t.newcomer = 'gone' and t.kind = 'chunk' and (t.oid = c.oid or (t.schema_name, t.table_name) = (c.schema_name, c.table_name))
+"""
+
+
+class Passing(str):
+    """A reason that passes by itself, for which something cannot be brought yet: a lock that somebody holds, a transaction that is open."""
+
+    __slots__ = ()
 
 
 async def watch_newcomers(run: Run) -> None:
@@ -105,7 +119,7 @@ async def _bring(
     """Make and follow newcomers; give what could not be brought, and whether some are to be made anew, of another kind."""
     with asking("target", "reading the plan"):
         known = await target.fetch(KNOWN)
-    newcomers, problems = await _find(source, known, tables)
+    newcomers, problems = await _find(run, source, known, tables)
     if seen is not None and await _has_timescale(source):
         newcomers = _settled(newcomers, seen)
     if newcomers:
@@ -155,7 +169,7 @@ async def _make(
 
 
 async def _find(
-    source: asyncpg.Connection, known: Sequence[asyncpg.Record], tables: Sequence[TableInfo]
+    run: Run, source: asyncpg.Connection, known: Sequence[asyncpg.Record], tables: Sequence[TableInfo]
 ) -> tuple[list[Newcomer], dict[str, str]]:
     """Give the tables that are not in the plan, in the order in which they can be made, and those that cannot."""
     oids = {row["oid"] for row in known}
@@ -164,8 +178,8 @@ async def _find(
         return [], {}
     with asking("source", "looking at new tables"):
         partitions = {row["oid"] for row in await source.fetch(PARENTS)}
-        layout = await read_layout(source)
-        definitions = await read_definitions(source)
+    layout = await run.patiently("reading the hypertables", lambda: read_layout(source))
+    definitions = await run.patiently("reading the hypertables", lambda: read_definitions(source))
     views = {oid: each.view for oid, each in layout.hypertables.items()} if layout else {}
     aggregates = [each.name for each in definitions.aggregates] if definitions else []
     taken = {QualifiedName(row["schema_name"], row["table_name"]) for row in known}
@@ -198,24 +212,28 @@ async def _follow(
     Gives what could not be followed, and why; and whether some have become tables of another kind, and so were unmade.
     """
     tables = await run.list_tables(source)
-    before = await _unmake_changed(run, source, target, tables)
-    oids = oids - before
-    if not oids:
-        return {}, bool(before)
+    before: set[int] = set()
     try:
+        before = await _unmake_changed(run, source, target, tables)
+        oids = oids - before
+        if not oids:
+            return {}, bool(before)
         await _publish(run, source, target, tables, oids)
         await await_older_transactions(
             source, timeout=run.settings.slot_timeout, on_wait=run.reporter.note, what="publishing new tables"
         )
-    except SlotTimeout as error:
-        return {name_list(table.name for table in tables if table.oid in oids): error.message}, bool(before)
+    except (SlotTimeout, LockTimeout) as error:
+        return {name_list(table.name for table in tables if table.oid in oids): Passing(error.message)}, bool(before)
     except SourceError as error:
         if not isinstance(error.__cause__, asyncpg.UndefinedTableError | asyncpg.InvalidSchemaNameError):
             raise
         return {}, bool(before)  # dropped or renamed just now; the next look finds what is left
     await run.publications_changed(target)
     published = await _look_behind(run, source)
-    after = await _unmake_changed(run, source, target, published.tables)
+    try:
+        after = await _unmake_changed(run, source, target, published.tables)
+    except LockTimeout as error:
+        return {name_list(table.name for table in tables if table.oid in oids): Passing(error.message)}, bool(before)
     names = await _save(run, target, oids - after, published)
     if names:
         # It also brings every lane past where the newcomers begin.
@@ -232,7 +250,7 @@ async def _unmake_changed(
         known = await target.fetch(KNOWN)
     changed = changed_kinds(known, tables)
     if changed:
-        await unmake(run, source, target, changed, tables)
+        await unmake(run, source, target, changed, tables, patience=PATIENCE_SECONDS)
     return {table.oid for table in changed}
 
 
@@ -249,9 +267,9 @@ async def _publish(
         }
     for publication, group in ((settings.publication, members.all), (settings.insert_publication, members.insert)):
         missing = [PublishedTable(table.oid, table.name) for table in group if table.oid not in present]
-        await add_tables(source, publication, missing, lock_timeout=settings.lock_timeout)
+        await add_tables(source, publication, missing, lock_timeout=settings.lock_timeout, patience=PATIENCE_SECONDS)
     await move_lost(run, source, target)  # at once: an identity may have been lost between looking and publishing
-    await publish_compressed(run, source, target, tables)
+    await publish_compressed(run, source, target, tables, patience=PATIENCE_SECONDS)
     if without := [table.name for table in members.insert if table.oid in oids]:
         run.reporter.warning(
             f"{name_list(without)}: no usable replica identity; only INSERT and TRUNCATE are followed, and the table is copied once more at "
@@ -304,5 +322,17 @@ async def _save(run: Run, target: asyncpg.Connection, oids: set[int], published:
                     moment.timeline,
                     moment.statistics,
                 )
+            await _meet_anew(target, published.tables, {table.oid for table in tables})
             await steps.require_role(target, run.epoch)
     return [table.name for table in tables]
+
+
+async def _meet_anew(target: asyncpg.Connection, tables: Sequence[TableInfo], followed: Container[int]) -> None:
+    """Forget chunks of followed hypertables that are there and were taken for gone; their lane meets them as those of others."""
+    chunks = [table for table in tables if table.part == "chunk" and table.hypertable in followed]
+    await target.execute(
+        _MEET_ANEW,
+        [chunk.oid for chunk in chunks],
+        [chunk.name.schema for chunk in chunks],
+        [chunk.name.name for chunk in chunks],
+    )

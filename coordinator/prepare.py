@@ -266,7 +266,12 @@ async def _give_full_identities(run: Run, source: asyncpg.Connection) -> None:
 
 
 async def _give_full_identity(
-    run: Run, source: asyncpg.Connection, target: asyncpg.Connection, table: TableInfo
+    run: Run,
+    source: asyncpg.Connection,
+    target: asyncpg.Connection,
+    table: TableInfo,
+    *,
+    patience: float | None = None,
 ) -> None:
     with asking("target", "recording a change on the source"):
         await target.execute(
@@ -278,27 +283,50 @@ async def _give_full_identity(
             str(table.name),
             table.identity.value,
         )
-    await set_identity_full(source, PublishedTable(table.oid, table.name), lock_timeout=run.settings.lock_timeout)
+    await set_identity_full(
+        source,
+        PublishedTable(table.oid, table.name),
+        lock_timeout=run.settings.lock_timeout,
+        patience=patience,
+    )
 
 
 async def publish_compressed(
-    run: Run, source: asyncpg.Connection, target: asyncpg.Connection, tables: Sequence[TableInfo]
+    run: Run,
+    source: asyncpg.Connection,
+    target: asyncpg.Connection,
+    tables: Sequence[TableInfo],
+    *,
+    patience: float | None = None,
 ) -> None:
-    """Publish the tables of compressed rows, FULL: a change there that no marker encloses is one that the stream does not tell."""
+    """Publish the tables of compressed rows, FULL: a change there that no marker encloses is one that the stream does not tell.
+
+    Raises:
+        LockTimeout: one of them is locked for longer than `patience` seconds.
+    """
     present = await published_tables(source, run.settings.publication)
     wanted = [table for table in compressed_tables(tables) if table.oid not in present]
     names = [
         PublishedTable(table.oid, table.name)
         for table in wanted
-        if table.identity is ReplicaIdentity.FULL or await _may_be_watched(run, source, target, table)
+        if table.identity is ReplicaIdentity.FULL
+        or await _may_be_watched(run, source, target, table, patience=patience)
     ]
-    await add_tables(source, run.settings.publication, names, lock_timeout=run.settings.lock_timeout)
+    lock_timeout = run.settings.lock_timeout
+    await add_tables(source, run.settings.publication, names, lock_timeout=lock_timeout, patience=patience)
 
 
-async def _may_be_watched(run: Run, source: asyncpg.Connection, target: asyncpg.Connection, table: TableInfo) -> bool:
+async def _may_be_watched(
+    run: Run,
+    source: asyncpg.Connection,
+    target: asyncpg.Connection,
+    table: TableInfo,
+    *,
+    patience: float | None,
+) -> bool:
     """Give a table of compressed rows REPLICA IDENTITY FULL; False where TimescaleDB refuses: before 2.29 to all but superusers."""
     try:
-        await _give_full_identity(run, source, target, table)
+        await _give_full_identity(run, source, target, table, patience=patience)
     except SourceError as error:
         if not isinstance(error.__cause__, asyncpg.InsufficientPrivilegeError):
             raise

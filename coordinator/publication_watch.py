@@ -31,7 +31,7 @@ from live_migration.coordinator.recopy import (
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.statistics import read_statistics
 from live_migration.producer.publication import remove_tables
-from live_migration.producer.slot import await_older_transactions
+from live_migration.producer.slot import SlotTimeout, await_older_transactions
 
 INTERVAL_SECONDS = 10.0
 _PHASES = (Phase.COPY, Phase.REPLAY, Phase.CUTOVER)
@@ -75,7 +75,11 @@ async def watch_publications(run: Run) -> None:
 
 
 async def publish_again(run: Run) -> None:
-    """Publish again what has left the publications, and have it copied again, for which the migration goes back to phase `copy`."""
+    """Publish again what has left the publications, and have it copied again, for which the migration goes back to phase `copy`.
+
+    Raises:
+        PublicationChanged | LockTimeout: somebody stands in the way for now; the migration is to be led anew.
+    """
     if run.phase not in _PHASES or await steps.has_passed_barrier(run.target):
         return
     async with run.source_session("publications") as source:
@@ -91,9 +95,12 @@ async def publish_again(run: Run) -> None:
         if not marked:
             return
         members = await publish_tables(run, source, only=frozenset(marked))
-        await await_older_transactions(
-            source, timeout=run.settings.slot_timeout, on_wait=run.reporter.note, what="publishing tables again"
-        )
+        try:
+            await await_older_transactions(
+                source, timeout=run.settings.slot_timeout, on_wait=run.reporter.note, what="publishing tables again"
+            )
+        except SlotTimeout as error:  # the marks are kept
+            raise PublicationChanged(error.message) from error
         statistics = await read_statistics(source)
     await run.publications_changed(run.target)
     await end_work(run.target)  # a stopped consumer keeps its locks on the rows that we are to change

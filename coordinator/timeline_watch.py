@@ -21,7 +21,7 @@ from live_migration.coordinator.prepare import publish_tables
 from live_migration.coordinator.recopy import FENCE_LANES, FORGET_COPY, FREE_INDEXES, LOCK_TABLES, end_work
 from live_migration.coordinator.run import Run
 from live_migration.producer.publication import published_tables
-from live_migration.producer.slot import await_older_transactions
+from live_migration.producer.slot import SlotTimeout, await_older_transactions
 from live_migration.producer.timeline import SourceTimeline, read_timeline
 
 INTERVAL_SECONDS = 5.0
@@ -50,6 +50,13 @@ _REBUILD_AGAIN = f"""
 _CUT_HYPERTABLES = f"""
     update _live_migration.tables set horizon = least(horizon, {_LEFT}) where kind = 'hypertable' and newcomer is null
 """
+
+
+_MARK = """
+    update _live_migration.tables set is_unpublished = true
+    where oid = any($1::oid[]) and (kind = 'table' and newcomer is null or newcomer = 'followed')
+"""
+_UNMARK = "update _live_migration.tables set is_unpublished = false where oid = any($1::oid[])"
 
 
 async def follow_timeline(run: Run) -> None:
@@ -95,6 +102,7 @@ async def _take_over(run: Run, source: SourceTimeline, unpublished: list[int]) -
         rebuilt = await target.fetch(_REBUILD_AGAIN, *left, unpublished, is_by_lane)
         rows = await target.fetch(_COPY_AGAIN, *left, unpublished, is_by_lane)
         await target.execute(_CUT_HYPERTABLES, *left)
+        await target.execute(_UNMARK, unpublished)
         if rows or rebuilt:
             # A lane that goes on must ask the new snapshot, and one that sleeps must not wake up with the old one.
             await target.execute(FENCE_LANES)
@@ -122,10 +130,16 @@ async def _publish_again(run: Run) -> list[int]:
         }
         missing = sorted(planned - published.keys())
         if missing:
+            # First the mark (see `publication_watch`): an attempt that comes no further leaves them published, as if nothing had been missed.
+            async with run.target_transaction("noting what is not published any more") as target:
+                await target.execute(_MARK, missing)
             await publish_tables(run, connection, only=planned)
-            await await_older_transactions(
-                connection, timeout=settings.slot_timeout, on_wait=run.reporter.note, what="publishing tables again"
-            )
+            try:
+                await await_older_transactions(
+                    connection, timeout=settings.slot_timeout, on_wait=run.reporter.note, what="publishing tables again"
+                )
+            except SlotTimeout as error:
+                raise ConnectionLost(error.message) from error
     return missing
 
 

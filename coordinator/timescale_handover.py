@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 
 import asyncpg
 
@@ -19,11 +20,12 @@ from live_migration.consumer.chunk_rebuild import ChunkToRebuild, all_due_chunks
 from live_migration.consumer.hypertables import session_settings
 from live_migration.consumer.source_watch import write_flush_barrier
 from live_migration.coordinator import archives
-from live_migration.coordinator.aggregate_refresh import keep_watermarks
+from live_migration.coordinator.aggregate_refresh import keep_watermarks, kept_watermarks
 from live_migration.coordinator.aggregate_state import AggregateState, read_state, write_state
 from live_migration.coordinator.chunk_watch import mark_unlooked
+from live_migration.coordinator.refresh_gaps import close_gaps
 from live_migration.coordinator.run import APPLICATION, Run
-from live_migration.coordinator.source_jobs import release_target_jobs
+from live_migration.coordinator.source_jobs import held_target_ids, release_target_jobs
 from live_migration.coordinator.statistics import Unfollowed, read_statistics
 
 _EVERYTHING = 2**63 - 1
@@ -101,9 +103,7 @@ async def _mark_suspects(run: Run, source: asyncpg.Connection) -> None:
     for row in rows:
         root = QualifiedName(row["hypertable_schema"], row["hypertable_name"])
         chunk = QualifiedName(row["chunk_schema"], row["chunk_name"])
-        with asking("source", f"looking for chunk {chunk}"):
-            oid = await find_chunk(source, chunk)
-            condition = await chunk_range(source, oid) if oid is not None else None
+        oid, condition = await run.patiently(f"looking for chunk {chunk}", partial(_look_for, source, chunk))
         async with run.target_transaction("marking chunks") as target:
             if oid is not None:
                 reason, home = "it was compressed just before the cutover", Home(root, chunk)
@@ -113,9 +113,14 @@ async def _mark_suspects(run: Run, source: asyncpg.Connection) -> None:
             )
 
 
+async def _look_for(source: asyncpg.Connection, chunk: QualifiedName) -> tuple[int | None, str | None]:
+    oid = await find_chunk(source, chunk)
+    return oid, await chunk_range(source, oid) if oid is not None else None
+
+
 async def keep_aggregates(run: Run, source: asyncpg.Connection) -> None:
     """Note before the last barrier how far the aggregates are materialized: a policy may refresh after it."""
-    state = await _read_aggregates(source)
+    state = await _read_aggregates(run, source)
     if state is None:
         return
     async with run.target_transaction("noting the aggregates' watermarks") as target:
@@ -126,11 +131,13 @@ async def keep_aggregates(run: Run, source: asyncpg.Connection) -> None:
         )
 
 
-async def _read_aggregates(source: asyncpg.Connection) -> AggregateState | None:
-    with asking("source", "reading the aggregates' watermarks"):
+async def _read_aggregates(run: Run, source: asyncpg.Connection) -> AggregateState | None:
+    async def look() -> AggregateState | None:
         async with source.transaction(isolation="repeatable_read", readonly=True):
             layout = await read_layout(source)
             return await read_state(source, layout) if layout else None
+
+    return await run.patiently("reading the aggregates' watermarks", look)
 
 
 async def bring_watermarks(run: Run, source: asyncpg.Connection) -> None:
@@ -138,7 +145,7 @@ async def bring_watermarks(run: Run, source: asyncpg.Connection) -> None:
 
     Where our role may not write TimescaleDB's catalog the aggregates are refreshed after the hand-over.
     """
-    now = await _read_aggregates(source)
+    now = await _read_aggregates(run, source)
     with asking("target", "reading the hypertables"):
         ours = await read_layout(run.target)
         before = await archives.read(run.target, _AGGREGATES)
@@ -255,6 +262,12 @@ def _without_twin(theirs: _Twins, ours: Layout, slices: dict[int, str]) -> list[
 
 
 async def release_jobs(run: Run) -> None:
-    """Give the target's jobs the schedule that they have on the source."""
+    """Give the target's jobs the schedule that they have on the source, once aggregates are where refresh policies reach from."""
+    jobs, floors = await held_target_ids(run.target), await kept_watermarks(run.target)
+    outcome = await close_gaps(run.target, "target", jobs, since=run.migration.created_at, floors=floors)
+    if outcome.refreshed:
+        run.reporter.note(f"refreshed from where they ended when jobs were paused: {name_list(outcome.refreshed)}")
+    for line in outcome.failed:
+        run.reporter.warning(line)
     if scheduled := await release_target_jobs(run):
         run.reporter.note(f"jobs of the target are scheduled now: {name_list(scheduled)}")

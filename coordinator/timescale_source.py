@@ -40,8 +40,7 @@ _DATABASE_SETTING = """
 
 async def publish_inner(run: Run, source: asyncpg.Connection) -> None:
     """Set the source up, and publish catalog and schemas of chunks; does nothing without TimescaleDB there. May be called again."""
-    with asking("source", "reading the hypertables"):
-        layout = await read_layout(source)
+    layout = await run.patiently("reading the hypertables", lambda: read_layout(source))
     if layout is None:
         return
     await _set_auto_publication(run, source)

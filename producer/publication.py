@@ -9,11 +9,11 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import asyncpg
 
-from live_migration.common.errors import SourceError
+from live_migration.common.errors import Retry, SourceError
 from live_migration.common.postgres import asking
 from live_migration.common.relation import QualifiedName, ReplicaIdentity, quote_identifier
 
@@ -71,6 +71,13 @@ class PublishedTable:
     name: QualifiedName
 
 
+class LockTimeout(SourceError):
+    """Somebody has held a lock that we need for longer than we are patient. It will be had some time: nobody gives up for it."""
+
+    retry: ClassVar[Retry] = Retry.RECONNECT
+    default_hint = "Try again when that session has ended."
+
+
 async def execute_politely(
     connection: asyncpg.Connection,
     statements: Sequence[str],
@@ -78,15 +85,16 @@ async def execute_politely(
     lock_timeout: float,
     doing: str,
     relations: Iterable[int] = (),
-    patience: float = _PATIENCE_SECONDS,
+    patience: float | None = None,
 ) -> None:
     """Run statements in one transaction, giving way after `lock_timeout` seconds at a lock and trying again.
 
     They are sent at once: whoever is stopped between two of them would keep the lock on somebody's table for as long as it sleeps.
 
     Raises:
-        SourceError: the lock could not be had within `patience` seconds; names who holds it.
+        LockTimeout: the lock could not be had within `patience` seconds, some minutes by default; names who holds it.
     """
+    patience = _PATIENCE_SECONDS if patience is None else patience
     deadline = time.monotonic() + patience
     pause = 0.1
     # Read-only by default is how some stop their writers.
@@ -103,9 +111,8 @@ async def execute_politely(
                 raise
             if time.monotonic() >= deadline:
                 holders = await connection.fetchval(_BLOCKERS, list(relations))
-                raise SourceError(
-                    f"source: {doing}: no lock within {patience:g} s; held by {holders or 'somebody'}",
-                    hint="Try again when that session has ended.",
+                raise LockTimeout(
+                    f"source: {doing}: no lock within {patience:g} s; held by {holders or 'somebody'}"
                 ) from error
         await asyncio.sleep(pause)
         pause = min(pause * 2, 5.0)
@@ -210,11 +217,19 @@ async def published_tables(connection: asyncpg.Connection, name: str) -> dict[in
 
 
 async def add_tables(
-    connection: asyncpg.Connection, name: str, tables: Sequence[PublishedTable], *, lock_timeout: float
+    connection: asyncpg.Connection,
+    name: str,
+    tables: Sequence[PublishedTable],
+    *,
+    lock_timeout: float,
+    patience: float | None = None,
 ) -> None:
     """Add tables to a publication, each alone without its children, a few at a time; those in it stay.
 
     A table that was dropped or renamed meanwhile makes this raise SourceError: plan anew.
+
+    Raises:
+        LockTimeout: as `execute_politely`.
     """
     present = await published_tables(connection, name)
     missing = [table for table in tables if table.oid not in present]
@@ -229,18 +244,26 @@ async def add_tables(
             if batch[1:]
             else f"publishing {batch[0].name}",
             relations=[table.oid for table in batch],
+            patience=patience,
         )
 
 
 async def remove_tables(
-    connection: asyncpg.Connection, name: str, oids: Collection[int], *, lock_timeout: float
+    connection: asyncpg.Connection,
+    name: str,
+    oids: Collection[int],
+    *,
+    lock_timeout: float,
+    patience: float | None = None,
 ) -> None:
     """Take those of the tables that are in a publication out of it."""
     for oid, table in (await published_tables(connection, name)).items():
         if oid in oids:
             statement = f"alter publication {quote_identifier(name)} drop table only {table.sql}"
             doing = f"taking {table} out of publication {name}"
-            await execute_politely(connection, [statement], lock_timeout=lock_timeout, doing=doing, relations=[oid])
+            await execute_politely(
+                connection, [statement], lock_timeout=lock_timeout, doing=doing, relations=[oid], patience=patience
+            )
 
 
 async def tables_without_identity(
@@ -252,7 +275,13 @@ async def tables_without_identity(
 
 
 async def move_table(
-    connection: asyncpg.Connection, table: PublishedTable, before: str, after: str, *, lock_timeout: float
+    connection: asyncpg.Connection,
+    table: PublishedTable,
+    before: str,
+    after: str,
+    *,
+    lock_timeout: float,
+    patience: float | None = None,
 ) -> None:
     """Move a table from one publication into another at once."""
     only = f"only {table.name.sql}"
@@ -265,12 +294,12 @@ async def move_table(
         lock_timeout=lock_timeout,
         doing=f"moving {table.name} out of publication {before}",
         relations=[table.oid],
-        patience=0,
+        patience=patience,
     )
 
 
 async def set_identity_full(
-    connection: asyncpg.Connection, table: PublishedTable, *, lock_timeout: float, patience: float = _PATIENCE_SECONDS
+    connection: asyncpg.Connection, table: PublishedTable, *, lock_timeout: float, patience: float | None = None
 ) -> None:
     """Give a table REPLICA IDENTITY FULL."""
     doing = f"giving {table.name} REPLICA IDENTITY FULL"
@@ -284,7 +313,7 @@ async def _alter_identity(
     *,
     lock_timeout: float,
     doing: str,
-    patience: float = _PATIENCE_SECONDS,
+    patience: float | None = None,
 ) -> None:
     """Set a replica identity, which says nothing of a table's children.
 

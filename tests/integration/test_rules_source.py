@@ -191,6 +191,32 @@ async def test_a_look_at_the_catalogs_that_others_deadlock_ends_is_taken_again(
         assert states == ["looks", "looks"]
 
 
+async def test_a_look_at_the_catalogs_that_meets_what_was_dropped_meanwhile_is_taken_again(
+    make_settings: MakeSettings,  # noqa: F811
+) -> None:
+    """The rows of a snapshot name functions and types that are gone by the time at which an expression is printed."""
+    settings = make_settings()
+    async with bench(settings) as b, session(settings.source_uri(), "source") as ours:
+        await b.source(
+            """create function public.is_fine(int) returns boolean language sql immutable as 'select true';
+               create table public.t (id int constraint fine check (public.is_fine(id)))"""
+        )
+        looks = 0
+
+        async def look() -> list[str]:
+            nonlocal looks
+            looks += 1
+            async with ours.transaction(isolation="repeatable_read", readonly=True):
+                await ours.execute("select")
+                if looks == 1:
+                    await b.source("alter table public.t drop constraint fine; drop function public.is_fine(int)")
+                query = "select pg_get_expr(conbin, conrelid) from pg_constraint where conname = 'fine'"
+                return [row[0] for row in await ours.fetch(query)]
+
+        assert await b.run.patiently("looking", look) == []
+        assert looks == 2
+
+
 # who was published while it was being written to
 
 

@@ -45,9 +45,9 @@ async def test_a_coordinator_that_dies_when_it_has_published_a_chunk_loses_nothi
     add_tables = chunk_watch.add_tables
 
     async def publish_and_die(
-        source: asyncpg.Connection, publication: str, tables: Sequence[PublishedTable], *, lock_timeout: float
+        source: asyncpg.Connection, publication: str, tables: Sequence[PublishedTable], **options: float
     ) -> None:
-        await add_tables(source, publication, tables, lock_timeout=lock_timeout)
+        await add_tables(source, publication, tables, **options)
         if tables:
             raise Died
 
