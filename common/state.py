@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
@@ -77,7 +78,7 @@ def worker_id(kind: str) -> str:
 
 
 def session_tag(owner: str) -> str:
-    """Give what the application_name of each session of a coordinator on the target ends with, by which its successor finds them."""
+    """Give what the application_name of each session of a coordinator ends with, on either side, by which its successor finds them."""
     return f"#{owner.rpartition('-')[2]}"
 
 
@@ -119,10 +120,23 @@ _SESSIONS = """
 """
 
 
-async def acquire_coordinator_lease(connection: asyncpg.Connection, owner: str, lease_seconds: float) -> int:
+async def end_sessions(connection: asyncpg.Connection, owner: str) -> None:
+    """End the sessions of a coordinator on the server that is asked: it may have been stopped within a transaction."""
+    for other in await connection.fetch(_SESSIONS, session_tag(owner)):
+        await terminate_backend(connection, other["pid"], other["backend_start"])
+
+
+async def acquire_coordinator_lease(
+    connection: asyncpg.Connection,
+    owner: str,
+    lease_seconds: float,
+    *,
+    end_elsewhere: Callable[[str], Awaitable[None]] | None = None,
+) -> int:
     """Become the migration's coordinator and give the new epoch; a predecessor whose lease ran out is ended first, with all its sessions.
 
-    One that was stopped within a transaction keeps the migration's row locked, else, and everybody would wait for it.
+    One that was stopped within a transaction keeps the migration's row locked, else, and everybody would wait for it. `end_elsewhere` ends
+    those on the source: before the predecessor's name is written over, so that whoever comes after one that dies here knows it, too.
 
     Raises:
         TargetError: another coordinator is alive.
@@ -141,8 +155,9 @@ async def acquire_coordinator_lease(connection: asyncpg.Connection, owner: str, 
     if row["backend_pid"] and row["connected"]:
         await terminate_backend(connection, row["backend_pid"], row["backend_start"])
     if row["owner"]:
-        for other in await connection.fetch(_SESSIONS, session_tag(row["owner"])):
-            await terminate_backend(connection, other["pid"], other["backend_start"])
+        await end_sessions(connection, row["owner"])
+        if end_elsewhere is not None:
+            await end_elsewhere(row["owner"])
     epoch: int | None = await connection.fetchval(
         """update _live_migration.migration
            set owner = $1, epoch = epoch + 1, backend_pid = pg_backend_pid(),

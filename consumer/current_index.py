@@ -51,7 +51,7 @@ async def read_now(
 
 def is_as_planned(now: Sequence[str], planned: Sequence[str]) -> bool:
     """Tell whether the statements that were planned make just the index that there is now: to make it by the others is in vain."""
-    return _plain(now[0]) in _plain(" ".join(planned))
+    return f"{_plain(now[0])};" in f"{_plain('; '.join(planned))};"  # to its end: one may be the beginning of the other
 
 
 def _plain(statement: str) -> str:

@@ -11,7 +11,7 @@ import asyncpg
 
 from live_migration.common import state
 from live_migration.common.errors import LaneStopped, LiveMigrationError, Retry
-from live_migration.common.postgres import asking, connect
+from live_migration.common.postgres import asking, connect, session
 from live_migration.common.settings import Settings
 from live_migration.common.state import Phase
 from live_migration.coordinator import steps
@@ -47,6 +47,7 @@ _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 10.0
 _STEADY_SECONDS = 60.0
 _HEARTBEAT_SECONDS = 5.0
+_ENDING_SECONDS = 10.0
 _UNFINISHED = (
     "the target is in charge, but what follows the hand-over is not finished (foreign keys, compression, jobs, statistics): run "
     "`live-migration migrate` again, which needs the source no more"
@@ -141,7 +142,9 @@ class _Conductor:
     async def _with_lease(self) -> None:
         keeper = await connect(self._settings.target_uri(), "target", application=f"{APPLICATION} coordinator")
         try:
-            epoch = await state.acquire_coordinator_lease(keeper, self._owner, self._settings.lease)
+            epoch = await state.acquire_coordinator_lease(
+                keeper, self._owner, self._settings.lease, end_elsewhere=self._end_on_source
+            )
             try:
                 async with target_session(self._settings, self._owner, "conductor") as target:
                     run = Run(self._settings, self._reporter, target, epoch, await state.require_migration(target))
@@ -150,6 +153,19 @@ class _Conductor:
                 await self._give_up_lease(keeper, epoch)
         finally:
             keeper.terminate()
+
+    async def _end_on_source(self, predecessor: str) -> None:
+        """End what a predecessor that was stopped has open on the source, locks on users' tables with it; one that is off holds none."""
+        uri = self._settings.source_uri()
+        try:
+            async with (
+                asyncio.timeout(_ENDING_SECONDS),
+                session(uri, "source", application=f"{APPLICATION} succession") as source,
+            ):
+                await state.end_sessions(source, predecessor)
+        except (LiveMigrationError, TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            why = error.message if isinstance(error, LiveMigrationError) else str(error) or type(error).__name__
+            self._reporter.note(f"whether {predecessor} left sessions on the source cannot be looked at: {why}")
 
     async def _keep(self, keeper: asyncpg.Connection, epoch: int) -> None:
         """Renew the lease, show that we live, save what was told; never returns."""

@@ -45,6 +45,7 @@ from live_migration.coordinator.schema import FolderError, read_post_data
 from live_migration.coordinator.skip import describe_skips, read_skips
 from live_migration.coordinator.source_changes import require_consent
 from live_migration.coordinator.stranded_sessions import find_stranded, warn_of_stranded_rows
+from live_migration.coordinator.target_blockers import naming_blockers, warn_of_open_transactions
 from live_migration.coordinator.timescale_handover import keep_aggregates
 from live_migration.producer.publication import LockTimeout
 from live_migration.producer.slot import OpenTransaction, SlotTimeout, describe_transactions, open_transactions
@@ -144,7 +145,7 @@ async def _answer(run: Run, result: str) -> None:
 
 
 async def cut_over(run: Run) -> None:
-    """Cut over, from wherever an earlier attempt got to; ends in phase `done`.
+    """Cut over, from wherever an earlier attempt got to; ends in phase `done`. Who is in the way on the target is named.
 
     Raises:
         SourceBusy: the source is still written to; the migration is back in phase replay.
@@ -152,6 +153,10 @@ async def cut_over(run: Run) -> None:
         PublicationLost: a publication is gone or was altered; likewise.
         FolderError: --dir takes no file; likewise.
     """
+    await naming_blockers(run, "the cutover", _cut_over(run))
+
+
+async def _cut_over(run: Run) -> None:
     post_data = None
     async with run.source_session("cutover") as source:
         if not await steps.is_done(run.target, steps.BARRIER):
@@ -183,6 +188,7 @@ async def _prove_everything_arrived(run: Run, source: asyncpg.Connection) -> Non
     migration_id = str(run.migration.id)
     await _require_quiet(run, source)
     await _bring_what_came(run, source)
+    await warn_of_open_transactions(run)
     first = await emit_barrier(source, migration_id)
     run.reporter.note("the first barrier is in the WAL; waiting until the target has reached it")
     positions = await await_barrier(run, first, what="first barrier")

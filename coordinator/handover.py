@@ -34,6 +34,7 @@ from live_migration.coordinator.schema import read_post_data
 from live_migration.coordinator.source_changes import fix_late_changes, make_late_changes
 from live_migration.coordinator.source_jobs import held_target_jobs, note_starts
 from live_migration.coordinator.statistics import mark_unfollowed
+from live_migration.coordinator.target_blockers import naming_blockers
 from live_migration.coordinator.timescale_handover import (
     bring_watermarks,
     compress_like_source,
@@ -87,8 +88,12 @@ async def hand_over(run: Run, source: asyncpg.Connection, post_data: PostData | 
 async def finish_after_handover(run: Run) -> None:
     """Validate the foreign keys, gather statistics, compress and start the jobs, while the target is in use already.
 
-    The source is asked for nothing: it may be switched off by now.
+    The source is asked for nothing: it may be switched off by now. Who is in the way on the target is named.
     """
+    await naming_blockers(run, "what follows the hand-over", _finish(run))
+
+
+async def _finish(run: Run) -> None:
     await _once(run, "validation of foreign keys", lambda: validate_foreign_keys(run))
     await _once(run, "refreshed aggregates", lambda: refresh_aggregates(run))
     await _once(

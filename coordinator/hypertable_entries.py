@@ -55,8 +55,8 @@ _DEPENDENTS = """
     select catalog, oid from found
 """
 _INTERNAL = "_timescaledb_"
-_NAME = r'(?:"(?:[^"]|"")+"|[^\s".;]+)'
-_ONLY = re.compile(rf"^ALTER TABLE ONLY (?P<schema>{_NAME})\.(?P<name>{_NAME})(?=\s)", re.MULTILINE)
+NAME = r'(?:"(?:[^"]|"")+"|[^\s".;]+)'
+_ONLY = re.compile(rf"^ALTER TABLE ONLY (?P<schema>{NAME})\.(?P<name>{NAME})(?=\s)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +131,12 @@ def without_only(entry: Entry, hypertables: Collection[QualifiedName]) -> Entry:
     """Give an entry of post-data so that it can be run on a hypertable, which refuses the ONLY that pg_dump writes."""
 
     def relax(found: re.Match[str]) -> str:
-        name = QualifiedName(_unquoted(found["schema"]), _unquoted(found["name"]))
+        name = QualifiedName(unquoted(found["schema"]), unquoted(found["name"]))
         return found[0].replace(" ONLY ", " ", 1) if name in hypertables else found[0]
 
     return dataclasses.replace(entry, statements=_ONLY.sub(relax, entry.statements))
 
 
-def _unquoted(name: str) -> str:
+def unquoted(name: str) -> str:
+    """Give the name that an identifier of the archive stands for."""
     return name[1:-1].replace('""', '"') if name.startswith('"') else name

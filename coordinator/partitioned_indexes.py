@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import asyncpg
@@ -9,8 +10,11 @@ import asyncpg
 from live_migration.consumer.current_index import is_as_planned, read_now
 from live_migration.coordinator.dump_script import Entry
 from live_migration.coordinator.entries import run_entries
+from live_migration.coordinator.hypertable_entries import NAME, unquoted
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.schema import read_post_data
+
+_CONSTRAINT = re.compile(rf"ALTER TABLE (?:ONLY )?{NAME}\.{NAME}\s+ADD CONSTRAINT (?P<name>{NAME})\s")
 
 
 async def build_partitioned_indexes(run: Run) -> None:
@@ -27,7 +31,8 @@ async def _renew(run: Run, entry: Entry, error: asyncpg.PostgresError) -> Sequen
         return () if isinstance(error, asyncpg.UndefinedTableError | asyncpg.UndefinedObjectError) else None
     if not entry.oid:
         return None
-    name = entry.name.split(" ", 1)[1] if entry.type == "CONSTRAINT" else entry.name  # "table constraint"
+    named = _CONSTRAINT.match(entry.statements)  # its entry's name is that of the table, too
+    name = unquoted(named["name"]) if named else entry.name
     async with run.source_session("indexes") as source:
         now = await run.patiently(
             f"looking at {entry.label}", lambda: read_now(source, entry.oid, entry.schema, name, [entry.statements])

@@ -61,8 +61,9 @@ class Run:
 
     @asynccontextmanager
     async def source_session(self, what: str) -> AsyncIterator[asyncpg.Connection]:
-        """Open a session on the source that waits for locks no longer than the settings allow; `what` shows in its application_name."""
-        async with session(self.settings.source_uri(), "source", application=f"{APPLICATION} {what}") as source:
+        """Open a session on the source that waits for locks no longer than the settings allow; our successor ends it by its name."""
+        application = f"{APPLICATION} {what} {state.session_tag(self.migration.owner or '')}"
+        async with session(self.settings.source_uri(), "source", application=application) as source:
             with asking("source", "setting up a session"):
                 await source.execute(f"set lock_timeout = {max(1, round(self.settings.lock_timeout * 1000))}")
             yield source

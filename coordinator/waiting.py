@@ -19,6 +19,7 @@ from live_migration.common.state import Phase
 from live_migration.coordinator import cutover
 from live_migration.coordinator.partitioned_indexes import build_partitioned_indexes
 from live_migration.coordinator.run import Run
+from live_migration.coordinator.target_blockers import naming_blockers
 from live_migration.coordinator.timescale_catalog import end_restoring
 
 _POLL_SECONDS = 0.25
@@ -49,7 +50,7 @@ async def await_copy(run: Run) -> None:
             break
         await troubles.report()
         await asyncio.sleep(_POLL_SECONDS)
-    await build_partitioned_indexes(run)
+    await naming_blockers(run, "putting the indexes of partitioned tables together", build_partitioned_indexes(run))
     await end_restoring(run)
     async with run.target_transaction("leaving phase copy"):
         await run.enter(Phase.REPLAY)

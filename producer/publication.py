@@ -89,21 +89,22 @@ async def execute_politely(
 ) -> None:
     """Run statements in one transaction, giving way after `lock_timeout` seconds at a lock and trying again.
 
+    They are sent at once: whoever is stopped between two of them would keep the lock on somebody's table for as long as it sleeps.
+
     Raises:
         LockTimeout: the lock could not be had within `patience` seconds, some minutes by default; names who holds it.
     """
     patience = _PATIENCE_SECONDS if patience is None else patience
     deadline = time.monotonic() + patience
     pause = 0.1
+    # Read-only by default is how some stop their writers.
+    settings = ("set transaction read write", f"set local lock_timeout = {max(1, round(lock_timeout * 1000))}")
+    # Statements that come together are one transaction, which an error ends, too.
+    script = ";\n".join((*settings, *statements))
     while True:
         try:
             with asking("source", doing):
-                async with connection.transaction():
-                    # Read-only by default is how some stop their writers.
-                    milliseconds = max(1, round(lock_timeout * 1000))
-                    await connection.execute(f"set transaction read write; set local lock_timeout = {milliseconds}")
-                    for statement in statements:
-                        await connection.execute(statement)
+                await connection.execute(script)
             return
         except SourceError as error:
             if not isinstance(error.__cause__, asyncpg.LockNotAvailableError | asyncpg.DeadlockDetectedError):

@@ -44,7 +44,7 @@ async def test_a_write_between_the_barriers_is_found_although_every_lane_stood_a
     """One transaction, open while the lanes reach the first barrier and ended before the second is written."""
     source, watcher = await asyncpg.connect(source_database), await asyncpg.connect(source_database)
     await source.execute(SCHEMA)
-    last_query = "select query_start from pg_stat_activity where datname = current_database() and application_name = 'live-migration cutover'"
+    last_query = "select query_start from pg_stat_activity where datname = current_database() and application_name like 'live-migration cutover%'"
     async with Migration(
         source_database, target_database, kafka_bootstrap, unique_name, tmp_path, consumers=1
     ) as migration:

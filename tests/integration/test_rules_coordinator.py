@@ -12,23 +12,28 @@ import pytest
 
 from live_migration.common import state
 from live_migration.common.control import CONFIG, ProducerConfig
-from live_migration.common.errors import Fenced, TargetError
+from live_migration.common.errors import Fenced, SourceError, TargetError
 from live_migration.common.kafka import read_control
 from live_migration.common.local_postgres import LocalPostgres, wheel_binaries
 from live_migration.common.pgoutput import decode_relation
-from live_migration.common.relation import quote_identifier
+from live_migration.common.postgres import session
+from live_migration.common.relation import QualifiedName, quote_identifier
 from live_migration.common.settings import load_settings
 from live_migration.common.state import Phase
 from live_migration.coordinator import schema, steps
+from live_migration.coordinator.conductor import conduct
 from live_migration.coordinator.control_topic import producer_config
+from live_migration.coordinator.observer import Reporter
+from live_migration.coordinator.opening import open_migration
 from live_migration.coordinator.prepare import prepare
-from live_migration.coordinator.run import target_session
+from live_migration.coordinator.run import Run, target_session
+from live_migration.producer.publication import PublishedTable, execute_politely, set_identity_full
 from live_migration.producer.replication import ReplicationConnection
 from live_migration.producer.resume import stream_options
 from live_migration.producer.slot import await_older_transactions
 from tests.fixtures.change_log import wait_for
 from tests.fixtures.fix_postgres import HAS_STANDBY, NO_STANDBY, SETTINGS, DatabaseFactory, PostgresFactory
-from tests.integration.test_conductor import bench, fetch
+from tests.integration.test_conductor import RecordingObserver, bench, fetch
 
 pytestmark = pytest.mark.integration
 
@@ -341,6 +346,77 @@ async def test_one_that_was_stopped_within_a_transaction_keeps_nobody_waiting(ta
     assert await second.fetchval("select lane_count from _live_migration.migration") == 1
     await first.close()
     await second.close()
+
+
+async def test_what_one_that_was_stopped_has_locked_on_the_source_is_free_for_its_users(
+    source_database: str, target_database: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    settings = load_settings(
+        {"source": source_database, "target": target_database, "kafka": kafka_bootstrap, "name": unique_name, "dir": tmp_path, "workers": False}
+    )  # fmt: skip
+    await fetch(source_database, "create table t (id int primary key)")
+    reporter = Reporter(RecordingObserver())
+    opened = await open_migration(settings, reporter)
+    assert opened is not None
+    async with session(target_database, "target") as target:
+        epoch = await state.acquire_coordinator_lease(target, state.worker_id("coordinator"), -1)
+        stopped = Run(opened, reporter, target, epoch, await state.require_migration(target))
+        async with stopped.source_session("identities") as sleeping:
+            await sleeping.execute("begin; alter table public.t replica identity full")
+            user, stop = await asyncpg.connect(source_database), asyncio.Event()
+            successor = asyncio.ensure_future(
+                conduct(settings, stop=stop, ask_cutover=asyncio.Event(), observer=RecordingObserver())
+            )
+            try:
+                async with asyncio.timeout(30):
+                    await user.execute("select from t")
+            finally:
+                stop.set()
+                await successor
+                await user.close()
+            assert sleeping.is_closed()
+
+
+async def test_who_is_stopped_after_its_word_keeps_no_lock_on_the_source(source_database: str) -> None:
+    """Whatever it had to say is said at once; the server ends the transaction without it."""
+    await fetch(source_database, "create table t (id int)")
+    source, user = await asyncpg.connect(source_database), await asyncpg.connect(source_database)
+    said = asyncio.Event()
+
+    class Sleeping:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(source, name)
+
+        async def execute(self, statement: str) -> None:
+            await source.execute(statement)
+            if "replica identity" in statement:
+                said.set()
+                await asyncio.Event().wait()
+
+    table = PublishedTable(await user.fetchval("select 't'::regclass::oid"), QualifiedName("public", "t"))
+    giving = asyncio.ensure_future(set_identity_full(cast("asyncpg.Connection", Sleeping()), table, lock_timeout=1.0))
+    await said.wait()
+    await user.execute("set lock_timeout = '10s'; select from t")
+    assert await user.fetchval("select relreplident::text from pg_class where oid = 't'::regclass") == "f"
+    giving.cancel()
+    await asyncio.wait([giving])
+    await source.close()
+    await user.close()
+
+
+async def test_of_statements_that_are_sent_at_once_all_are_undone_or_none(source_database: str) -> None:
+    await fetch(source_database, "create table t (id int)")
+    source = await asyncpg.connect(source_database)
+    await source.execute("set default_transaction_read_only = on")
+    both = ["alter table t replica identity full", "alter table t add check (id / 0 > 1), add primary key (nothing)"]
+    with pytest.raises(SourceError, match="nothing"):
+        await execute_politely(source, both, lock_timeout=1.0, doing="trying")
+    identity = "select relreplident::text from pg_class where oid = 't'::regclass"
+    assert await source.fetchval(identity) == "d"
+    await execute_politely(source, both[:1], lock_timeout=1.0, doing="trying")
+    assert await source.fetchval(identity) == "f"
+    assert await source.fetchval("show lock_timeout") == "0"
+    await source.close()
 
 
 async def test_what_a_fenced_coordinator_was_at_is_rolled_back(
