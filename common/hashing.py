@@ -25,7 +25,8 @@ _PARTS = """
         from part p join pg_type t on t.oid = p.type cross join lateral (
             select t.typbasetype as type where t.typtype = 'd'
             union all select t.typelem where t.typelem <> 0 and t.typlen = -1
-            union all select r.rngsubtype from pg_range r where t.oid in (r.rngtypid, (to_jsonb(r) ->> 'rngmultitypid')::oid)
+            union all select r.rngsubtype from pg_range r
+                      where t.typtype in ('r', 'm') and t.oid in (r.rngtypid, (to_jsonb(r) ->> 'rngmultitypid')::oid)
             union all select f.atttypid from pg_attribute f where t.typtype = 'c' and f.attrelid = t.typrelid and f.attnum > 0 and not f.attisdropped
         ) o
     )
