@@ -149,11 +149,18 @@ async def warn_of_lacking(run: Run) -> None:
     try:
         async with asyncio.timeout(_LAST_SECONDS), run.source_session("definitions") as source:
             changes = await find_lacking(run, source, run.target, without=_OTHERS)
-    except (TimeoutError, SourceError, ConnectionLost):
+    except (TimeoutError, SourceError, TargetError, ConnectionLost):  # users wait for what follows
         run.reporter.note("what was changed on the source since the plan could not be read once more at the end")
         return
-    if changes:
+    if not changes:
+        return
+    try:
         path = await asyncio.to_thread(_write, run.settings.dir, changes)
+    except OSError as error:
+        run.reporter.warning(
+            f"{_say(changes)}. The statements could not be written to {run.settings.dir / FILE}: {error.strerror}"
+        )
+    else:
         run.reporter.warning(f"{_say(changes)}. Run on the target what you want of {path}")
 
 
