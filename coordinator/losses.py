@@ -15,6 +15,7 @@ from live_migration.common.lsn import Lsn
 from live_migration.common.postgres import asking, describe
 from live_migration.common.progress import name_list
 from live_migration.common.segment import START, Position
+from live_migration.common.settings import Settings
 from live_migration.coordinator.control_topic import producer_config
 from live_migration.coordinator.memberships import require_publications
 from live_migration.coordinator.run import Run
@@ -42,6 +43,12 @@ def slot_loss(name: str, slot: SlotState | None) -> str | None:
     return None
 
 
+async def require_primary(settings: Settings, source: asyncpg.Connection) -> None:
+    """Raise ConnectionLost where SOURCE leads to a standby just now: it has no slot of ours, and that is no loss."""
+    if await source.fetchval("select pg_is_in_recovery()"):
+        raise ConnectionLost(f"the source at {describe(settings.source_uri())} is a standby just now")
+
+
 async def find_loss(run: Run) -> LiveMigrationError | None:
     """Look whether slot, publications, change log and checkpoints still fit together; give what is lost, with the tables to copy again named.
 
@@ -66,8 +73,7 @@ async def _require_whole(run: Run) -> None:
     # A producer may be at work: it writes the control topic first, then moves the slot. So the slot is read first.
     async with run.source_session("slot check") as source:
         with asking("source", "looking at the slot"):
-            if await source.fetchval("select pg_is_in_recovery()"):  # which has no slot of ours, and that is no loss
-                raise ConnectionLost(f"the source at {describe(settings.source_uri())} is a standby just now")
+            await require_primary(settings, source)
             slot = await read_slot(source, settings.slot)
         await require_publications(run, source, run.target)
     if loss := slot_loss(settings.slot, slot):
