@@ -41,6 +41,9 @@ SESSION_SETTINGS: dict[str, str] = {
 }
 """Settings of each of our sessions, the walsender's included: values leave and enter by the same text form."""
 
+_SOURCE_SETTINGS = {"default_transaction_read_only": "off"}
+"""Read-only by default is how some stop their writers, which we are not: publications, identities and settings are changed, and given back."""
+
 _NOT_EVERYWHERE = """
     select set_config(name, case when name like 'tcp%' then '15' else '0' end, false) from pg_settings
     where name in ('transaction_timeout', 'idle_session_timeout', 'tcp_keepalives_idle', 'tcp_keepalives_interval')
@@ -120,6 +123,7 @@ async def connect(
             statement_cache_size=0,
             server_settings={
                 **SESSION_SETTINGS,
+                **(_SOURCE_SETTINGS if side == "source" else {}),
                 "application_name": application,
                 **({"replication": "database"} if replication else {}),
             },

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import asyncpg
 
 from live_migration.common.catalog import Part
+from live_migration.common.chunk_range import is_same_range
 from live_migration.common.errors import Fenced
 from live_migration.common.relation import QualifiedName
 from live_migration.common.telemetry import get_logger
@@ -165,7 +166,7 @@ async def rebuild_chunk(
     count = CopyCount(0, 0)
     await mark_leftover(target, leftover)
     if plan is not None:
-        if is_chunk and condition and (chunk.is_early or condition != chunk.range):
+        if is_chunk and condition and (chunk.is_early or not is_same_range(condition, chunk.range)):
             await _note_neighbours(source, target, chunk, condition, origin)
         if chunk.kind == "hypertable":
             await note_chunks(source, target, chunk.oid)

@@ -21,25 +21,29 @@ TELL_SECONDS = 5.0
 # The newest transactions are in no list of a snapshot, which ends below the last one that has ended.
 # Who commits a prepared transaction has no xid of its own, and nothing says which one it is. A session that we may not look into is taken for
 # one unless it holds a lock on a relation, which COMMIT PREPARED does not; a transaction that merely stays prepared is waited for by nobody.
+# Idle are clients alone: workers of a subscription call themselves so while they commit what was streamed or prepared.
 _COMMITTING = """
-    with ours as (select current_database() as name), running as (
+    with ours as (select current_database() as name), activity as (
+        select *, state like 'idle%' and backend_type = 'client backend' and wait_event is distinct from 'SyncRep' as is_idle
+        from pg_stat_activity
+    ), running as (
         select x::xid as x from pg_snapshot_xip(pg_current_snapshot()) x
         union
-        select backend_xid from pg_stat_activity
+        select backend_xid from activity
         where backend_xid is not null and pid <> pg_backend_pid() and coalesce(backend_type, '') <> 'autovacuum worker'
     ), found as (
         select 'xid ' || x as key, a.pid, a.application_name, a.usename
-        from running cross join ours left join pg_stat_activity a on a.backend_xid = x
+        from running cross join ours left join activity a on a.backend_xid = x
         where not exists (select from pg_prepared_xacts p where p.transaction = x)
-          and coalesce(a.state, '') not like 'idle%' and coalesce(a.datname, ours.name) = ours.name
+          and a.is_idle is not true and coalesce(a.datname, ours.name) = ours.name
         union all
         select 'virtual ' || l.virtualtransaction, a.pid, a.application_name, a.usename
-        from pg_locks l join pg_stat_activity a on a.pid = l.pid join ours on ours.name = a.datname
+        from pg_locks l join activity a on a.pid = l.pid join ours on ours.name = a.datname
         where l.locktype = 'virtualxid' and l.granted and l.mode = 'ExclusiveLock' and l.pid <> pg_backend_pid()
           and a.backend_xid is null and exists (select from pg_prepared_xacts p where p.database = ours.name)
           and case when a.state is null or a.state = 'disabled'
                    then not exists (select from pg_locks r where r.pid = l.pid and r.locktype = 'relation')
-                   else a.state not like 'idle%' and (a.wait_event = 'SyncRep' or coalesce(a.query, '') = '' or a.query ~* 'commit.*prepared') end
+                   else a.is_idle is not true and (a.wait_event = 'SyncRep' or coalesce(a.query, '') = '' or a.query ~* 'commit.*prepared') end
     )
     select key, case when pid is null then 'a transaction of nobody who is connected'
                      else format('pid %s (%s, user %s)', pid, coalesce(nullif(application_name, ''), 'no application name'), usename) end as who

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import orjson
 
@@ -22,6 +22,13 @@ from live_migration.consumer.target_tables import ChunkChangedUnseen, RelationRe
 _BEGIN = struct.Struct(">BQqIQ")
 """A Begin message, and the base that the log puts behind it."""
 _TAKES_ROWS = frozenset((pgoutput.INSERT, pgoutput.UPDATE, pgoutput.DELETE))
+
+
+class Decoded(NamedTuple):
+    """A transaction of the stream. `xid`: its lower 32 bits."""
+
+    commit_lsn: int
+    xid: int
 
 
 class RelationResolver(Protocol):
@@ -211,9 +218,9 @@ class LaneDecoder:
         self._met_lsn = commit_lsn
 
     @property
-    def commit_lsn(self) -> int:
-        """Commit LSN of the transaction that was decoded last."""
-        return self._commit_lsn
+    def decoded(self) -> Decoded:
+        """The transaction that was decoded last."""
+        return Decoded(self._commit_lsn, self._xid)
 
     async def decode(self, body: bytes, batch: Batch) -> None:
         """Add a segment's changes to a batch.

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from live_migration.common.errors import Fenced, LiveMigrationError, Retry
 from live_migration.common.relation import quote_literal
+from live_migration.common.state import record_event
 from live_migration.common.telemetry import get_logger
 from live_migration.consumer.claim_endings import finish_index, give_index_back
 from live_migration.consumer.claims import IndexClaim, claim_index
 from live_migration.consumer.copy_context import CopyContext
 from live_migration.consumer.copy_errors import CopyEnded, TableStopped, server_errors
+from live_migration.consumer.current_index import is_as_planned, read_now
 from live_migration.consumer.lease_keeper import Lease
 from live_migration.consumer.sessions import CopySession, SessionPair
 
 ERROR_RETRY_SECONDS = 10.0
 """How often an index that could not be made is tried again: somebody may have mended the rows."""
+
+_TABLE = "select to_regclass($1)::oid"
+"""Which the source has where it is the one that was planned: another database tells nothing of an index."""
 
 log = get_logger(__name__)
 
@@ -50,20 +57,59 @@ class IndexBuilder:
         return True
 
     async def _build(self, lease: Lease[IndexClaim], target: CopySession) -> None:
-        claim = lease.claim
+        claim, said = lease.claim, None
+        try:
+            await self._make(target, claim, claim.statements)
+        except TableStopped as refusal:
+            with server_errors("target", f"building {claim}"):
+                await target.connection.execute("rollback")
+            said = await self._make_as_it_is_now(target, claim, refusal)
+        lease.is_finishing = True
+        with server_errors("target", f"finishing {claim}"):
+            if said:
+                await record_event(target.connection, "warning", said)
+            await finish_index(target.connection, claim, self._context.owner)
+            await target.connection.execute("commit")
+        log.info("index built", index=claim.name, table=str(claim.table))
+        self._context.bell.ring()
+
+    async def _make(self, target: CopySession, claim: IndexClaim, statements: Sequence[str]) -> None:
         memory = quote_literal(self._context.settings.maintenance_work_mem)
         with server_errors("target", f"building {claim}"):
             await target.connection.execute(
                 f"begin; set local synchronous_commit = off; set local maintenance_work_mem = {memory}"
             )
-            for statement in claim.statements:
+            for statement in statements:
                 await target.connection.execute(statement)
-        lease.is_finishing = True
-        with server_errors("target", f"finishing {claim}"):
-            await finish_index(target.connection, claim, self._context.owner)
-            await target.connection.execute("commit")
-        log.info("index built", index=claim.name, table=str(claim.table))
-        self._context.bell.ring()
+
+    async def _make_as_it_is_now(self, target: CopySession, claim: IndexClaim, refusal: TableStopped) -> str:
+        """Make what the target refused as the source has it by now, and give what is said of it; nothing of one that is gone.
+
+        Raises:
+            TableStopped: it is as it was, or how it is cannot be told; or the target refuses that, too.
+        """
+        try:
+            now = await self._look_at_source(claim)
+        except LiveMigrationError:
+            raise refusal from None
+        if now is None:
+            await self._make(target, claim, ())
+            return f"{claim} is left out, which the source has no more: {refusal.message}"
+        if is_as_planned(now, claim.statements):
+            raise refusal
+        await self._make(target, claim, now)
+        return f"{claim} is built as the source has it by now: {now[0]}"
+
+    async def _look_at_source(self, claim: IndexClaim) -> tuple[str, ...] | None:
+        source = await self._pair.open("source")
+        with server_errors("source", f"looking at {claim}"):
+            async with source.connection.transaction(readonly=True):
+                await source.connection.execute(
+                    f"set local lock_timeout = {max(1, round(self._context.settings.lock_timeout * 1000))}"
+                )
+                if await source.connection.fetchval(_TABLE, claim.table.sql) != claim.table_oid:
+                    raise TableStopped(f"the source has no table {claim.table}")
+                return await read_now(source.connection, claim.oid, claim.table.schema, claim.name, claim.statements)
 
     async def _set_back(self, lease: Lease[IndexClaim], error: LiveMigrationError) -> None:
         if error.retry is Retry.STOP and not isinstance(error, Fenced):

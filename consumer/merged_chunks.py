@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import asyncpg
 
+from live_migration.common.chunk_range import is_same_range
 from live_migration.common.home import Home
 from live_migration.common.relation import QualifiedName
 from live_migration.common.rewriting import FILE_MARK
@@ -54,6 +55,14 @@ _SET_FILE_MARK = "update _live_migration.tables set file_mark = $2 where oid = $
 _SET_RANGE = "update _live_migration.tables set range = $2 where oid = $1"
 # Of rows that come from elsewhere: of a hypertable's root itself some versions say right away that it is empty.
 _EXPLAIN = "explain select from jsonb_populate_recordset(null::{root}, '[]') where {condition}"
+UNASKABLE = (
+    asyncpg.UndefinedColumnError,
+    asyncpg.UndefinedFunctionError,
+    asyncpg.DatatypeMismatchError,
+    asyncpg.InvalidTextRepresentationError,
+    asyncpg.InvalidDatetimeFormatError,
+)
+"""Errors of a condition that was read before a column was renamed, where its name means none, or another one, by now."""
 _CONTRADICTION = "One-Time Filter: false"
 """What a plan says of conditions that no row can meet together."""
 
@@ -109,13 +118,21 @@ async def look_for_merged(
         async with source.transaction(readonly=True):
             await source.execute(f"set local lock_timeout = '{max(1, round(lock_timeout * 1000))}ms'")
             now = await chunk_ranges(source, list(known))
-            condition = own["range"] or "false"
-            has_rows = await source.fetchval(f"select exists (select from {hypertable.name.sql} where {condition})")
+            has_rows = await _has_rows(source, hypertable.name, own["range"] or "false")
             others = await _read_newcomers(source, hypertable, [gone, *known])
             lsn = int(await source.fetchval("select pg_current_wal_insert_lsn()"))
-    grown = [oid for oid, condition in now.items() if condition != known[oid]]
+    grown = [oid for oid, condition in now.items() if not is_same_range(condition, known[oid])]
     newcomers = await keep_overlapping(target, hypertable.root, others, None if is_early else own["range"])
     return Leftover(grown, has_rows, newcomers, lsn)
+
+
+async def _has_rows(source: asyncpg.Connection, hypertable: QualifiedName, condition: str) -> bool:
+    """Tell whether a hypertable may hold rows that meet a condition, in the caller's transaction."""
+    try:
+        async with source.transaction():
+            return bool(await source.fetchval(f"select exists (select from {hypertable.sql} where {condition})"))
+    except UNASKABLE:
+        return True
 
 
 async def find_newcomers(
@@ -175,7 +192,10 @@ async def _read_newcomers(
 async def keep_overlapping(
     target: asyncpg.Connection, root: QualifiedName, newcomers: Mapping[int, Newcomer], condition: str | None
 ) -> dict[int, Newcomer]:
-    """Leave out the chunks none of whose rows can meet a condition: the target's planner sees that two ranges exclude one another."""
+    """Leave out the chunks none of whose rows can meet a condition: the target's planner sees that two ranges exclude one another.
+
+    A condition that cannot be asked there tells nothing: its column may have got another name since.
+    """
     if condition is None or not newcomers:
         return dict(newcomers)
     is_flat = await is_plain(target, root)
@@ -183,18 +203,21 @@ async def keep_overlapping(
         if not target.is_in_transaction():
             await stack.enter_async_context(target.transaction())
         with server_errors("target", f"comparing ranges of {root}"):
-            await target.execute("set local constraint_exclusion = on")
+            await target.execute("savepoint comparing; set local constraint_exclusion = on")
             # A planner that rules out the one range by itself tells nothing of two; without TimescaleDB it knows no hash.
             is_told = not is_flat or is_told_without(condition)
-            is_told = is_told and not await _is_refuted(target, root, condition)
-            kept = {
-                oid: each
-                for oid, each in newcomers.items()
-                if not is_told
-                or (is_flat and not is_told_without(each.range))
-                or not await _is_refuted(target, root, f"({condition}) and ({each.range})")
-            }
-            await target.execute("set local constraint_exclusion to default")
+            try:
+                is_told = is_told and not await _is_refuted(target, root, condition)
+                kept = {
+                    oid: each
+                    for oid, each in newcomers.items()
+                    if not is_told
+                    or (is_flat and not is_told_without(each.range))
+                    or not await _is_refuted(target, root, f"({condition}) and ({each.range})")
+                }
+            except UNASKABLE:
+                kept = dict(newcomers)
+            await target.execute("rollback to comparing; release comparing")
     return kept
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from live_migration.common.chunk_range import is_same_range
 from live_migration.common.errors import LiveMigrationError
+from live_migration.common.state import record_event
 from live_migration.common.telemetry import get_logger
+from live_migration.consumer.batch_bytes import why_not_as_they_are
 from live_migration.consumer.chunk_copy import (
     CHANGED,
     as_it_is_now,
@@ -139,6 +142,9 @@ class CopyWorker:
             claim = await as_it_is_now(source.connection, target.connection, claim)
         if claim.is_chunk and not await self._is_chunk_whole(claim, source, target):
             return False
+        if not claim.is_chunk and await self._is_gone(claim, source):
+            await self._end_without_rows(claim, source, target)
+            return False
         with server_errors("source", f"looking at {claim}"):
             await await_applied(source.connection, target.connection, str(claim))
         table = await lock_table(source.connection, claim, settings.lock_timeout)
@@ -151,7 +157,7 @@ class CopyWorker:
         plan, origin = await check_target(target.connection, table, claim.root, decompresses=decompresses)
         await self._context.watch.flush_barrier()
         ranges = table.parts(settings.part_size)
-        has_grown = lease.claim.range is not None and claim.range != lease.claim.range
+        has_grown = lease.claim.range is not None and not is_same_range(claim.range, lease.claim.range)
         present = await siblings(source.connection, claim.oid) if has_grown else []
         newcomers = (
             await find_newcomers(source.connection, target.connection, claim.oid, lease.claim.range)
@@ -192,18 +198,19 @@ class CopyWorker:
         return False
 
     async def _is_chunk_whole(self, claim: TableClaim, source: CopySession, target: CopySession) -> bool:
-        """Tell whether a chunk is as it was planned; end its copy without rows where it is not."""
+        """Tell whether a chunk can be copied as it was planned; end its copy without rows where it cannot."""
         leftover = Leftover()
         if await self._is_gone(claim, source):
             origin = await look_without(source.connection, claim)
             lock_timeout = self._context.settings.lock_timeout
             leftover = await look_for_merged(source.connection, target.connection, claim.oid, lock_timeout)
             log.info("chunk was dropped on the source", table=str(claim))
-        elif await is_as_planned(source.connection, claim):
-            return True
         else:
-            origin = CopyOrigin(None, None, None, "[]", False, rebuild=CHANGED)
-            log.info("chunk is copied by its lane", table=str(claim), reason=CHANGED)
+            reason = await _why_not_as_planned(claim, source, target)
+            if reason is None:
+                return True
+            origin = CopyOrigin(None, None, None, "[]", False, rebuild=reason)
+            log.info("chunk is copied by its lane", table=str(claim), reason=reason)
         # What an earlier attempt brought goes, but for what the chunk was merged into: its copy has emptied the range.
         keeps = claim.root is not None and (leftover.has_rows or claim.attempt == 1)
         await begin_on_target(target, str(claim), *([] if keeps else _empty(claim)))
@@ -214,11 +221,29 @@ class CopyWorker:
         self._context.bell.ring()
         return False
 
+    async def _end_without_rows(self, claim: TableClaim, source: CopySession, target: CopySession) -> None:
+        """End the copy of a table that was dropped on the source: the target's is empty, and its lane passes over all that the stream holds of it."""
+        origin = await look_without(source.connection, claim)
+        await begin_on_target(target, str(claim), *_empty(claim))
+        with server_errors("target", f"finishing {claim}"):
+            await finish_table(target.connection, claim, self._context.owner, origin, CopyCount(0, 0))
+            message = f"{claim} was dropped on the source before it was copied: it stays empty on the target"
+            await record_event(target.connection, "warning", message)
+            await target.connection.execute("commit")
+        log.warning("table was dropped on the source", table=str(claim))
+        self._context.bell.ring()
+
     async def _is_gone(self, claim: TableClaim, source: CopySession) -> bool:
         with server_errors("source", f"looking at {claim}"):
             return not await source.connection.fetchval(
                 "select exists (select from pg_class where oid = $1)", claim.oid
             )
+
+
+async def _why_not_as_planned(claim: TableClaim, source: CopySession, target: CopySession) -> str | None:
+    if not await is_as_planned(source.connection, claim):
+        return CHANGED
+    return await why_not_as_they_are(source.connection, target.connection, claim)
 
 
 def _empty(claim: TableClaim, *, has_grown: bool = False) -> list[str]:

@@ -24,7 +24,8 @@ from live_migration.consumer.applier import Applier
 from live_migration.consumer.checkpoint import Checkpoint
 from live_migration.consumer.chunk_marks import mark_chunk, read_lane_suspects
 from live_migration.consumer.chunk_rebuild import ChunkToRebuild, due_chunks, find_chunk, rebuild_chunk
-from live_migration.consumer.decoder import LaneDecoder
+from live_migration.consumer.copy_errors import TableStopped
+from live_migration.consumer.decoder import Decoded, LaneDecoder
 from live_migration.consumer.lane_meeting import LanesMeet, has_met, meet
 from live_migration.consumer.lane_pipeline import ChunksDue, LanePipeline
 from live_migration.consumer.log_reader import LogReader
@@ -33,7 +34,7 @@ from live_migration.consumer.passed_over import pass_over
 from live_migration.consumer.refusal import ChangeRefused, is_of_a_change
 from live_migration.consumer.skips import LaneSkips
 from live_migration.consumer.source_watch import giving_way, write_flush_barrier
-from live_migration.consumer.strangers import let_go_if_gone, meet_chunk
+from live_migration.consumer.strangers import find_unseen, let_go_if_gone, meet_chunk
 from live_migration.consumer.target_tables import ChunkChangedUnseen, NotPlanned, RebuildFirst, TargetTables
 
 STANDBY_SECONDS = 1.0
@@ -44,6 +45,13 @@ BROKEN_LOG_SECONDS = 30.0
 _FIRST_BACKOFF_SECONDS, _LONGEST_BACKOFF_SECONDS = 0.2, 10.0
 
 log = get_logger(__name__)
+
+
+def _seconds_after(error: LiveMigrationError) -> float:
+    """Give how long a lane waits after an error that stops it; TableStopped is of a copy of its own."""
+    if isinstance(error, TableStopped):
+        return error.retry_seconds
+    return STOPPED_SECONDS if isinstance(error, TargetError) else BROKEN_LOG_SECONDS
 
 
 class PartitionTask:
@@ -70,7 +78,7 @@ class PartitionTask:
         self._careful_until = START
         self._refused_at: Position | None = None  # where chunks that wait were copied early
         self._unseen_at: tuple[int, int] | None = None  # relation and transaction that made a chunk be copied
-        self._decoded_lsn = 0
+        self._decoded = Decoded(0, 0)
         self._suspects: dict[int, Home] = {}  # met in what was decoded, applied or not
         self._meeting: Meeting | None = None  # the newest, of which the decoder hears once it is over
         self._has_marks = False
@@ -151,21 +159,24 @@ class PartitionTask:
             with asking("target", f"looking for the lanes that lane {self._lane} waits for"):
                 is_met = self._meeting is not None and await has_met(connection, self._meeting)
             met_lsn = self._meeting.commit_lsn if self._meeting is not None and is_met else 0
-            tables = TargetTables(beside, self._lane, self._meeting_of_chunks(stack, beside))
+            tables = TargetTables(beside, self._lane, self._meeting_of_chunks(stack, beside, lambda: decoder.decoded))
             decoder = LaneDecoder(tables, str(self._migration.id), met_lsn)
             await self._run_pipeline(held, connection, reader, decoder)
 
     def _meeting_of_chunks(
-        self, stack: AsyncExitStack, target: asyncpg.Connection
+        self, stack: AsyncExitStack, target: asyncpg.Connection, decoded: Callable[[], Decoded]
     ) -> Callable[[int, Home], Awaitable[None]]:
-        """Give what looks for a chunk that was made after the plan, on a session that is opened for the first of them and ends with the stack."""
+        """Give what looks for a chunk that was made after the plan, on a session that is opened for the first of them and ends with the stack.
+
+        `decoded`: tells which transaction is being decoded.
+        """
         opened: list[asyncpg.Connection] = []
 
         async def meet(oid: int, home: Home) -> None:
             if not opened:
                 uri, application = self._settings.source_uri(), f"live-migration lane {self._lane}"
                 opened.append(await stack.enter_async_context(session(uri, "source", application=application)))
-            if await meet_chunk(opened[0], target, oid, home, self._settings.lock_timeout):
+            if await meet_chunk(opened[0], target, oid, home, decoded(), self._settings.lock_timeout):
                 self._has_marks = True
 
         return meet
@@ -256,6 +267,7 @@ class PartitionTask:
 
     async def _mark_suspects(self) -> None:
         """Mark the lane's suspects to be copied early, and again behind what was decoded: what stands there may undo it."""
+        decoded = self._decoded
         async with session(self._settings.target_uri(), "target", application="live-migration lane") as target:
             with asking("target", f"looking for suspects of lane {self._lane}"):
                 suspects = {**self._suspects, **await read_lane_suspects(target, self._lane)}
@@ -268,7 +280,7 @@ class PartitionTask:
                     if oid is None:
                         continue
                     with asking("target", f"marking chunk {home.chunk}"):
-                        reason, behind = "a change is refused, and it was compressed unwatched", self._decoded_lsn + 1
+                        reason, behind = "a change is refused, and it was compressed unwatched", decoded.commit_lsn + 1
                         await mark_chunk(target, oid, home, reason=reason, lsn=behind, is_new=True)
 
     async def _mark(self, error: ChunkChangedUnseen) -> None:
@@ -278,20 +290,19 @@ class PartitionTask:
         again then.
         """
         self._log.info("chunk is copied anew", reason=error.message)
-        event = (error.relation.oid, self._decoded_lsn)
+        event = (error.relation.oid, self._decoded.commit_lsn)
         if event == self._unseen_at:  # the copy did not show it: whatever keeps it from that, it is no reason to spin
             await asyncio.sleep(STOPPED_SECONDS)
         self._unseen_at = event
-        behind = self._decoded_lsn + 1 if self._migration.lane_count == 1 or error.is_undone else None
+        behind = self._decoded.commit_lsn + 1 if self._migration.lane_count == 1 or error.is_undone else None
         try:
             async with session(self._settings.source_uri(), "source", application="live-migration lane") as source:
-                with asking("source", f"looking for chunk {error.home.chunk}"):
-                    oid = await find_chunk(source, error.home.chunk)
+                oid = await find_unseen(source, error.home, error.relation, self._tell)
             async with session(self._settings.target_uri(), "target", application="live-migration lane") as target:
                 with asking("target", f"marking chunk {error.home.chunk}"):
                     await mark_chunk(
                         target,
-                        oid or error.relation.oid,
+                        oid,
                         error.home,
                         reason="rows changed unseen",
                         lsn=behind,
@@ -328,7 +339,7 @@ class PartitionTask:
         try:
             async with session(self._settings.source_uri(), "source", application="live-migration lane") as source:
                 async with session(self._settings.target_uri(), "target", application="live-migration lane") as target:
-                    return await let_go_if_gone(source, target, self._lane, error)
+                    return await let_go_if_gone(source, target, self._lane, error, self._decoded, self._tell)
         except LiveMigrationError as failure:
             self._log.warning("lane could not ask for a relation", reason=failure.message)
             return False
@@ -352,7 +363,7 @@ class PartitionTask:
         try:
             await pipeline.run()
         except LiveMigrationError as error:
-            self._decoded_lsn = decoder.commit_lsn
+            self._decoded = decoder.decoded
             self._suspects = decoder.suspects
             if error.retry is Retry.STOP:
                 self._careful_until = max(self._careful_until, pipeline.attempted)
@@ -384,12 +395,12 @@ class PartitionTask:
 
     async def _pause(self, error: LiveMigrationError) -> None:
         is_passing = isinstance(error.__cause__, asyncpg.TransactionRollbackError)  # a deadlock, say
-        if error.retry is Retry.RECONNECT or is_passing:
+        if not isinstance(error, TableStopped) and (error.retry is Retry.RECONNECT or is_passing):
             seconds = self._backoff * random.uniform(0.7, 1.3)
             self._backoff = min(self._backoff * 2, _LONGEST_BACKOFF_SECONDS)
             self._log.warning("lane begins again", reason=error.message, seconds=round(seconds, 1))
         else:
-            seconds = STOPPED_SECONDS if isinstance(error, TargetError) else BROKEN_LOG_SECONDS
+            seconds = _seconds_after(error)
             message = self._placed(error)
             self._log.error("lane stopped", reason=message, hint=error.hint, retry_seconds=seconds)
             await self._record(message, error.hint, error.as_json() if isinstance(error, ChangeRefused) else None)
@@ -400,7 +411,7 @@ class PartitionTask:
         if self._checkpoint is None or isinstance(error, ChangeRefused):
             return error.message
         place = f"{self._settings.changes_topic}-{self._lane}-{self._checkpoint.next_offset}"
-        kind = "" if isinstance(error, LaneStopped) else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, LaneStopped | TableStopped) else f"{type(error).__name__}: "
         return f"lane {self._lane} stands at {place} ({self._checkpoint.position}): {kind}{error.message}"
 
     async def _record(self, message: str, hint: str, refused: str | None) -> None:

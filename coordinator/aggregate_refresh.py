@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+import asyncpg
+
 from live_migration.common.errors import TargetError
 from live_migration.common.postgres import asking
 from live_migration.common.progress import name_list
@@ -49,13 +51,17 @@ async def keep_watermarks(run: Run, state: AggregateState) -> None:
     )
 
 
+async def kept_watermarks(target: asyncpg.Connection) -> dict[QualifiedName, int]:
+    """Give up to where aggregates are materialized on the source, of a target whose catalog cannot say so."""
+    with asking("target", "reading the plan"):
+        content = await archives.read(target, _ARCHIVE)
+    return {QualifiedName(schema, name): value for schema, name, value in json.loads(content)} if content else {}
+
+
 async def refresh_aggregates(run: Run) -> None:
     """Refresh what is to be refreshed, parents first; one that cannot be is named in a warning."""
-    with asking("target", "reading the plan"):
-        content = await archives.read(run.target, _ARCHIVE)
-    if content is None:
+    if not (watermarks := await kept_watermarks(run.target)):
         return
-    watermarks = {QualifiedName(schema, name): value for schema, name, value in json.loads(content)}
     with asking("target", "reading the aggregates"):
         definitions, server = await read_definitions(run.target), await read_target(run.target)
     if definitions is None or server is None:
@@ -69,7 +75,7 @@ async def refresh_aggregates(run: Run) -> None:
         run.reporter.note(f"refreshing {aggregate.name}")
         try:
             with asking("target", f"refreshing {aggregate.name}"):
-                kind = await run.target.fetchval(_TYPE, aggregate.name.sql, aggregate.time_column)
+                kind = await time_type(run.target, aggregate)
                 newest = await _find_newest(run, aggregate, watermark, columns[aggregate.parent], kind)
                 if newest.window is not None:
                     await _refresh(run, aggregate, server.function("refresh_continuous_aggregate"), kind, newest.window)
@@ -109,7 +115,7 @@ async def _find_newest(
     if aggregate.bucket is None:
         return _Newest(None, is_empty=False)
     first, end = bucket_within(aggregate.bucket.width, kind)
-    below = _place(kind).format(f"({watermark})::bigint")
+    below = time_literal(kind, watermark)
     row = await run.target.fetchrow(
         f"""select b::text as first, ({end})::text as "end" from (select distinct {column} as b from {stored} where {column} < {below}) m
             where exists (select from {aggregate.parent.sql} p where p.{quote_identifier(parent_column)} >= b and p.{quote_identifier(parent_column)} < {first})
@@ -129,10 +135,17 @@ def bucket_within(width: str, kind: str) -> tuple[str, str]:
     return f"b + {quoted}::bigint", f"b + {quoted}::bigint"
 
 
-def _place(kind: str) -> str:
-    return _TIMES.get(kind, f"{{}}::{kind}")
-
-
 async def _refresh(run: Run, aggregate: ContinuousAggregate, function: str, kind: str, window: Window) -> None:
     first, end = (f"{quote_literal(value)}::{kind}" for value in window)
     await run.target.execute(f"call {function}({quote_literal(aggregate.name.sql)}::regclass, {first}, {end})")
+
+
+async def time_type(connection: asyncpg.Connection, aggregate: ContinuousAggregate) -> str:
+    """Give the type of the times of an aggregate's buckets."""
+    kind: str = await connection.fetchval(_TYPE, aggregate.name.sql, aggregate.time_column)
+    return kind
+
+
+def time_literal(kind: str, value: int) -> str:
+    """Write a time that is given in TimescaleDB's own unit; pure."""
+    return _TIMES.get(kind, f"{{}}::{kind}").format(f"({value})::bigint")

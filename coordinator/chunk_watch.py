@@ -15,6 +15,7 @@ from itertools import count
 import asyncpg
 
 from live_migration.common.catalog import TableInfo
+from live_migration.common.chunk_range import is_same_range
 from live_migration.common.errors import SourceError
 from live_migration.common.home import Home
 from live_migration.common.postgres import asking
@@ -118,7 +119,7 @@ def find_grown(known: Known, tables: Sequence[TableInfo]) -> list[Missed]:
         Missed(table, known.roots[table.hypertable or 0][0], "others were merged into it, or split off", is_new=False)
         for table in tables
         if table.part == "chunk" and table.hypertable in known.roots
-        if known.ranges.get(table.oid, table.range) != table.range
+        if not is_same_range(known.ranges.get(table.oid, table.range), table.range)
     ]
 
 
@@ -214,8 +215,8 @@ async def _follow_chunks(run: Run, source: asyncpg.Connection, target: asyncpg.C
     missed = find_missed(known, tables, in_all, in_insert)
     watches = await can_watch_compressed(source)
     names = set(suspects.values())
-    missed += await _find_changed(run, source, target, known, tables, in_all, watches=watches, suspects=names)
     await note_ranges(target, tables)
+    missed += await _find_changed(run, source, target, known, tables, in_all, watches=watches, suspects=names)
     missed = list({each.chunk.oid: each for each in missed}.values())
     is_under_way = await is_marking(target)
     has_new = watches and any(table.part == "compressed" and table.oid not in in_all for table in tables)

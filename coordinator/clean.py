@@ -21,6 +21,8 @@ from live_migration.coordinator.control_topic import announce_end
 from live_migration.coordinator.cutover import is_coordinator_alive
 from live_migration.coordinator.dead_letters import count_letters
 from live_migration.coordinator.giving_back import give_back
+from live_migration.coordinator.handover import list_unfinished
+from live_migration.coordinator.held import list_changes
 from live_migration.coordinator.ownership import (
     Claim,
     find_on_source,
@@ -31,7 +33,7 @@ from live_migration.coordinator.ownership import (
 )
 from live_migration.coordinator.prepare import remove_from_source
 from live_migration.coordinator.run import APPLICATION
-from live_migration.coordinator.source_jobs import held_target_jobs, read_jobs
+from live_migration.coordinator.source_jobs import read_jobs
 from live_migration.producer.slot import identify_system, read_slot
 
 Note = Callable[[str], None]
@@ -48,11 +50,12 @@ async def clean(settings: Settings, *, prune: bool, note: Note, force: bool = Fa
     """Remove slot, publications, topics and state, and restore what was changed on the source; parts that are missing are passed over.
 
     The state goes last, so that an attempt that failed half way can be repeated. `prune` removes `settings.dir`, too. `force`: also what no state
-    on the target names, and without a source that is off for good. False: something may be left on the source.
+    on the target names, without a source that is off for good, and while something is left to do on the target, both of which is named. False:
+    something may be left on the source.
 
     Raises:
-        TargetError: a coordinator is alive, or the target holds another migration, or its jobs are held; or it holds none, and what bears our
-            name may be another's.
+        TargetError: a coordinator is alive, or the target holds another migration, or what follows the hand-over is not finished; or it holds
+            none, and what bears our name may be another's.
         SourceError: SOURCE is not the migration's source, or slot and publications there are another migration's.
     """
     async with session(settings.target_uri(), "target", application=f"{APPLICATION} clean") as target:
@@ -60,6 +63,7 @@ async def clean(settings: Settings, *, prune: bool, note: Note, force: bool = Fa
             migration = await state.read_migration(target)
         if migration is not None:
             await _require_ours(settings, target, migration)
+            await _require_finished(target, migration, note, force=force)
             claim = await read_claim(target)
             is_known = await _clean_known_source(settings, target, migration, claim, note, force=force)
             if claim.is_begun:
@@ -99,13 +103,22 @@ async def _require_ours(settings: Settings, target: asyncpg.Connection, migratio
         raise TargetError(
             f"the migration is being run by {migration.owner}", hint="Stop that `live-migration migrate` first."
         )
-    with asking("target", "looking for jobs that are held"):
-        jobs = await held_target_jobs(target) if migration.phase is Phase.DONE else []
-    if jobs:
+
+
+async def _require_finished(target: asyncpg.Connection, migration: Migration, note: Note, *, force: bool) -> None:
+    """Refuse to drop the state while it alone knows what is left to do on the target, unless somebody says so."""
+    with asking("target", "looking at what follows the hand-over"):
+        left = await list_unfinished(target) if migration.phase is Phase.DONE else []
+    if not left:
+        return
+    said = f"the target is in charge, but what follows the hand-over is not finished: {name_list(left)}"
+    if not force:
         raise TargetError(
-            f"the target is in charge, but what follows the hand-over is not finished: its jobs are still off: {name_list(jobs)}",
-            hint="Run `live-migration migrate` again, which finishes it without the source; then clean.",
+            said,
+            hint="Run `live-migration migrate` again, which finishes it without the source; then clean. "
+            "Or leave it as it is: `live-migration clean --force`.",
         )
+    note(f"{said}. It stays so: see to it yourself")
 
 
 async def _require_its_source(settings: Settings, migration: Migration) -> None:
@@ -140,15 +153,18 @@ async def _clean_known_source(
 ) -> bool:
     try:
         await _require_its_source(settings, migration)
-    except ConnectionLost as error:
-        if migration.phase is not Phase.DONE:
+    except (ConnectionLost, SourceError) as error:
+        if isinstance(error, SourceError) and not _has_no_database(error):
             raise
         if not force:
             hint = f"{error.hint} If it is off for good: `live-migration clean --force` leaves it as it is."
-            raise ConnectionLost(error.message, hint=hint) from error
+            raise type(error)(error.message, hint=hint) from error
+        with asking("target", "reading what was changed on the source"):
+            changes = await list_changes(target)
+        given_back = f"; give back {'; '.join(changes)}" if changes else ""
         note(
             f"the source was left as it is, for it cannot be reached ({error.message}). Should it come back: drop slot {settings.slot}, which keeps "
-            f"its WAL, and publications {settings.publication} and {settings.insert_publication}"
+            f"its WAL, and publications {settings.publication} and {settings.insert_publication}{given_back}"
         )
         return False
     async with session(settings.source_uri(), "source", application=f"{APPLICATION} clean") as source:
@@ -161,6 +177,13 @@ async def _clean_known_source(
         for line in await give_back(target, source, settings):
             note(line)
     return True
+
+
+def _has_no_database(error: BaseException | None) -> bool:
+    """Tell whether it is the server's word that it has no such database, which takes slot and publications with it."""
+    while error is not None and not isinstance(error, asyncpg.InvalidCatalogNameError):
+        error = error.__cause__
+    return error is not None
 
 
 async def _clean_unknown(settings: Settings, prune: bool, note: Note, *, force: bool) -> bool:

@@ -234,7 +234,11 @@ def verify_command(jobs: int, as_json: bool, **options: Any) -> int:
 @commands.command("clean")
 @settings_options("source", "target", *KAFKA, "name", "dir", "lock_timeout", *LOG)
 @click.option("--prune", is_flag=True, help="Remove the folder of our own broker and of logs, too.")
-@click.option("--force", is_flag=True, help="Also what no state on the target names, and without a source that is off.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Also what no state on the target names, without a source that is off, and with work left on the target.",
+)
 def clean_command(prune: bool, force: bool, **options: Any) -> int:
     """Drop slot, publications, topics and state, and give back what was changed on the source."""
     settings = _load(options)

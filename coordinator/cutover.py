@@ -24,6 +24,7 @@ from live_migration.common.state import Phase
 from live_migration.coordinator import steps
 from live_migration.coordinator.barrier import await_barrier, changes_between, emit_barrier, emit_heartbeat
 from live_migration.coordinator.chunk_watch import follow_chunks, unpublished_chunks
+from live_migration.coordinator.client_programs import ProgramError
 from live_migration.coordinator.drift import find_drift, shape_differences
 from live_migration.coordinator.dropped import settle_dropped
 from live_migration.coordinator.handover import hand_over
@@ -40,6 +41,7 @@ from live_migration.coordinator.memberships import find_left, require_publicatio
 from live_migration.coordinator.newcomers import Passing, bring_newcomers
 from live_migration.coordinator.recopy import FENCE_LANES
 from live_migration.coordinator.run import APPLICATION, Run
+from live_migration.coordinator.schema import FolderError, read_post_data
 from live_migration.coordinator.skip import describe_skips, read_skips
 from live_migration.coordinator.source_changes import require_consent
 from live_migration.coordinator.stranded_sessions import find_stranded, warn_of_stranded_rows
@@ -148,17 +150,20 @@ async def cut_over(run: Run) -> None:
         SourceBusy: the source is still written to; the migration is back in phase replay.
         CutoverRefused: tables are unaccounted for; the migration is back in phase replay.
         PublicationLost: a publication is gone or was altered; likewise.
+        FolderError: --dir takes no file; likewise.
     """
+    post_data = None
     async with run.source_session("cutover") as source:
         if not await steps.is_done(run.target, steps.BARRIER):
             try:
+                post_data = await read_post_data(run)  # through a file: a disk that is full costs no downtime
                 await _prove_everything_arrived(run, source)
-            except (SourceBusy, CutoverRefused, PublicationLost, TargetError) as error:
+            except (SourceBusy, CutoverRefused, PublicationLost, FolderError, ProgramError, TargetError) as error:
                 # What fails once the barrier is recorded refuses nothing: the target is to take over, and no lane goes on.
                 if not await steps.has_passed_barrier(run.target):
                     await _back_to_replay(run, error)
                 raise
-        await hand_over(run, source)
+        await hand_over(run, source, post_data)
         await _warn_of_late_writes(run, source)
     await warn_of_stranded_rows(run)
     async with run.target_transaction("ending the migration"):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import asyncpg
 
+from live_migration.common.collations import plain_locale, read_collation_version
 from live_migration.common.progress import name_list
 from live_migration.coordinator.findings import Finding, warning
 
@@ -33,6 +34,7 @@ _CONSEQUENCES = {
     "LC_CTYPE": _CASE,
     "ICU or builtin locale": f"{_ORDER}; {_CASE}",
     "ICU rules": _ORDER,
+    "collation version": _ORDER,
 }
 
 
@@ -48,8 +50,11 @@ class SessionSetting:
         return f"{name} (role {self.role})" if self.role else name
 
 
-def read_locale(database: Mapping[str, str | None]) -> dict[str, str]:
-    """Give the fields of a database's locale, from its row in pg_database of whatever version, as people name them."""
+def read_locale(database: Mapping[str, str | None], version: str | None = None) -> dict[str, str]:
+    """Give the fields of a database's locale, from its row in pg_database of whatever version, as people name them.
+
+    `version`: that which the library (glibc, ICU) that orders text has by now, if it has one.
+    """
     provider = database.get("datlocprovider") or "c"
     return {
         "locale provider": _PROVIDERS.get(provider, provider),
@@ -57,6 +62,7 @@ def read_locale(database: Mapping[str, str | None]) -> dict[str, str]:
         "LC_CTYPE": database.get("datctype") or "",
         "ICU or builtin locale": database.get("datlocale") or database.get("daticulocale") or "",
         "ICU rules": database.get("daticurules") or "",
+        "collation version": version or "",
     }
 
 
@@ -69,14 +75,8 @@ def assess_locales(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[F
             "Make the target's database anew with the source's (`create database … template template0 …`), or see that nobody depends on it.",
         )
         for field, value in ours.items()
-        if _plain(value) != _plain(theirs[field])
+        if plain_locale(value) != plain_locale(theirs[field])
     ]
-
-
-def _plain(locale: str) -> str:
-    """Give a locale's name without what systems write differently: en_US.UTF-8 is en_US.utf8."""
-    name, dot, encoding = locale.partition(".")
-    return name + dot + encoding.lower().replace("-", "")
 
 
 def assess_settings(ours: Sequence[SessionSetting], theirs: Sequence[SessionSetting]) -> list[Finding]:
@@ -98,6 +98,7 @@ async def find_databases(source: asyncpg.Connection, target: asyncpg.Connection)
     """Compare what belongs to either database as a whole."""
     locales, settings = [], []
     for connection in (source, target):
-        locales.append(read_locale(json.loads(await connection.fetchval(_DATABASE))))
+        row = json.loads(await connection.fetchval(_DATABASE))
+        locales.append(read_locale(row, await read_collation_version(connection)))
         settings.append([SessionSetting(row["role"], row["setting"]) for row in await connection.fetch(_SETTINGS)])
     return assess_locales(*locales) + assess_settings(*settings)

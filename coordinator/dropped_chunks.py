@@ -6,12 +6,13 @@ would stand twice on the target: the newer chunk is copied anew, once, which emp
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import asyncpg
 
 from live_migration.common.catalog import TableInfo
+from live_migration.common.chunk_range import find_renames, is_same_range, with_names
 from live_migration.common.home import Home
 from live_migration.common.postgres import asking
 from live_migration.common.relation import QualifiedName
@@ -25,7 +26,11 @@ _CHUNKS = """
     where c.kind = 'chunk' and coalesce(c.newcomer, 'followed') in ('followed', 'met')
       and coalesce(h.newcomer, 'followed') = 'followed' and not h.is_left_out
 """
-_SEE = "update _live_migration.tables set seen_range = $2 where oid = $1 and range is null and seen_range is distinct from $2"
+_NOTED = "select oid, coalesce(hypertable_oid, 0), range, seen_range from _live_migration.tables where kind = 'chunk'"
+_NOTE = """
+    update _live_migration.tables set range = $4, seen_range = $5
+    where oid = $1 and range is not distinct from $2 and seen_range is not distinct from $3
+"""
 _NOTHING = "false"
 
 
@@ -99,8 +104,46 @@ async def find_successors(
 
 
 async def note_ranges(target: asyncpg.Connection, tables: Sequence[TableInfo]) -> None:
-    """Record the ranges of chunks that came after the plan, so that they are known when these are dropped."""
+    """Record the ranges of chunks that came after the plan, so that they are known when these are dropped, and in all ranges what columns are called by now."""
     with asking("target", "recording ranges"):
-        new = await target.fetch("select oid from _live_migration.tables where kind = 'chunk' and range is null")
-        oids = {row["oid"] for row in new}
-        await target.executemany(_SEE, [(table.oid, table.range) for table in tables if table.oid in oids])
+        rows = [NotedRange(*row) for row in await target.fetch(_NOTED)]
+        changed = changed_ranges(rows, {table.oid: table.range for table in tables if table.part == "chunk"})
+        # A lane may have recorded another range meanwhile.
+        await target.executemany(_NOTE, [(*old, *new) for old, new in changed])
+
+
+@dataclass(frozen=True, slots=True)
+class NotedRange:
+    """What is kept of a chunk's range. `range`: as it was copied, or will be; `seen`: of one that came after the plan, as it was seen."""
+
+    oid: int
+    hypertable: int
+    range: str | None
+    seen: str | None
+
+
+def changed_ranges(
+    noted: Sequence[NotedRange], now: Mapping[int, str | None]
+) -> list[tuple[tuple[int, str | None, str | None], tuple[str | None, str | None]]]:
+    """Give what is to be noted otherwise: oid and ranges as they are noted, and as they are to be; pure.
+
+    `now`: the ranges of chunks that are there. Of those that are gone the columns are called as in the others of their hypertable.
+    """
+    renames: dict[int, dict[str, str]] = {}
+    for each in noted:
+        before, is_now = each.range or each.seen, now.get(each.oid)
+        if before and is_now and before != is_now:
+            renames.setdefault(each.hypertable, {}).update(find_renames(before, is_now))
+    changed = []
+    for each in noted:
+        names = renames.get(each.hypertable, {})
+        if each.oid in now:
+            condition = now[each.oid] if is_same_range(each.range, now[each.oid]) else each.range
+            seen = now[each.oid] if each.range is None else each.seen
+        else:
+            condition, seen = (
+                with_names(known, names) if known and names else known for known in (each.range, each.seen)
+            )
+        if (condition, seen) != (each.range, each.seen):
+            changed.append(((each.oid, each.range, each.seen), (condition, seen)))
+    return changed

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 import asyncpg
 
@@ -30,12 +31,17 @@ UNFIT = (
 )
 """What the target says where it lacks what a statement names, or has it already: somebody altered one side since the statement was written."""
 
+Renew = Callable[[Entry, asyncpg.PostgresError], Awaitable[Sequence[str] | None]]
+"""Gives the statements by which an entry that was refused is made as the source has it now: none where it is gone, None where it is as it was."""
 
-async def run_entries(run: Run, step: str, entries: Sequence[Entry], *, is_late: bool = False) -> None:
+
+async def run_entries(
+    run: Run, step: str, entries: Sequence[Entry], *, is_late: bool = False, renew: Renew | None = None
+) -> None:
     """Run what of the entries is not done yet, in order; afterwards the step is done.
 
     `entries` must be the same at each call for a step: progress is a number. `is_late`: users wait, and what the target
-    cannot make as it is by now is named and left out.
+    cannot make as it is by now is named and left out. `renew`: is asked about an entry that the target refuses.
 
     Raises:
         TargetError: names the object that cannot be made; what came before it stays.
@@ -46,7 +52,7 @@ async def run_entries(run: Run, step: str, entries: Sequence[Entry], *, is_late:
     while done < len(entries):
         batch = entries[done : done + _BATCH]
         # When one entry of a batch fails, those before it are kept: the next attempt begins at the culprit.
-        made, failure = await _run_batch(run, step, done, batch, is_late)
+        made, failure = await _run_batch(run, step, done, batch, is_late, renew)
         done += made
         if failure is not None:
             raise failure
@@ -55,7 +61,7 @@ async def run_entries(run: Run, step: str, entries: Sequence[Entry], *, is_late:
 
 
 async def _run_batch(
-    run: Run, step: str, done: int, batch: Sequence[Entry], is_late: bool
+    run: Run, step: str, done: int, batch: Sequence[Entry], is_late: bool, renew: Renew | None
 ) -> tuple[int, TargetError | None]:
     async with run.target_transaction(step):
         await run.target.execute("set local check_function_bodies = off")
@@ -63,7 +69,7 @@ async def _run_batch(
         if await _run_together(run, batch):
             made, failure = len(batch), None
         else:
-            made, failure = await _run_one_by_one(run, batch, is_late)
+            made, failure = await _run_one_by_one(run, batch, is_late, renew)
         await steps.advance(run.target, run.epoch, step, done + made)
     return made, failure
 
@@ -88,7 +94,9 @@ async def _run_together(run: Run, batch: Sequence[Entry]) -> bool:
     return True
 
 
-async def _run_one_by_one(run: Run, batch: Sequence[Entry], is_late: bool) -> tuple[int, TargetError | None]:
+async def _run_one_by_one(
+    run: Run, batch: Sequence[Entry], is_late: bool, renew: Renew | None
+) -> tuple[int, TargetError | None]:
     """Run entries up to the first that fails; give how many were run, and what is said of that one."""
     made = 0
     in_force: tuple[tuple[str, str], ...] = ()
@@ -97,13 +105,13 @@ async def _run_one_by_one(run: Run, batch: Sequence[Entry], is_late: bool) -> tu
             for name, value in entry.defaults:
                 await run.target.execute(f"set local {name} = {value}")
             in_force = entry.defaults
-        if (failure := await _run_entry(run, entry, is_late)) is not None:
+        if (failure := await _run_entry(run, entry, is_late, renew)) is not None:
             return made, failure
         made += 1
     return made, None
 
 
-async def _run_entry(run: Run, entry: Entry, is_late: bool) -> TargetError | None:
+async def _run_entry(run: Run, entry: Entry, is_late: bool, renew: Renew | None) -> TargetError | None:
     if not entry.statements or await _is_there_already(run, entry):
         return None
     try:
@@ -117,11 +125,22 @@ async def _run_entry(run: Run, entry: Entry, is_late: bool) -> TargetError | Non
         if is_late and isinstance(error, UNFIT):
             run.reporter.warning(f"{entry.label} is not restored: {refusal}. Make it by hand: {entry.statements}")
             return None
+        now = await renew(entry, error) if renew is not None else None
+        if now is not None:
+            return await _run_renewed(run, entry, now, refusal)
         return TargetError(
             f"target: cannot make {entry.label}: {refusal} [SQLSTATE {error.sqlstate}]",
             hint=error.hint or "Mend the target so that this can be made, then run `live-migration migrate` again.",
         )
     return None
+
+
+async def _run_renewed(run: Run, entry: Entry, statements: Sequence[str], refusal: str) -> TargetError | None:
+    if not statements:
+        run.reporter.warning(f"{entry.label} is left out, which the source has no more: {refusal}")
+        return None
+    run.reporter.note(f"{entry.label} is made as the source has it by now: {statements[0]}")
+    return await _run_entry(run, replace(entry, statements=";\n".join(statements)), False, None)
 
 
 def _is_done_without(entry: Entry, error: asyncpg.PostgresError) -> bool:

@@ -7,7 +7,9 @@ import asyncpg
 from live_migration.common.postgres import asking
 from live_migration.common.relation import ReplicaIdentity
 from live_migration.common.settings import Settings
-from live_migration.coordinator.source_jobs import give_jobs_back
+from live_migration.common.state import require_migration
+from live_migration.coordinator.refresh_gaps import close_gaps
+from live_migration.coordinator.source_jobs import give_jobs_back, paused_ids
 from live_migration.coordinator.timescale_source import give_settings_back
 from live_migration.producer.publication import restore_identity
 
@@ -21,6 +23,12 @@ async def give_back(target: asyncpg.Connection, source: asyncpg.Connection, sett
     identities = await give_identities_back(target, source, settings)
     lines = [f"{table} has its replica identity back" for table in identities]
     lines += [f"{name} of the source's database is as it was" for name in await give_settings_back(target, source)]
+    since = (await require_migration(target)).created_at
+    outcome = await close_gaps(source, "source", await paused_ids(target), since=since)
+    lines += [
+        f"{name} was refreshed on the source from where it ended when jobs were paused" for name in outcome.refreshed
+    ]
+    lines += outcome.failed
     return lines + await give_jobs_back(target, source, settings)
 
 

@@ -6,10 +6,17 @@ from collections.abc import Awaitable, Callable
 
 import asyncpg
 
-from live_migration.common.catalog import SequenceParameters, TableInfo, sequence_parameters, sequence_positions
+from live_migration.common.catalog import (
+    SequenceParameters,
+    TableInfo,
+    list_sequences,
+    read_columns,
+    sequence_parameters,
+    sequence_positions,
+)
 from live_migration.common.errors import TargetError
 from live_migration.common.postgres import asking, enter_replica_role
-from live_migration.common.progress import format_bytes
+from live_migration.common.progress import format_bytes, name_list
 from live_migration.common.relation import QualifiedName, ReplicaIdentity
 from live_migration.common.timescale import is_hypertable
 from live_migration.consumer.copy_stream import CopyPlan, stream_copy
@@ -20,11 +27,12 @@ from live_migration.coordinator.entries import UNFIT, run_entries
 from live_migration.coordinator.foreign_keys import add_foreign_keys, follow_foreign_keys, validate_foreign_keys
 from live_migration.coordinator.made_jobs import make_jobs
 from live_migration.coordinator.materialized_views import refresh_materialized_views
+from live_migration.coordinator.post_data import PostData
 from live_migration.coordinator.rewrites import mark_rewritten
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.schema import read_post_data
 from live_migration.coordinator.source_changes import fix_late_changes, make_late_changes
-from live_migration.coordinator.source_jobs import note_starts
+from live_migration.coordinator.source_jobs import held_target_jobs, note_starts
 from live_migration.coordinator.statistics import mark_unfollowed
 from live_migration.coordinator.timescale_handover import (
     bring_watermarks,
@@ -36,16 +44,26 @@ from live_migration.coordinator.timescale_handover import (
 from live_migration.producer.publication import identity_without_full
 
 _SET_SEQUENCE = "select setval($1::text::regclass, $2, $3)"
+_AFTER = {
+    "validation of foreign keys": "foreign keys to be validated",
+    "refreshed aggregates": "continuous aggregates to be refreshed",
+    "analyze": "statistics (ANALYZE)",
+    "compression": "chunks to be compressed",
+    "jobs": "jobs to be scheduled",
+}
 _OBJECT_BATCH = 64
 _OBJECT_CHUNK = 128 << 10
 
 
-async def hand_over(run: Run, source: asyncpg.Connection) -> None:
-    """Bring everything that lanes do not carry; afterwards the target is complete but for the validation of foreign keys."""
+async def hand_over(run: Run, source: asyncpg.Connection, post_data: PostData | None = None) -> None:
+    """Bring everything that lanes do not carry; afterwards the target is complete but for the validation of foreign keys.
+
+    `post_data`: what `read_post_data` gives, where somebody has read it already.
+    """
     await _once(run, "unlogged tables", lambda: copy_outside_stream(run, source))
     await _once(run, "large objects", lambda: copy_large_objects(run, source))
     await _once(run, "sequences", lambda: set_sequences(run, source))
-    post_data = await read_post_data(run)
+    post_data = post_data or await read_post_data(run)
     changes = await fix_late_changes(run, source, before="post-data")
     run.reporter.note(f"restoring the rest of the schema: {len(post_data.main) + len(post_data.last)} objects")
     await run_entries(run, "post-data", changes.to_run(post_data.main), is_late=True)
@@ -85,6 +103,15 @@ async def is_finished(target: asyncpg.Connection) -> bool:
     return all([await steps.is_done(target, step) for step in ("analyze", "jobs")])
 
 
+async def list_unfinished(target: asyncpg.Connection) -> list[str]:
+    """Give what is left to do after the handover, for people; nothing once `is_finished`."""
+    if await is_finished(target):
+        return []
+    left = [what for step, what in _AFTER.items() if not await steps.is_done(target, step)]
+    jobs = await held_target_jobs(target)
+    return left + ([f"jobs that are still off: {name_list(jobs)}"] if jobs else [])
+
+
 async def _once(run: Run, step: str, act: Callable[[], Awaitable[None]]) -> None:
     if await steps.is_done(run.target, step):
         return
@@ -106,11 +133,26 @@ async def copy_outside_stream(run: Run, source: asyncpg.Connection) -> None:
 
 
 async def _copy(run: Run, source: asyncpg.Connection, table: TableInfo) -> None:
+    with asking("target", f"looking at {table.name}"):
+        oid = await run.target.fetchval("select to_regclass($1)::oid", table.name.sql)
+        there = (await read_columns(run.target, [oid])).get(oid, ()) if oid else ()
+    columns = {(column.name, column.type) for column in there if not column.generated}
+    left_out = [column.name for column in table.copied_columns if (column.name, column.type) not in columns]
+    if oid is None or (left_out and len(left_out) == len(table.copied_columns)):
+        run.reporter.warning(
+            f"table {table.name}, which the stream does not carry, is left out: the target has none like it. Make it and copy its rows by hand"
+        )
+        return
+    if left_out:
+        run.reporter.warning(
+            f"columns {name_list(left_out)} of {table.name}, which the stream does not carry, are left out: the target has none of that name and type"
+        )
     run.reporter.note(f"copying {table.name} ({format_bytes(table.size_bytes)}), which the stream does not carry")
     async with run.target_transaction(f"copying {table.name}") as target:
         # The target may be partitioned otherwise or have indexes of its own by now, but no trigger of the source's.
         await enter_replica_role(target)
-        plan = CopyPlan(table.name, tuple(column.name for column in table.copied_columns), table.is_binary_safe)
+        names = tuple(column.name for column in table.copied_columns if column.name not in left_out)
+        plan = CopyPlan(table.name, names, table.is_binary_safe)
         with asking("target", f"emptying {table.name}"):
             only = "" if await is_hypertable(target, table.name) else "only "
             await target.execute(f"truncate {only}{table.name.sql}")
@@ -196,14 +238,22 @@ async def _alter_identity(target: asyncpg.Connection, statement: str) -> None:
 
 
 async def set_sequences(run: Run, source: asyncpg.Connection) -> None:
-    """Set each sequence of the target to where the source's is; one that was altered on the source is altered first."""
+    """Set each sequence of the target to where the source's is; one that was altered on the source is altered first.
+
+    One that the target has not, made on the source since the last look at both, is named and left out: users wait.
+    """
     with asking("source", "reading sequences"):
         positions = [some async for some in sequence_positions(source)]
         wanted = await sequence_parameters(source)
     with asking("target", "reading sequences"):
-        present = await sequence_parameters(run.target)
+        present, there = await sequence_parameters(run.target), set(await list_sequences(run.target))
+    if absent := [name for some in positions for name, *_ in some if name not in there]:
+        run.reporter.warning(
+            f"sequences that the target has not are left out: {name_list(absent)}. Make them, and set them with setval"
+        )
     altered = {name for name in wanted.keys() & present.keys() if wanted[name] != present[name]}
-    for some in positions:
+    for batch in positions:
+        some = [each for each in batch if each[0] in there]
         values = [(name.sql, last_value, is_called) for name, last_value, is_called in some if name not in altered]
         async with run.target_transaction("setting sequences") as target:
             await target.executemany(_SET_SEQUENCE, values)

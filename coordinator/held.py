@@ -44,15 +44,19 @@ async def list_held(settings: Settings) -> list[str]:
         slot = await read_slot(source, settings.slot)
         publications = await publications_present(source, [settings.publication, settings.insert_publication])
     async with session(settings.target_uri(), "target", application=f"{APPLICATION} exit") as target:
-        changes = []
-        if await target.fetchval("select to_regclass('_live_migration.source_changes') is not null"):
-            changes = await target.fetch(
-                "select kind, object from _live_migration.source_changes where not restored order by object"
-            )
+        changes = await list_changes(target)
     held = [describe_slot(settings.slot, slot)] if slot else []
     if publications:
         held.append(f"publications {', '.join(publications)}")
-    for kind, what in _CHANGES.items():
-        if objects := [row["object"] for row in changes if row["kind"] == kind]:
-            held.append(f"{what} {name_list(objects)}")
-    return held
+    return held + changes
+
+
+async def list_changes(target: asyncpg.Connection) -> list[str]:
+    """Give what the state says was changed on the source and is not given back, for people."""
+    if not await target.fetchval("select to_regclass('_live_migration.source_changes') is not null"):
+        return []
+    changes = await target.fetch(
+        "select kind, object from _live_migration.source_changes where not restored order by object"
+    )
+    found = {kind: [row["object"] for row in changes if row["kind"] == kind] for kind in _CHANGES}
+    return [f"{_CHANGES[kind]} {name_list(objects)}" for kind, objects in found.items() if objects]

@@ -11,12 +11,14 @@ import asyncpg
 
 from live_migration.common.catalog import TableInfo
 from live_migration.common.errors import TargetError
+from live_migration.common.hashing import read_encoding
 from live_migration.common.postgres import asking
 from live_migration.common.relation import QualifiedName
 from live_migration.coordinator import client_programs, planning, steps
 from live_migration.coordinator.client_programs import ClientPrograms, ProgramError
 from live_migration.coordinator.dump_script import Entry, parse_script
 from live_migration.coordinator.flat_entries import read_flat_entries
+from live_migration.coordinator.hash_dimensions import HashDimension, assess_hash_dimensions, read_hash_dimensions
 from live_migration.coordinator.hypertable_definitions import Definitions, Hypertable
 from live_migration.coordinator.hypertable_entries import EntriesOfTimescale, read_entries_of_timescale, without_only
 from live_migration.coordinator.hypertable_gaps import read_target
@@ -68,7 +70,7 @@ class Newcomer:
 class Blueprint:
     """All that makes a newcomer, as one snapshot of the source showed it. `entries`: pg_dump's; an aggregate has none.
 
-    `is_flat`: a hypertable becomes a plain table.
+    `is_flat`: a hypertable becomes a plain table. `dimensions`: of one that is cut by a hash; `encoding`: the source's.
     """
 
     pre_data: Sequence[Entry]
@@ -77,6 +79,8 @@ class Blueprint:
     keys: EntriesOfTimescale
     foreign_keys: Sequence[asyncpg.Record]
     is_flat: bool = False
+    dimensions: Sequence[HashDimension] = ()
+    encoding: str = ""
 
     def at_once(self, section: Sequence[Entry]) -> list[Entry]:
         """Give the entries to be run while lanes apply."""
@@ -171,8 +175,11 @@ async def _draw(
             definitions = await read_definitions(source)
             keys = (await read_flat_entries(source)).entries if is_flat else await read_entries_of_timescale(source)
             foreign_keys = [row for row in await source.fetch(FOREIGN_KEYS) if row["table_oid"] == newcomer.table.oid]
+            dimensions = await read_hash_dimensions(source) if newcomer.kind == "hypertable" else []
+            dimensions = [each for each in dimensions if each.hypertable == newcomer.name]
+            encoding = await read_encoding(source)
             pre_data, post_data = await _dump(run, programs, snapshot, newcomer)
-        return Blueprint(pre_data, post_data, definitions, keys, foreign_keys, is_flat)
+        return Blueprint(pre_data, post_data, definitions, keys, foreign_keys, is_flat, dimensions, encoding)
 
     return await run.patiently(f"reading {newcomer.name}", look)
 
@@ -227,6 +234,7 @@ async def _make_table(target: asyncpg.Connection, newcomer: Newcomer, blueprint:
     if newcomer.kind == "hypertable" and not blueprint.is_flat:
         if hypertable is None:
             raise NewcomerRefused("its definition cannot be read from the source's catalog")
+        await _require_same_hashes(target, newcomer, blueprint)
         timescale = await _require_timescale(target)
         roots = {newcomer.name}
         for statement in hypertable_statements(hypertable, timescale):
@@ -236,6 +244,14 @@ async def _make_table(target: asyncpg.Connection, newcomer: Newcomer, blueprint:
     for statement in statements:
         await target.execute(statement)
     await _try(target, [each for each in blueprint.late if each.type != "COMMENT"])
+
+
+async def _require_same_hashes(target: asyncpg.Connection, newcomer: Newcomer, blueprint: Blueprint) -> None:
+    """Refuse a hypertable whose rows belong into other chunks on the target."""
+    found = assess_hash_dimensions(blueprint.dimensions, blueprint.encoding, await read_encoding(target))
+    for each in found:
+        if each.level == "error":
+            raise NewcomerRefused(f"{each.what}. {each.hint} Or drop {newcomer.name}")
 
 
 async def _run(target: asyncpg.Connection, entries: Sequence[Entry]) -> None:

@@ -54,6 +54,12 @@ _FOLLOW = """
     where oid = $1 and newcomer = 'made'
 """
 
+# A lane can have taken them for gone, wrongly: what the hypertable's copy shows of them would be applied once more.
+_MEET_ANEW = """
+    delete from _live_migration.tables t using unnest($1::oid[], $2::text[], $3::text[]) as c (oid, schema_name, table_name)
+    where t.newcomer = 'gone' and t.kind = 'chunk' and (t.oid = c.oid or (t.schema_name, t.table_name) = (c.schema_name, c.table_name))
+"""
+
 
 class Passing(str):
     """A reason that passes by itself, for which something cannot be brought yet: a lock that somebody holds, a transaction that is open."""
@@ -316,5 +322,17 @@ async def _save(run: Run, target: asyncpg.Connection, oids: set[int], published:
                     moment.timeline,
                     moment.statistics,
                 )
+            await _meet_anew(target, published.tables, {table.oid for table in tables})
             await steps.require_role(target, run.epoch)
     return [table.name for table in tables]
+
+
+async def _meet_anew(target: asyncpg.Connection, tables: Sequence[TableInfo], followed: Container[int]) -> None:
+    """Forget chunks of followed hypertables that are there and were taken for gone; their lane meets them as those of others."""
+    chunks = [table for table in tables if table.part == "chunk" and table.hypertable in followed]
+    await target.execute(
+        _MEET_ANEW,
+        [chunk.oid for chunk in chunks],
+        [chunk.name.schema for chunk in chunks],
+        [chunk.name.name for chunk in chunks],
+    )

@@ -27,6 +27,7 @@ from live_migration.coordinator import (
     timescale_facts,
     timescale_findings,
 )
+from live_migration.coordinator.batch_findings import find_batches
 from live_migration.coordinator.big_rows import assess_big_rows, find_big_rows
 from live_migration.coordinator.database_findings import find_databases
 from live_migration.coordinator.findings import Finding
@@ -393,15 +394,15 @@ class _Preflight:
         begun = self._migration
         pause = self._settings.pause_source_jobs or bool(begun and begun.settings.get("pause_source_jobs"))
         accepts = self._settings.accept_unseen_changes or begun is not None
-        return timescale_findings.assess_source(
-            facts, accept_unseen_changes=accepts
-        ) + timescale_findings.assess_target(
-            facts,
-            await timescale_facts.read_target(target, facts),
-            flatten=self._settings.flatten if begun is None else bool(begun.settings.get("flatten")),
-            pause_source_jobs=pause,
-            is_begun=begun is not None,
+        flatten = self._settings.flatten if begun is None else bool(begun.settings.get("flatten"))
+        theirs = await timescale_facts.read_target(target, facts)
+        found = timescale_findings.assess_source(facts, accept_unseen_changes=accepts)
+        found += timescale_findings.assess_target(
+            facts, theirs, flatten=flatten, pause_source_jobs=pause, is_begun=begun is not None
         )
+        if begun is None and not flatten and timescale_findings.is_same_version(facts, theirs):
+            found += await find_batches(source, target)
+        return found
 
     async def _check_hypertables(self, source: asyncpg.Connection, target: asyncpg.Connection) -> list[Finding]:
         if self._migration:

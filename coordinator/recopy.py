@@ -43,9 +43,11 @@ FENCE_LANES = """
     set epoch = epoch + 1, owner = null, backend_pid = null, backend_start = null
 """
 
+# Chunks that lanes took for gone tell of a log that counts no more, and of a source that may be another now: they are met anew.
 # Not 'planned', which a consumer that sleeps through the change of phase could claim before there is a slot.
 VOID = f"""
     {LOCK_TABLES};
+    delete from _live_migration.tables where newcomer = 'gone' and kind = 'chunk' and hypertable_oid is null;
     update _live_migration.tables
     set state = 'stopped', started_at = null, copy_again = false, is_passed_over = false, is_unpublished = false, {FORGET_COPY}
     where kind <> 'hypertable' and newcomer is distinct from 'gone';

@@ -17,7 +17,7 @@ from pathlib import Path
 import asyncpg
 
 from live_migration.common.catalog import CURRENT_TIMELINE, TableInfo, list_tables
-from live_migration.common.errors import SourceError
+from live_migration.common.errors import LiveMigrationError, SourceError
 from live_migration.common.postgres import asking
 from live_migration.common.relation import QualifiedName
 from live_migration.common.settings import Settings
@@ -163,10 +163,22 @@ async def read_entries(run: Run, programs: ClientPrograms, section: str) -> list
     with asking("target", "reading the schema's archive"):
         content = await archives.read(run.target, ARCHIVE)
     assert content is not None  # it is kept before this phase begins
-    with private_folder(run.settings) as folder:
-        archive = Path(folder, "schema.dump")
-        await asyncio.to_thread(archive.write_bytes, content)
-        return parse_script(await client_programs.write_script(programs, archive, section=section))
+    try:
+        with private_folder(run.settings) as folder:
+            archive = Path(folder, "schema.dump")
+            await asyncio.to_thread(archive.write_bytes, content)
+            return parse_script(await client_programs.write_script(programs, archive, section=section))
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise  # of a program
+        raise FolderError(
+            f"the schema's archive cannot be written into {run.settings.dir}: {error.strerror or error}",
+            hint="Make room there, or give another --dir, then run `live-migration migrate` again.",
+        ) from error
+
+
+class FolderError(LiveMigrationError):
+    """The folder of ours on this host takes no file."""
 
 
 def private_folder(settings: Settings) -> tempfile.TemporaryDirectory[str]:

@@ -22,6 +22,7 @@ from live_migration.common.relation import quote_identifier, quote_literal
 from live_migration.common.settings import Settings
 from live_migration.common.timescale import read_version, read_version_to_be
 from live_migration.coordinator import archives
+from live_migration.coordinator.job_owners import find_helpless, give_policies_to_owners
 from live_migration.coordinator.run import APPLICATION, Run
 from live_migration.producer.publication import execute_politely
 
@@ -304,13 +305,22 @@ async def held_target_jobs(target: asyncpg.Connection) -> list[str]:
     return [row["name"] for row in rows if row["id"] in off]
 
 
+async def held_target_ids(target: asyncpg.Connection) -> list[int]:
+    """Give the jobs of the target that get their schedule with `release_target_jobs`."""
+    with asking("target", "reading the jobs that are held"):
+        rows = await target.fetch(
+            "select id from _live_migration.target_jobs where is_scheduled and not is_released order by id"
+        )
+    return [row["id"] for row in rows]
+
+
 async def release_target_jobs(run: Run) -> list[str]:
     """Give each job of the target that was held the flag of the source; give the names of those that are scheduled now.
 
-    Each runs first when it would have run next on the source; one that is due there runs at once. One that is gone meanwhile is named
-    in a warning.
+    Each runs first when it would have run next on the source; one that is due there runs at once. Policies are given to whom their tables
+    belong. One that is gone meanwhile is named in a warning, and so is one whose owner cannot run it.
     """
-    scheduled, gone = [], []
+    scheduled, gone, helpless = {}, [], {}
     async with run.target_transaction("giving the target's jobs their schedule") as target:
         starts = await _noted_starts(target)
         places = await _places(target)
@@ -324,11 +334,19 @@ async def release_target_jobs(run: Run) -> list[str]:
                 gone.append(row["name"])
             elif row["is_scheduled"]:
                 await target.execute(places.alter(row["id"], scheduled=True, start=starts.get(row["source_id"])))
-                scheduled.append(row["name"])
+                scheduled[row["id"]] = row["name"]
+        if places is not None:  # last: their owners alone may alter them from there on
+            await give_policies_to_owners(target, places.jobs, [row["id"] for row in rows])
+            helpless = await find_helpless(target, places.jobs, list(scheduled))
         await target.execute("update _live_migration.target_jobs set is_released = true")
     if gone:
         run.reporter.warning(f"jobs are gone from the target, dropped by somebody else: {name_list(gone)}")
-    return scheduled
+    if helpless:
+        run.reporter.warning(
+            "jobs of the target whose owners may not log in, or lack the rights of whom their tables belong to, will fail: "
+            f"{name_list(f'{scheduled[id]} ({owner})' for id, owner in helpless.items())}"
+        )
+    return list(scheduled.values())
 
 
 async def note_starts(run: Run, source: asyncpg.Connection) -> None:

@@ -18,6 +18,7 @@ from live_migration.common.postgres import asking, enter_replica_role
 from live_migration.common.relation import QualifiedName, quote_identifier
 from live_migration.common.timescale import read_version
 from live_migration.coordinator import archives, steps
+from live_migration.coordinator.job_owners import give_policies
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.source_jobs import hold_target_jobs
 
@@ -167,6 +168,9 @@ async def _write_rows(target: asyncpg.Connection, table: CatalogTable) -> None:
     content = base64.b64decode(table.content)
     if not content:
         return
+    if table.name == "bgw_job":
+        role = await target.fetchval("select current_user::regrole::text")
+        content = give_policies(content, table.columns, role)
 
     async def rows() -> object:
         yield content

@@ -9,6 +9,7 @@ import asyncpg
 
 from live_migration.common.postgres import may_run
 from live_migration.common.timescale import Layout, read_layout
+from live_migration.coordinator.hash_dimensions import HashDimension, read_hash_dimensions
 from live_migration.coordinator.source_jobs import Job, read_jobs
 
 LOCKS = """
@@ -30,7 +31,7 @@ _SERVER = (
            current_setting('timescaledb.license', true) as license,
            coalesce(current_setting('timescaledb.restoring', true), 'off') = 'on' as is_restoring,
            current_setting('timescaledb.max_background_workers', true)::int as background_workers,
-           current_setting('max_worker_processes')::int as worker_processes,
+           current_setting('max_worker_processes')::int as worker_processes, getdatabaseencoding()::text as encoding,
     """
     + f"{LOCKS} as locks"
 )
@@ -104,6 +105,7 @@ class ServerFacts:
     is_restoring: bool
     background_workers: int | None
     worker_processes: int
+    encoding: str
     locks: int
 
     def version_to_be(self, wanted: str) -> str | None:
@@ -144,6 +146,8 @@ class SourceFacts:
     old_aggregates: tuple[str, ...]
     relations: int
     jobs: tuple[Job, ...]
+    dimensions: tuple[HashDimension, ...] = ()
+    """Of hypertables that are cut by a hash."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +186,7 @@ async def read_source(source: asyncpg.Connection, ours: Sequence[str]) -> Source
         old_aggregates=tuple(each["name"] for each in aggregates if not each["is_finalized"]),
         relations=len(layout.chunks) + len(layout.compressed),
         jobs=tuple(await read_jobs(source)),
+        dimensions=tuple(await read_hash_dimensions(source)),
         **row,
     )
 

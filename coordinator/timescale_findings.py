@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from live_migration.common.progress import format_number_of, name_list
 from live_migration.common.timescale import FIRST_WATCHED_BY_OWNERS, parse_version
 from live_migration.coordinator.findings import Finding, error, warning
+from live_migration.coordinator.hash_dimensions import assess_hash_dimensions
 from live_migration.coordinator.source_findings import assess_locks
 from live_migration.coordinator.source_jobs import Job, rights_hint
 from live_migration.coordinator.timescale_facts import HypertableFacts, ServerFacts, SourceFacts, TargetFacts
@@ -77,6 +78,7 @@ def assess_target(
         *_assess_tablespaces(source, target),
         *_assess_catalog(source, target),
         *_assess_owners(source, target),
+        *assess_hash_dimensions(source.dimensions, source.server.encoding, target.server.encoding),
         *_assess_tried("target", target.server.version_to_be(source.version)),
     ]
     if not is_begun:
@@ -433,31 +435,33 @@ def _assess_catalog(source: SourceFacts, target: TargetFacts) -> list[Finding]:
 
 
 def _assess_owners(source: SourceFacts, target: TargetFacts) -> list[Finding]:
-    """Judge the roles: a job keeps its owner where chunks come over as they are; else all belongs to the role that migrates."""
+    """Judge the roles: a user's action keeps its owner where chunks come over as they are; all else belongs to the role that migrates."""
     found = []
-    if is_same_version(source, target):
-        missing = sorted({job.owner for job in source.jobs} - target.roles)
-        foreign = [job for job in source.jobs if job.owner in target.roles - target.our_roles]
+    keeping = [job for job in source.jobs if not job.is_policy] if is_same_version(source, target) else []
+    if keeping:
+        missing = sorted({job.owner for job in keeping} - target.roles)
+        foreign = [job for job in keeping if job.owner in target.roles - target.our_roles]
         if missing:
             found.append(
                 error(
-                    f"roles that own jobs on the source are missing on the target: {name_list(missing)}",
+                    f"roles that own actions (jobs of users) on the source are missing on the target: {name_list(missing)}",
                     f"`create role {missing[0]}` on the target, and make {target.server.role} a member.",
                 )
             )
         if foreign:
             found.append(
                 error(
-                    f"role {target.server.role} on the target lacks the rights of roles that own jobs: "
+                    f"role {target.server.role} on the target lacks the rights of roles that own actions (jobs of users): "
                     f"{name_list(sorted({job.owner for job in foreign}))}; it could not hold the jobs until the cutover",
                     f"`grant {', '.join(sorted({job.owner for job in foreign}))} to {target.server.role}` on the target.",
                 )
             )
-    others = sorted({each.owner for each in source.hypertables} - target.roles)
+    left = [job.owner for job in source.jobs if job not in keeping]
+    others = sorted({*(each.owner for each in source.hypertables), *left} - target.roles)
     if others:
         found.append(
             warning(
-                f"roles that own hypertables on the source are missing on the target: {name_list(others)}; what is migrated belongs to "
+                f"roles that own hypertables or jobs on the source are missing on the target: {name_list(others)}; what is migrated belongs to "
                 f"{target.server.role}"
             )
         )

@@ -20,11 +20,12 @@ from live_migration.consumer.chunk_rebuild import ChunkToRebuild, all_due_chunks
 from live_migration.consumer.hypertables import session_settings
 from live_migration.consumer.source_watch import write_flush_barrier
 from live_migration.coordinator import archives
-from live_migration.coordinator.aggregate_refresh import keep_watermarks
+from live_migration.coordinator.aggregate_refresh import keep_watermarks, kept_watermarks
 from live_migration.coordinator.aggregate_state import AggregateState, read_state, write_state
 from live_migration.coordinator.chunk_watch import mark_unlooked
+from live_migration.coordinator.refresh_gaps import close_gaps
 from live_migration.coordinator.run import APPLICATION, Run
-from live_migration.coordinator.source_jobs import release_target_jobs
+from live_migration.coordinator.source_jobs import held_target_ids, release_target_jobs
 from live_migration.coordinator.statistics import Unfollowed, read_statistics
 
 _EVERYTHING = 2**63 - 1
@@ -261,6 +262,12 @@ def _without_twin(theirs: _Twins, ours: Layout, slices: dict[int, str]) -> list[
 
 
 async def release_jobs(run: Run) -> None:
-    """Give the target's jobs the schedule that they have on the source."""
+    """Give the target's jobs the schedule that they have on the source, once aggregates are where refresh policies reach from."""
+    jobs, floors = await held_target_ids(run.target), await kept_watermarks(run.target)
+    outcome = await close_gaps(run.target, "target", jobs, since=run.migration.created_at, floors=floors)
+    if outcome.refreshed:
+        run.reporter.note(f"refreshed from where they ended when jobs were paused: {name_list(outcome.refreshed)}")
+    for line in outcome.failed:
+        run.reporter.warning(line)
     if scheduled := await release_target_jobs(run):
         run.reporter.note(f"jobs of the target are scheduled now: {name_list(scheduled)}")

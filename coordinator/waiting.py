@@ -17,9 +17,8 @@ from live_migration.common.postgres import asking
 from live_migration.common.progress import Lag, LagMeter
 from live_migration.common.state import Phase
 from live_migration.coordinator import cutover
-from live_migration.coordinator.entries import run_entries
+from live_migration.coordinator.partitioned_indexes import build_partitioned_indexes
 from live_migration.coordinator.run import Run
-from live_migration.coordinator.schema import read_post_data
 from live_migration.coordinator.timescale_catalog import end_restoring
 
 _POLL_SECONDS = 0.25
@@ -50,8 +49,7 @@ async def await_copy(run: Run) -> None:
             break
         await troubles.report()
         await asyncio.sleep(_POLL_SECONDS)
-    post_data = await read_post_data(run)
-    await run_entries(run, "partitioned indexes", post_data.partitioned)
+    await build_partitioned_indexes(run)
     await end_restoring(run)
     async with run.target_transaction("leaving phase copy"):
         await run.enter(Phase.REPLAY)

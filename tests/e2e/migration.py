@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -111,6 +111,14 @@ class Migration:
         self.stop_coordinator.set()
         assert self.coordinator is not None
         await asyncio.wait_for(self.coordinator, 60)
+
+    @asynccontextmanager
+    async def closing(self) -> AsyncIterator[Self]:
+        """Start nothing; end all on leaving."""
+        try:
+            yield self
+        finally:
+            await self.__aexit__()
 
     async def __aexit__(self, *_: object) -> None:
         tasks = [t for t in (self.coordinator, self.producer.task, *(c.task for c in self.consumers)) if t]

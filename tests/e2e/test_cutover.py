@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
 
+from live_migration.coordinator import cutover, schema
 from live_migration.coordinator.clean import clean
 from live_migration.coordinator.conductor import conduct
 from live_migration.coordinator.cutover import CutoverRefused, request_cutover
+from live_migration.coordinator.schema import FolderError
 from tests.e2e.migration import Migration, RecordingObserver
 
 pytestmark = [pytest.mark.e2e, pytest.mark.integration]
@@ -140,3 +144,36 @@ async def test_an_open_or_prepared_transaction_and_a_table_that_cannot_be_brough
     query = "select * from parent order by id"
     assert await rows(target_database, query) == await rows(source_database, query)
     await source.close()
+
+
+async def test_a_full_disk_refuses_the_cutover_before_the_barrier_and_is_not_written_to_behind_it(
+    source_database: str,
+    target_database: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def is_full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    await rows(source_database, "create table t (id int primary key)")
+    migration = Migration(source_database, target_database, kafka_bootstrap, unique_name, tmp_path)
+    async with migration:
+        await migration.until_phase("replay")
+        with monkeypatch.context() as full:
+            full.setattr(schema, "private_folder", is_full)
+            with pytest.raises(FolderError, match="No space left") as refused:
+                await migration.finish()
+            assert "--dir" in refused.value.hint
+        assert await rows(target_database, "select phase from _live_migration.migration") == [("replay",)]
+        prove = cutover._prove_everything_arrived
+
+        async def prove_and_fill(*arguments: Any) -> None:
+            await prove(*arguments)
+            monkeypatch.setattr(schema, "private_folder", is_full)
+
+        monkeypatch.setattr(cutover, "_prove_everything_arrived", prove_and_fill)
+        migration.start_coordinator()
+        await migration.finish()
+        assert await rows(target_database, "select phase from _live_migration.migration") == [("done",)]

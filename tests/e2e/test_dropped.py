@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import asyncpg
@@ -10,6 +11,7 @@ import pytest
 from live_migration.coordinator.cutover import CutoverRefused
 from tests.e2e.migration import Migration
 from tests.e2e.test_handover import rows
+from tests.integration.test_log_lost import keep_producing
 
 pytestmark = [pytest.mark.e2e, pytest.mark.integration]
 
@@ -70,4 +72,54 @@ async def test_dropped_tables_stay_on_the_target_and_the_cutover_goes_on(
         for line in migration.observer.warnings
         if "foreign keys that were dropped" in line and "to_parent of public.gone" in line
     ]
+    await source.close()
+
+
+async def test_a_table_that_is_dropped_before_it_is_copied_again_holds_nothing_up(
+    source_database: str, target_database: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
+) -> None:
+    """The first ones before any copy, beside others in one group and alone; the last one while every table is to be copied once more."""
+    source = await asyncpg.connect(source_database)
+    await source.execute(
+        """create table kept (id int primary key); insert into kept select generate_series(1, 10);
+           create table small (id int primary key, kept int constraint to_kept references kept); insert into small select 1, 1;
+           create table big (id int primary key, v text); create index on big (v);
+           insert into big select i, repeat('x', 1000) from generate_series(1, 5000) i;
+           create table late (id int primary key); insert into late select generate_series(1, 10)"""
+    )
+    migration = Migration(source_database, target_database, kafka_bootstrap, unique_name, tmp_path)
+    migration.start_coordinator()
+    migration.producer.start()
+    async with migration.closing():
+        await migration.until_phase("copy")
+        await source.execute(
+            "update small set kept = 2; insert into big values (0); delete from kept where id = 10; drop table small; drop table big"
+        )
+        for consumer in migration.consumers:
+            consumer.start()
+        await migration.until_phase("replay")
+        await source.execute("insert into kept values (11)")
+        await migration.until("applied", "select count(*) = 10 from kept")
+        await migration.stop()
+        await migration.producer.drain()
+        await source.execute(f"select pg_drop_replication_slot('{unique_name}')")
+        await source.execute("insert into late values (11); drop table late; insert into kept values (12)")
+        migration.producer.task = None
+        producing = asyncio.ensure_future(keep_producing(migration))
+        migration.start_coordinator(recopy=True)
+        await migration.finish()
+        producing.cancel()
+        await asyncio.wait([producing])
+    said = [line for line in migration.observer.warnings if line.startswith("dropped on the source since")]
+    assert said[-1].endswith("public.big, public.late, public.small")
+    assert await rows(target_database, "select * from kept order by 1") == await rows(
+        source_database, "select * from kept order by 1"
+    )
+    for table in ("small", "big", "late"):
+        assert await rows(target_database, f"select * from {table}") == []
+        events = await rows(
+            target_database,
+            f"select count(*) from _live_migration.events where message like 'public.{table} was dropped on%'",
+        )
+        assert events[0][0] >= 1  # once for each copy
     await source.close()

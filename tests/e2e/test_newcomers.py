@@ -11,6 +11,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from live_migration.consumer import copy_errors
 from live_migration.coordinator.cutover import CutoverRefused
 from live_migration.coordinator.verify import verify
 from tests.e2e.migration import Migration
@@ -133,6 +134,40 @@ async def test_what_is_dropped_again_is_let_go_and_what_cannot_be_made_is_named(
         await migration.finish()
         await _equal(migration, "app.brief", "parent")
     await source.close()
+
+
+_SAYS = "select error from _live_migration.checkpoints where error like '%' || $1 || '%'"
+
+
+async def test_a_copy_of_a_lanes_own_that_the_target_refuses_says_so_and_goes_on_once_that_is_mended(
+    source_database: str,
+    target_database: str,
+    kafka_bootstrap: str,
+    unique_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A value of an enum that the target lacks, in a newcomer: the lane stands, and nobody would know why."""
+    monkeypatch.setattr(copy_errors, "REFUSED_RETRY_SECONDS", 0.5)
+    source, target = await asyncpg.connect(source_database), await asyncpg.connect(target_database)
+    await source.execute(
+        """create schema app; create type app.mood as enum ('good');
+           create table of_the_plan (id int primary key, m app.mood)"""  # has the stream in text form
+    )
+    async with Migration(source_database, target_database, kafka_bootstrap, unique_name, tmp_path) as migration:
+        await migration.until_phase("replay")
+        await source.execute("alter type app.mood add value 'bad'")
+        await source.execute("create table app.moody (m app.mood); insert into app.moody values ('bad'), ('good')")
+        said = await migration.until("what the target refuses", _SAYS, "invalid input value for enum")
+        assert "app.moody" in said
+        assert "lane" in said
+        await target.execute("alter type app.mood add value 'bad'")
+        await migration.until("moody", _FOLLOWED, "moody")
+        assert not await target.fetchval("select bool_or(error is not null) from _live_migration.checkpoints")
+        await migration.finish()
+        await _equal(migration, "app.moody")
+    await source.close()
+    await target.close()
 
 
 async def test_newcomers_come_over_exactly_once_whenever_the_coordinator_dies(

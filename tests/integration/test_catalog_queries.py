@@ -26,8 +26,10 @@ from live_migration.coordinator import (
     hypertable_findings,
     hypertable_gaps,
     hypertable_source,
+    job_owners,
     newcomer_jobs,
     newcomer_making,
+    refresh_gaps,
     source_jobs,
     timescale_facts,
 )
@@ -93,6 +95,8 @@ async def run_all(connection: asyncpg.Connection) -> list[str]:
     assert places is not None
     await connection.fetch(source_jobs._RUNNING.format(jobs=places.jobs), [1])
     await connection.execute(places.alter(1000, scheduled=True))
+    await job_owners.give_policies_to_owners(connection, places.jobs, [1])
+    await job_owners.find_helpless(connection, places.jobs, [1])
 
     state = await aggregate_state.read_state(connection, layout)
     rows = {table: [(METRICS, (0,) * (len(aggregate_state._TABLES[table]) - 1))] for table in state.rows}
@@ -116,6 +120,7 @@ async def look_at_the_rest(connection: asyncpg.Connection) -> list[str]:
         hypertable_findings._DECOMPRESSED,
         newcomer_jobs._AGGREGATE_VIEW,
         newcomer_making._MATERIALIZATION,
+        refresh_gaps._WATERMARK,
         *job_statements,
     ]
     for statement in rest:

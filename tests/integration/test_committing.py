@@ -95,6 +95,60 @@ async def test_a_commit_that_waits_for_a_standby_is_waited_for(
     assert await looker.fetchval("select count(*) from t") == 1
 
 
+_STREAMED = ("insert into t select generate_series(1, 1000)",)
+_WORKER = """
+    select pid from pg_stat_activity
+    where wait_event = 'SyncRep' and backend_type like 'logical replication%' and state like 'idle%' and datname = 'db'
+"""
+
+
+@asynccontextmanager
+async def _subscribed(server: LocalPostgres) -> AsyncIterator[asyncpg.Connection]:
+    """The table is replicated from another database, streamed at once and applied by workers beside one another; gives a session there."""
+    await execute(server.uri(), "create database publisher")
+    await execute(
+        server.uri("publisher"), "alter database publisher set debug_logical_replication_streaming = immediate"
+    )
+    publisher = await asyncpg.connect(server.uri("publisher"))
+    await publisher.execute("create table t (id int); create publication p for table t")
+    await publisher.execute("select pg_create_logical_replication_slot('s', 'pgoutput')")
+    await execute(
+        server.uri("db"),
+        f"""create subscription s connection '{server.uri("publisher")}' publication p
+            with (create_slot = false, copy_data = false, streaming = parallel, two_phase = true)""",
+    )
+    superuser = await asyncpg.connect(server.uri("db"))
+    while not await superuser.fetchval("select subtwophasestate = 'e' from pg_subscription"):
+        await asyncio.sleep(0.02)
+    await superuser.close()
+    yield publisher
+    await publisher.close()
+
+
+@pytest.mark.parametrize("statements", [_STREAMED, _PREPARED], ids=["streamed", "prepared"])
+async def test_a_worker_of_a_subscription_that_calls_itself_idle_while_it_commits_is_waited_for(
+    server: LocalPostgres, looker: asyncpg.Connection, statements: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(committing, "TELL_SECONDS", 0.0)
+    superuser = await asyncpg.connect(server.uri("db"))
+    async with asyncio.timeout(60), _subscribed(server) as publisher:
+        for statement in statements[:-1]:
+            await publisher.execute(statement)
+        while len(statements) > 1 and not await superuser.fetchval("select count(*) = 2 from pg_prepared_xacts"):
+            await asyncio.sleep(0.02)
+        await superuser.execute("alter subscription s set (synchronous_commit = on)")  # not before: PREPARE waits, too
+        await publisher.execute(statements[-1])
+        while (pid := await superuser.fetchval(_WORKER)) is None:
+            await asyncio.sleep(0.02)
+        waiting, message = await _waited_for(looker)
+        assert f"pid {pid} (" in message
+        for statement in NO_STANDBY:
+            await superuser.execute(statement)
+        await waiting
+        assert await looker.fetchval("select count(*) from t") == await publisher.fetchval("select count(*) from t")
+    await superuser.close()
+
+
 async def test_rows_of_a_commit_prepared_that_is_applied_and_not_visible_yet_outlive_the_copy_of_their_chunk(
     server: LocalPostgres,
     target_database: str,

@@ -334,17 +334,15 @@ async def test_an_index_that_fails_says_why_and_is_built_once_mended(
     monkeypatch.setattr("live_migration.consumer.copy_errors.REFUSED_RETRY_SECONDS", 0.5)
     monkeypatch.setattr("live_migration.consumer.index_builder.ERROR_RETRY_SECONDS", 0.5)
     await make(source_database, target_database)
-    await run_sql(
-        target_database,
-        "update _live_migration.indexes set statements = '{create unique index big_account_idx on s.big (account)}'"
-        " where name = 'big_account_idx'",
-    )
+    checked = "create or replace function s.checked(int) returns int immutable language sql as 'select {}'"
+    await run_sql(source_database, f"{checked.format('$1')}; create index checked on s.big (s.checked(account))")
+    await run_sql(target_database, f"drop schema _live_migration cascade; {checked.format('1 / 0')}")
+    await plan(source_database, target_database)
     async with consumers(settings_for(source_database, target_database)):
         error = await until(
-            target_database,
-            "select error from _live_migration.indexes where name = 'big_account_idx' and state = 'pending'",
+            target_database, "select error from _live_migration.indexes where name = 'checked' and state = 'pending'"
         )
-        assert "23505" in error
+        assert "22012" in error
         await until(
             target_database, "select bool_and(state = 'ready' or table_name = 'big') from _live_migration.tables"
         )
@@ -352,11 +350,7 @@ async def test_an_index_that_fails_says_why_and_is_built_once_mended(
             await fetch_value(target_database, "select state from _live_migration.tables where table_name = 'big'")
             == "copied"
         )
-        await run_sql(
-            target_database,
-            "update _live_migration.indexes set statements = '{create index big_account_idx on s.big (account)}'"
-            " where name = 'big_account_idx'",
-        )
+        await run_sql(target_database, checked.format("$1"))
         await until_ready(target_database)
     assert await index_definitions(target_database) == await index_definitions(source_database)
 

@@ -144,6 +144,38 @@ async def test_what_names_something_that_the_target_lacks_is_named_and_left_out(
         assert [line for line in said if "ADD CONSTRAINT t_w_fkey" in line or "CREATE POLICY only_few" in line]
 
 
+async def test_what_was_made_on_the_source_after_the_last_look_is_named_and_ends_nothing(
+    make_settings: MakeSettings,
+) -> None:
+    """Sequences and unlogged tables, which no stream carries; the rest of them comes over."""
+    settings = make_settings()
+    await fetch(
+        settings.source_uri(),
+        """create table t (id int primary key); create sequence early; create unlogged table known (id int, v int);
+           insert into known values (1, 2)""",
+    )
+    async with bench(settings) as b:
+        await prepare(b.run)
+        await restore_schema(b.run)
+        await stand_in_for_consumers(b.settings)
+        await b.source(
+            """create sequence late; create unlogged table staging (id int); create unlogged table wide (); alter table known add more text;
+               alter table known alter v type real; insert into known values (3, 4, 'x'); select setval('early', 7)"""
+        )
+        async with b.run.source_session("test") as source:
+            await handover.hand_over(b.run, source)
+        await handover.validate_foreign_keys(b.run)
+        assert await b.target("select last_value, is_called from early") == [(7, True)]
+        assert await b.target("select id, v from known order by id") == [(1, None), (3, None)]
+        for said in (
+            "sequences that the target has not are left out: public.late",
+            "table public.staging",
+            "table public.wide",
+        ):
+            assert len([line for line in b.observer.warnings if said in line]) == 1
+        assert any("columns v, more of public.known" in line for line in b.observer.warnings)
+
+
 @pytest.fixture
 async def target_role(target_server: LocalPostgres, target_database: str) -> AsyncIterator[str]:
     """A role on the target that owns the database and is no superuser."""

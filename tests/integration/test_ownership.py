@@ -29,12 +29,15 @@ from live_migration.common.state import Phase
 from live_migration.common.supervisor import lock_file
 from live_migration.coordinator import clean as cleaning
 from live_migration.coordinator import prepare as preparing
+from live_migration.coordinator import steps
 from live_migration.coordinator.clean import clean
 from live_migration.coordinator.migrating import clean_up
 from live_migration.coordinator.ownership import sign_topics
 from live_migration.coordinator.prepare import prepare
 from live_migration.coordinator.recopy import begin_recopy
+from live_migration.coordinator.timescale_source import AUTO_PUBLICATION
 from live_migration.producer import slot
+from live_migration.producer.publication import renew_decoding_catalog
 from live_migration.producer.slot import SlotTimeout, create_slot
 from tests.fixtures.fix_postgres import DatabaseFactory, PostgresFactory
 from tests.integration.test_conductor import MakeSettings, bench, fetch, make_settings  # noqa: F401
@@ -218,7 +221,7 @@ async def test_a_crash_between_a_publication_and_its_record_is_mended(
     async def record_and_fail(*arguments: Any) -> None:
         await record(*arguments)
         monkeypatch.setattr(preparing, "record_publication", record)
-        await watcher.execute("select pg_terminate_backend(pid) from pg_stat_activity where application_name = $1 and datname = current_database()", "live-migration prepare")  # fmt: skip
+        await watcher.execute("select pg_terminate_backend(pid) from pg_stat_activity where application_name like $1 and datname = current_database()", "live-migration prepare%")  # fmt: skip
 
     watcher = await asyncpg.connect(settings.source_uri())
     async with bench(settings) as b:
@@ -341,25 +344,89 @@ async def test_clean_without_a_state_leaves_topics_of_another_source(
         assert await log_of(theirs) == log
 
 
-async def test_clean_of_what_is_done_goes_without_a_source_that_is_off_where_somebody_says_so(
+@pytest.mark.parametrize("is_done", [True, False])
+async def test_clean_goes_without_a_source_that_is_off_where_somebody_says_so(
     make_settings: MakeSettings,  # noqa: F811
+    is_done: bool,
 ) -> None:
-    settings = make_settings()
+    settings = make_settings(replica_identity_full=True)
     off = settings.model_copy(update={"source": SecretStr("postgresql://127.0.0.1:1/gone")})
+    await fetch(settings.source_uri(), "create table t (id int)")
     async with bench(settings) as b:
         await prepare(b.run)
-    with pytest.raises(ConnectionLost):
-        await clean(off, prune=False, note=print, force=True)  # not before it is done
-    await fetch(settings.target_uri(), "update _live_migration.migration set phase = 'done'")
-    with pytest.raises(ConnectionLost, match="clean --force"):
+        if is_done:
+            await b.target("update _live_migration.migration set phase = 'done'")
+            for step in ("analyze", "jobs"):
+                await steps.finish(b.run.target, b.run.epoch, step)
+    with pytest.raises(ConnectionLost, match="cannot reach the source") as refused:
         await clean(off, prune=False, note=print)
+    assert "clean --force" in refused.value.hint
     said: list[str] = []
     assert not await clean(off, prune=False, note=said.append, force=True)
     assert said[0].startswith("the source was left as it is")
+    for left in (f"slot {settings.slot}", settings.insert_publication, "REPLICA IDENTITY FULL of public.t"):
+        assert left in said[0]
     assert "dropped schema _live_migration on the target" in said
     assert f"deleted topic {settings.changes_topic}" in said
     assert len(await traces(settings)) == 3
     await clean(settings, prune=False, note=print, force=True)
+    assert await traces(settings) == []
+
+
+async def test_a_source_that_is_read_only_by_default_is_changed_and_given_back(
+    make_settings: MakeSettings,  # noqa: F811
+) -> None:
+    """So its writers are stopped, ours not: the setting stands in the state as on a source with TimescaleDB, which it needs none to give back."""
+    settings = make_settings(replica_identity_full=True)
+    database = settings.source_uri().rsplit("/", 1)[1]
+    await fetch(settings.source_uri(), "create table t (id int)")
+    await fetch(settings.source_uri(), f"alter database {database} set {AUTO_PUBLICATION} = on")
+    await fetch(settings.source_uri(), f"alter database {database} set default_transaction_read_only = on")
+    async with bench(settings) as b:
+        await prepare(b.run)
+        await b.target(
+            f"insert into _live_migration.source_changes (kind, object, before, after) values ('database_setting', '{AUTO_PUBLICATION}', '', 'on')"
+        )
+        async with b.run.source_session("test") as source:
+            await renew_decoding_catalog(source, settings.publication)
+    said: list[str] = []
+    assert await clean(settings, prune=False, note=said.append)
+    assert "public.t has its replica identity back" in said
+    assert f"{AUTO_PUBLICATION} of the source's database is as it was" in said
+    left = "select unnest(setconfig) from pg_db_role_setting s join pg_database d on d.oid = s.setdatabase where d.datname = current_database()"
+    assert await fetch(settings.source_uri(), left) == [("default_transaction_read_only=on",)]
+
+
+async def test_clean_goes_without_a_source_whose_database_was_dropped(make_settings: MakeSettings) -> None:  # noqa: F811
+    settings = make_settings()
+    dropped = settings.model_copy(update={"source": SecretStr(f"{settings.source_uri()}_dropped")})
+    async with bench(settings) as b:
+        await prepare(b.run)
+    with pytest.raises(SourceError, match="does not exist"):
+        await clean(dropped, prune=False, note=print)
+    said: list[str] = []
+    assert not await clean(dropped, prune=False, note=said.append, force=True)
+    assert said[0].startswith("the source was left as it is")
+    await clean(settings, prune=False, note=print, force=True)
+
+
+async def test_clean_keeps_the_state_while_something_is_left_to_do_on_the_target(
+    make_settings: MakeSettings,  # noqa: F811
+) -> None:
+    settings = make_settings()
+    async with bench(settings) as b:
+        await prepare(b.run)
+        await b.target("update _live_migration.migration set phase = 'done'")
+        await steps.finish(b.run.target, b.run.epoch, "analyze")
+    with pytest.raises(TargetError, match="foreign keys to be validated") as refused:
+        await clean(settings, prune=False, note=print)
+    assert "`live-migration migrate`" in refused.value.hint
+    assert "ANALYZE" not in refused.value.message
+    assert len(await traces(settings)) == 3
+    said: list[str] = []
+    await clean(settings, prune=False, note=said.append, force=True)
+    assert "foreign keys to be validated" in said[0]
+    assert "dropped schema _live_migration on the target" in said
     assert await traces(settings) == []
 
 

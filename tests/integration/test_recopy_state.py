@@ -47,3 +47,20 @@ async def test_a_consumer_that_slept_through_it_can_neither_end_nor_begin_a_copy
         after = await claim_table(sleeper, who)
         assert after is not None
         await finish_table(sleeper, after, "sleeper", origin, CopyCount(1, 1))
+
+
+async def test_chunks_that_lanes_took_for_gone_are_met_anew(source_database: str, target_database: str) -> None:
+    """Their rows tell of a log that counts no more; those of a hypertable that was dropped stay, as it does."""
+    await plan(source_database, target_database)
+    async with session(target_database, "target") as coordinator:
+        await coordinator.execute(
+            """insert into _live_migration.tables
+                   (oid, schema_name, table_name, lane, publication, columns, binary_copy, state, kind, hypertable_oid, newcomer)
+               values (5, 'public', 'dropped', 0, 'all', '[]', true, 'ready', 'hypertable', null, 'gone'),
+                      (6, 'store', 'with_it', 0, 'all', '[]', true, 'ready', 'chunk', 5, 'gone'),
+                      (7, 'store', 'by_a_lane', 0, 'all', '[]', true, 'ready', 'chunk', null, 'gone'),
+                      (8, 'store', 'met', 0, 'all', '[]', true, 'ready', 'chunk', 9, 'met')"""
+        )
+        await coordinator.execute(recopy.VOID)
+        rows = await coordinator.fetch("select oid from _live_migration.tables order by oid")
+        assert [row["oid"] for row in rows] == [5, 6, 8]

@@ -62,7 +62,7 @@ async def test_a_source_that_is_switched_off_after_the_hand_over_leaves_nothing_
                 await migration.finish()
         assert any("run `live-migration migrate` again" in each for each in migration.observer.warnings)
         assert not await world.value(target, _SCHEDULED)
-        with pytest.raises(TargetError, match="its jobs are still off"):
+        with pytest.raises(TargetError, match="jobs that are still off"):
             await clean(migration.settings, prune=False, note=lambda _: None)
 
         migration.settings = migration.settings.model_copy(update={"source": SecretStr(SWITCHED_OFF)})

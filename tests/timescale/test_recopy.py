@@ -73,6 +73,12 @@ _BEFORE = (
     "select set_chunk_time_interval('metrics', interval '2 days')",
 )
 """The first day is in aggregates alone from then on, and chunks have bounds that the interval does not give."""
+_FROZEN = (
+    "create table iced (ts timestamptz not null, v int)",
+    "select create_hypertable('iced', 'ts', chunk_time_interval => interval '1 day')",
+    "insert into iced select t, 1 from generate_series('2026-01-02'::timestamptz, '2026-01-04', '5 hours') t",
+    "select _timescaledb_functions.freeze_chunk(c) from show_chunks('iced', older_than => '2026-01-03'::timestamptz) c",
+)
 _UNHEARD = (
     "insert into metrics select t, 6, 1, 'late' from generate_series('2026-01-02 00:05'::timestamptz, '2026-01-12', '7 hours') t",
     "select compress_chunk(c) from show_chunks('metrics', newer_than => '2026-01-03'::timestamptz, older_than => '2026-01-04'::timestamptz) c",
@@ -115,7 +121,7 @@ async def _copy_again_in_replay(
     source: str, target: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
 ) -> None:
     await world.make(source)
-    await execute(source, *_BEFORE)
+    await execute(source, *_BEFORE, *_FROZEN)
     migration = Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True)
     async with _lost(migration, source):
         await execute(source, *_UNHEARD)
@@ -130,6 +136,8 @@ async def _copy_again_in_replay(
         await migration.finish()
         print("\n".join(migration.observer.notes + migration.observer.warnings))
         await _require_equal(source, target, migration.settings)
+        assert await world.all_rows(source, "iced") == await world.all_rows(target, "iced") != []
+        assert any("frozen on the source" in each for each in migration.observer.warnings)
 
 
 async def test_it_is_exact_under_load_with_what_was_made_meanwhile(

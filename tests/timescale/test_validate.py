@@ -27,6 +27,11 @@ SCHEMA = [
     "select add_retention_policy('metrics', interval '100 years')",
 ]
 
+ACTION = [
+    "create procedure act(job_id int, config jsonb) language sql as 'select 1'",
+    "select add_job('act', interval '1 day')",
+]
+
 NEEDS_TIMESCALE = [
     "create table gate (id int primary key, at timestamptz)",
     "create view harmless as select * from metrics where v > 1",
@@ -185,18 +190,21 @@ async def test_roles_and_tablespaces_that_the_target_lacks(
             timescale_source_database.replace("postgres@", f"{role}@"),
             *SCHEMA[:3],
             "select add_retention_policy('metrics', interval '100 years')",
+            *ACTION,
         )
         await execute(
             timescale_source_database,
             "insert into _timescaledb_catalog.tablespace (hypertable_id, tablespace_name) select id, 'fast' from _timescaledb_catalog.hypertable",
         )
         findings = await found(timescale_source_database, timescale_target_database, pause_source_jobs=True)
-        assert about(findings, "own jobs on the source are missing").what.endswith(role)
-        assert about(findings, "own hypertables on the source are missing").level == "warning"
+        assert about(findings, "own actions (jobs of users) on the source are missing").what.endswith(role)
+        assert about(findings, "own hypertables or jobs on the source are missing").level == "warning"
         assert about(findings, "tablespaces that the target lacks: fast").level == "error"
     finally:
         await execute(
-            timescale_source_database, f"drop table if exists metrics cascade; drop owned by {role}; drop role {role}"
+            timescale_source_database,
+            "select delete_job(job_id) from timescaledb_information.jobs where proc_name = 'act'",
+            f"drop table if exists metrics cascade; drop owned by {role}; drop role {role}",
         )
 
 
@@ -221,14 +229,14 @@ async def test_a_target_role_that_is_no_superuser(
     timescale_source_database: str, timescale_target_database: str
 ) -> None:
     role = f"r_{secrets.token_hex(4)}"
-    await execute(timescale_source_database, *SCHEMA)
+    await execute(timescale_source_database, *SCHEMA, *ACTION)
     await execute(timescale_target_database, f"create role {role} login")
     try:
         target = timescale_target_database.replace("postgres@", f"{role}@")
         findings = await found(timescale_source_database, target, pause_source_jobs=True)
         assert about(findings, "may not write TimescaleDB's catalog").level == "error"
         assert about(findings, "may not set timescaledb.restoring").level == "error"
-        assert about(findings, "lacks the rights of roles that own jobs: postgres").level == "error"
+        assert about(findings, "lacks the rights of roles that own actions (jobs of users): postgres").level == "error"
         assert about(findings, "may not set session_replication_role").level == "warning"
     finally:
         await execute(timescale_target_database, f"drop role {role}")

@@ -92,3 +92,12 @@ def test_a_chunk_that_its_lane_met_is_known_by_its_copy_alone() -> None:
     assert find_moved(_known([root, row | {"is_to_be_copied": True}]), [moved]) == []
     assert [m.is_new for m in find_missed(known, [there], frozenset(), frozenset())] == [True]
     assert not known.compressed
+
+
+def test_a_chunk_whose_column_is_called_otherwise_or_may_be_null_by_now_holds_the_same_range() -> None:
+    before = "(at < '2026-01-02'::date) and (get_partition_hash(kind) < 5)"
+    now = "(day < '2026-01-02'::date) and (sort is null or (get_partition_hash(sort) < 5))"
+    grown = now.replace("02", "03")
+    known = Known({1: (KEYED, True)}, chunks=frozenset({11, 12}), ranges={11: before, 12: before})
+    tables = [replace(table(11, "chunk", 1), range=now), replace(table(12, "chunk", 1), range=grown)]
+    assert [m.chunk.oid for m in find_grown(known, tables)] == [12]

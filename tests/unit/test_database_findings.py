@@ -50,6 +50,14 @@ def test_icu_locales_and_rules_are_compared_whatever_their_column_is_called() ->
     assert fields(old, {**new, "daticurules": "&a < g"}) == ["ICU rules"]
 
 
+def test_versions_of_the_library_that_orders_text_are_compared() -> None:
+    (finding,) = assess_locales(read_locale(OF_15, "2.31"), read_locale(OF_15, "2.36"))
+    assert finding.what.startswith(
+        "the target's database has another collation version than the source's: 2.36, not 2.31: ORDER BY"
+    )
+    assert assess_locales(read_locale(OF_14, "2.36"), read_locale(OF_18, "2.36")) == []
+
+
 def test_what_a_field_changes_is_said() -> None:
     collate, ctype = assess_locales(read_locale(OF_14), read_locale({"datcollate": "C", "datctype": "C"}))
     assert "en_US.UTF-8" in collate.what

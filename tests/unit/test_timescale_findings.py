@@ -23,6 +23,7 @@ SERVER = ServerFacts(
     is_restoring=False,
     background_workers=16,
     worker_processes=40,
+    encoding="UTF8",
     locks=10_000,
 )
 PLAIN = HypertableFacts("public.plain", "alice", can_compress=False, tablespaces=())
@@ -331,12 +332,19 @@ def test_owners_of_jobs_must_be_roles_of_the_target() -> None:
     off = replace(SOURCE, jobs=(replace(POLICY, is_scheduled=False), replace(ACTION, is_scheduled=False)))
     missing = replace(TARGET, roles=frozenset({"alice"}), our_roles=frozenset({"alice"}))
     assert "missing on the target: bob" in only(of_target(off, missing), "error")
-    foreign = replace(TARGET, our_roles=frozenset({"bob"}))
-    assert "role mover on the target lacks the rights of roles that own jobs: alice" in only(
-        of_target(off, foreign), "error"
-    )
+    foreign = replace(TARGET, our_roles=frozenset({"alice"}))
+    assert "lacks the rights of roles that own actions (jobs of users): bob" in only(of_target(off, foreign), "error")
     nobody = replace(TARGET, roles=frozenset(), our_roles=frozenset())
     assert "own hypertables" in only(of_target(target=nobody), "warning")
+
+
+def test_owners_of_policies_need_not_be_roles_of_the_target() -> None:
+    policies = replace(SOURCE, hypertables=(), jobs=(replace(POLICY, is_scheduled=False),))
+    assert of_target(policies, replace(TARGET, our_roles=frozenset())) == []
+    nobody = replace(TARGET, roles=frozenset(), our_roles=frozenset())
+    assert "or jobs on the source are missing on the target: alice; what" in only(
+        of_target(policies, nobody), "warning"
+    )
 
 
 def test_the_catalog_comes_over_with_the_chunks() -> None:
