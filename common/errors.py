@@ -13,6 +13,7 @@
     │   └── LogGap             the change log lacks a part: never read on
     ├── FormatError            bytes that are not what the format says
     └── Connection errors      `ConnectionLost`: reconnect and go on from the stored position
+        └── KafkaAway          it is the broker: what needs none goes on
 
 `retry` says what the caller does: reconnect, or stop. Unknown errors stop.
 """
@@ -110,3 +111,7 @@ class ConnectionLost(LiveMigrationError):
     """A server or the broker cannot be reached just now."""
 
     retry = Retry.RECONNECT
+
+
+class KafkaAway(ConnectionLost):
+    """The broker cannot be reached just now, or does not answer."""

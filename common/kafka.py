@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import TracebackType
@@ -14,9 +15,11 @@ from aiokafka.admin import NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.protocol.admin import DeleteGroupsRequest
 
-from live_migration.common.errors import RECOPY, ConnectionLost, KafkaError, LiveMigrationError, LogGap
+from live_migration.common.errors import RECOPY, KafkaAway, KafkaError, LiveMigrationError, LogGap
 from live_migration.common.kafka_clients import AdminClient, LogProducer, client_options, log_consumer
 from live_migration.common.settings import Settings
+
+_SILENCE_SECONDS = 30.0
 
 CHANGES_CONFIG = {
     "cleanup.policy": "delete",
@@ -45,24 +48,24 @@ would first be compacted at 1 GiB or after a week, and to read it would take min
 
 
 def translate(error: kafka_errors.KafkaError, doing: str) -> LiveMigrationError:
-    """Turn a client's error into ours: retriable ones and lost connections into ConnectionLost."""
+    """Turn a client's error into ours: retriable ones and lost connections into KafkaAway."""
     reason = f"Kafka: {doing}: {error or type(error).__name__}"
     if isinstance(error, kafka_errors.KafkaConnectionError | kafka_errors.KafkaTimeoutError) or getattr(
         error, "retriable", False
     ):
-        return ConnectionLost(reason, hint="Check the broker's address, and that it runs.")
+        return KafkaAway(reason, hint="Check the broker's address, and that it runs.")
     return KafkaError(reason)
 
 
 @asynccontextmanager
 async def admin(settings: Settings) -> AsyncIterator[AdminClient]:
-    """Give an admin client. Raises ConnectionLost when no broker answers."""
+    """Give an admin client. Raises KafkaAway when no broker answers."""
     client = AdminClient(**client_options(settings))
     try:
         await client.start()
     except kafka_errors.KafkaError as error:
         await client.close()
-        raise ConnectionLost(
+        raise KafkaAway(
             f"cannot reach Kafka at {settings.kafka_servers()}: {error}",
             hint="Check --kafka, and that the broker runs.",
         ) from error
@@ -221,7 +224,7 @@ async def sending(settings: Settings, topic: str) -> AsyncIterator[LogProducer]:
     """Give a client for a few records, each of which is there, on all replicas in sync, once `send_and_wait` returns.
 
     Raises:
-        ConnectionLost | KafkaError: the broker cannot be reached, or refuses; `topic` is named in it.
+        KafkaAway | KafkaError: the broker cannot be reached, or refuses; `topic` is named in it.
     """
     try:
         producer = LogProducer(**client_options(settings), acks="all", enable_idempotence=True)
@@ -269,10 +272,20 @@ class ControlReader:
         await self._consumer.stop()
 
     async def read(self) -> dict[bytes, bytes]:
-        """Give the newest committed value of each key, up to the topic's present end."""
+        """Give the newest committed value of each key, up to the topic's present end.
+
+        Raises:
+            KafkaAway: the broker is lost, or nothing has come from it for a while: the client itself would wait for ever.
+            KafkaError: it refuses.
+        """
         try:
             end = (await self._consumer.end_offsets([self._partition]))[self._partition]
-            while await self._consumer.position(self._partition) < end:
+            seen, deadline = -1, time.monotonic() + _SILENCE_SECONDS
+            while (position := await self._consumer.position(self._partition)) < end:
+                if position != seen:
+                    seen, deadline = position, time.monotonic() + _SILENCE_SECONDS
+                elif time.monotonic() > deadline:
+                    raise KafkaAway(f"Kafka: reading {self._topic}: nothing has come for {_SILENCE_SECONDS:g} s")
                 records = await self._consumer.getmany(self._partition, timeout_ms=500)
                 for record in records.get(self._partition, []):
                     if record.key is not None:

@@ -12,7 +12,7 @@ import asyncpg
 from live_migration.common.errors import Fenced, LiveMigrationError, Retry
 from live_migration.common.postgres import terminate_backend
 from live_migration.common.settings import Settings
-from live_migration.common.state import record_event
+from live_migration.common.state import Migration, record_event
 from live_migration.common.tasks import TaskGroup
 from live_migration.common.telemetry import get_logger
 from live_migration.consumer.claim_endings import give_part_back, give_table_back, show_error
@@ -34,6 +34,7 @@ class CopyContext:
     """`control`: the target session for state; `workers`: the group in which all work runs; `ended`: leave off."""
 
     settings: Settings
+    migration: Migration
     owner: str
     control: SharedSession
     keeper: LeaseKeeper

@@ -61,7 +61,7 @@ async def _run(
             background.create_task(_end_with_phase(settings, stop, ended, keeper, bell)),
         ]
         async with TaskGroup() as workers:
-            context = CopyContext(settings, worker, control, keeper, watch, workers, ended, bell)
+            context = CopyContext(settings, migration, worker, control, keeper, watch, workers, ended, bell)
             for _ in range(settings.table_jobs):
                 workers.create_task(CopyWorker(context).run())
             for _ in range(settings.index_jobs):

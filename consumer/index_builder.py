@@ -30,7 +30,7 @@ class IndexBuilder:
 
     def __init__(self, context: CopyContext) -> None:
         self._context = context
-        self._pair = SessionPair(context.settings.source_uri(), context.settings.target_uri())
+        self._pair = SessionPair(context.settings.source_uri(), context.settings.target_uri(), context.migration)
 
     async def run(self) -> None:
         """Build until the phase is over; a target that is away is waited for.

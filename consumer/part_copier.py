@@ -54,7 +54,7 @@ class CopyWorker:
 
     def __init__(self, context: CopyContext) -> None:
         self._context = context
-        self._pair = SessionPair(context.settings.source_uri(), context.settings.target_uri())
+        self._pair = SessionPair(context.settings.source_uri(), context.settings.target_uri(), context.migration)
 
     async def run(self) -> None:
         """Copy until the phase is over; servers that are away are waited for.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 
 import asyncpg
 
@@ -32,6 +32,7 @@ from live_migration.consumer.log_reader import LogReader
 from live_migration.consumer.memory_budget import MemoryBudget
 from live_migration.consumer.passed_over import pass_over
 from live_migration.consumer.refusal import ChangeRefused, is_of_a_change
+from live_migration.consumer.right_source import source_session
 from live_migration.consumer.skips import LaneSkips
 from live_migration.consumer.source_watch import giving_way, write_flush_barrier
 from live_migration.consumer.strangers import find_unseen, let_go_if_gone, meet_chunk
@@ -174,12 +175,14 @@ class PartitionTask:
 
         async def meet(oid: int, home: Home) -> None:
             if not opened:
-                uri, application = self._settings.source_uri(), f"live-migration lane {self._lane}"
-                opened.append(await stack.enter_async_context(session(uri, "source", application=application)))
+                opened.append(await stack.enter_async_context(self._source_session()))
             if await meet_chunk(opened[0], target, oid, home, decoded(), self._settings.lock_timeout):
                 self._has_marks = True
 
         return meet
+
+    def _source_session(self) -> AbstractAsyncContextManager[asyncpg.Connection]:
+        return source_session(self._settings, self._migration, f"live-migration lane {self._lane}")
 
     async def _rebuild_chunks(self, connection: asyncpg.Connection, held: Checkpoint) -> None:
         """Copy what the lane has to copy before it goes on, each chunk in a transaction of its own."""
@@ -200,7 +203,7 @@ class PartitionTask:
     ) -> None:
         settings, migration_id = self._settings, self._migration.id
         whole: set[QualifiedName] = set()
-        async with session(settings.source_uri(), "source", application=f"live-migration lane {self._lane}") as source:
+        async with self._source_session() as source:
             async with (
                 session(settings.source_uri(), "source", application="live-migration barrier") as other,
                 giving_way(
@@ -273,7 +276,7 @@ class PartitionTask:
                 suspects = {**self._suspects, **await read_lane_suspects(target, self._lane)}
             if not suspects:
                 return
-            async with session(self._settings.source_uri(), "source", application="live-migration lane") as source:
+            async with self._source_session() as source:
                 for home in set(suspects.values()):
                     with asking("source", f"looking for chunk {home.chunk}"):
                         oid = await find_chunk(source, home.chunk)
@@ -296,7 +299,7 @@ class PartitionTask:
         self._unseen_at = event
         behind = self._decoded.commit_lsn + 1 if self._migration.lane_count == 1 or error.is_undone else None
         try:
-            async with session(self._settings.source_uri(), "source", application="live-migration lane") as source:
+            async with self._source_session() as source:
                 oid = await find_unseen(source, error.home, error.relation, self._tell)
             async with session(self._settings.target_uri(), "target", application="live-migration lane") as target:
                 with asking("target", f"marking chunk {error.home.chunk}"):
@@ -337,7 +340,7 @@ class PartitionTask:
     async def _let_go(self, error: NotPlanned) -> bool:
         """Have the changes of a relation that is gone from the source again passed over; False when it is there."""
         try:
-            async with session(self._settings.source_uri(), "source", application="live-migration lane") as source:
+            async with self._source_session() as source:
                 async with session(self._settings.target_uri(), "target", application="live-migration lane") as target:
                     return await let_go_if_gone(source, target, self._lane, error, self._decoded, self._tell)
         except LiveMigrationError as failure:

@@ -13,9 +13,11 @@ import asyncpg
 
 from live_migration.common.errors import LiveMigrationError
 from live_migration.common.postgres import Side, connect, replica_role
+from live_migration.common.state import Migration
 from live_migration.common.telemetry import get_logger
 from live_migration.consumer.copy_errors import server_errors
 from live_migration.consumer.hypertables import session_settings
+from live_migration.consumer.right_source import require_source
 
 _BACKEND = "select backend_start from pg_stat_activity where pid = pg_backend_pid()"
 
@@ -64,14 +66,17 @@ async def _copy_settings(connection: asyncpg.Connection) -> tuple[str, ...]:
 class SessionPair:
     """A worker's session on either side, opened at first use."""
 
-    def __init__(self, source_uri: str, target_uri: str) -> None:
+    def __init__(self, source_uri: str, target_uri: str, migration: Migration) -> None:
         self._uris: dict[Side, str] = {"source": source_uri, "target": target_uri}
+        self._migration = migration
         self._sessions: dict[Side, CopySession] = {}
 
     async def open(self, side: Side) -> CopySession:
         session = self._sessions.get(side)
         if session is None or session.connection.is_closed():
             session = self._sessions[side] = await open_session(self._uris[side], side)
+            if side == "source":
+                await require_source(session.connection, self._migration)
         return session
 
     def give_away(self, side: Side) -> CopySession:

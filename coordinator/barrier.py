@@ -14,7 +14,7 @@ from aiokafka import errors as kafka_errors
 
 from live_migration.common import pgoutput
 from live_migration.common.control import MESSAGE_PREFIX, WalMessage
-from live_migration.common.errors import KafkaError, LaneStopped
+from live_migration.common.errors import KafkaAway, LaneStopped
 from live_migration.common.kafka import translate
 from live_migration.common.kafka_clients import log_consumer
 from live_migration.common.lsn import Lsn
@@ -120,18 +120,22 @@ def _judge_errors(run: Run, waiting: Sequence[asyncpg.Record], failing_since: di
 
 
 async def changes_between(
-    settings: Settings, since: Mapping[int, int], barrier: Barrier, *, timeout: float = 60.0
+    settings: Settings, since: Mapping[int, int], barrier: Barrier, *, silence: float = 60.0
 ) -> Between:
     """Read each lane from an offset up to the barrier; give the relations that were changed there, and where the barrier is.
 
     `since`: next offset of each lane, read before the barrier was written. A change too big for one record shows as
     `a large row`. Reading ends at the first changes found in a lane.
+
+    Raises:
+        KafkaAway: the broker is lost, or has given nothing for `silence` seconds. The barrier is in the log: the lanes have passed it.
+        KafkaError: it refuses, as where the log is not there any more.
     """
     consumer = log_consumer(settings, max_partition_fetch_bytes=4 << 20)
     found: set[str] = set()
     commit_lsn = 0
     unfinished = {TopicPartition(settings.changes_topic, lane): offset for lane, offset in since.items()}
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + silence
     try:
         await consumer.start()
         consumer.assign(list(unfinished))
@@ -140,8 +144,11 @@ async def changes_between(
         while unfinished:
             if time.monotonic() > deadline:
                 lanes = sorted(partition.partition for partition in unfinished)
-                raise KafkaError(f"the barrier is not found in the change log of lanes {lanes}")
-            for partition, records in (await consumer.getmany(timeout_ms=500)).items():
+                raise KafkaAway(f"Kafka: nothing has come of lanes {lanes} for {silence:g} s, and the barrier is there")
+            found_records = await consumer.getmany(timeout_ms=500)
+            if found_records:
+                deadline = time.monotonic() + silence
+            for partition, records in found_records.items():
                 for record in records:
                     changed, found_lsn = _read_record(record.value, barrier)
                     found |= changed

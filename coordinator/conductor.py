@@ -10,7 +10,7 @@ from contextlib import suppress
 import asyncpg
 
 from live_migration.common import state
-from live_migration.common.errors import LaneStopped, LiveMigrationError, Retry
+from live_migration.common.errors import KafkaAway, LaneStopped, LiveMigrationError, Retry
 from live_migration.common.postgres import asking, connect, session
 from live_migration.common.settings import Settings
 from live_migration.common.state import Phase
@@ -192,28 +192,44 @@ class _Conductor:
             await begin_recopy(run)
             self._recopy = False
         self._show(run)
-        if run.phase is Phase.PREPARE:
+        is_resumed = run.phase is not Phase.PREPARE
+        if not is_resumed:
             await _record_broker(run)
             await prepare(run)
             self._show(run)
-        elif run.phase is not Phase.DONE:
-            await self._require_whole(run)
-            await follow_timeline(run)
-            await publish_again(run)
-            self._show(run)
-            # An earlier coordinator may have died before it told the producer what it had prepared or published.
-            await run.publications_changed(run.target)
         if run.phase is not Phase.DONE:
-            await self._pool.start()
-            watchers = [
-                self._pool.watch(lambda: _is_work_left(run)),
-                watch_identities(run),
-                watch_slot(run),
-                watch_timeline(run),
-            ]
-            await beside(self._lead_to_done(run), watchers)
+            may_tell = asyncio.Event()
+            # These guard the source, and need no broker: they look from the first moment on.
+            guards = [watch_identities(run, may_tell), watch_slot(run)]
+            await beside(self._lead_guarded(run, may_tell, is_resumed=is_resumed), guards)
         await self._pool.stop()
         await self._finish(run)
+
+    async def _lead_guarded(self, run: Run, may_tell: asyncio.Event, *, is_resumed: bool) -> None:
+        if is_resumed:
+            await self._resume(run, may_tell)
+        may_tell.set()
+        await self._pool.start()
+        watchers = [self._pool.watch(lambda: _is_work_left(run)), watch_timeline(run)]
+        await beside(self._lead_to_done(run), watchers)
+
+    async def _resume(self, run: Run, may_tell: asyncio.Event) -> None:
+        """Go on from where an earlier coordinator, or we ourselves, left the migration; wait here for a broker that is away."""
+        pause = _FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                await self._require_whole(run)
+                may_tell.set()  # not before: the topics may be others than ours
+                await follow_timeline(run)
+                await publish_again(run)
+                self._show(run)
+                # An earlier coordinator may have died before it told the producer what it had prepared or published.
+                await run.publications_changed(run.target)
+                return
+            except KafkaAway as error:
+                self._reporter.warning(f"{error.message}; trying again in {pause:g} s")
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
 
     async def _finish(self, run: Run) -> None:
         """Do what follows the hand-over, and say how to go on with it should it not come to its end."""

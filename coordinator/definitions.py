@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import asyncpg
@@ -28,6 +29,7 @@ _OWN = f"""
         from pg_class c join pg_namespace n on n.oid = c.relnamespace
         where c.relkind in ('r', 'p', 'v', 'm') and c.relpersistence in ('p', 'u') and {USERS_OWN}
           and n.nspname !~ '^_timescaledb_' and not exists (select from unnest($1::oid[]) x where x = c.oid)
+          and ($3::text[] is null or (n.nspname, c.relname) in (select * from unnest($3::text[], $4::text[])))
     )
     select $2::text as kind, schema, relation, name, case when relkind in ('r', 'p') then table_oid else 0 end::bigint as "table",
            catalog::bigint, oid::bigint, definition, made_by, gone_by
@@ -140,6 +142,13 @@ _TYPES = f"""
       and not exists (select from pg_depend d where d.classid = 'pg_type'::regclass and d.objid = t.oid and d.deptype = 'e')
 """
 
+_OF_NONE = {"function": _FUNCTIONS, "type": _TYPES}
+_GIVE_WAY = """
+    select set_config('lock_timeout', greatest(1, least(setting::int / 2, 2000)) || 'ms', true) from pg_settings where name = 'deadlock_timeout'
+"""
+"""Half of how long the server waits before it looks for deadlocks: then those who wait for us have not waited so long."""
+_BATCH = 50
+
 
 @dataclass(frozen=True, slots=True)
 class Definition:
@@ -177,16 +186,71 @@ async def read_definitions_of_all(connection: asyncpg.Connection, *, kinds: Iter
     """Give what a database has, of these `kinds` or of all; not what extensions bring, nor what TimescaleDB makes itself."""
     wanted = frozenset(kinds)
     async with connection.transaction(readonly=True):
-        layout = await read_layout(connection)
-        inner = own_relations(layout, await read_aggregate_views(connection)) if layout else []
+        inner = await _read_inner(connection)
         rows = []
-        for kind, query in _OF_RELATIONS.items():
+        for kind in _OF_RELATIONS:
             if not wanted or kind in wanted:
-                rows += await connection.fetch(f"{_OWN}{query}) found", inner, kind)
-        for kind, query in (("function", _FUNCTIONS), ("type", _TYPES)):
+                rows += await _read_kind(connection, kind, inner)
+        for kind, query in _OF_NONE.items():
             if not wanted or kind in wanted:
                 rows += await connection.fetch(query)
-    # The definition of what was dropped since the snapshot is null.
+    return _definitions(rows)
+
+
+async def read_some_definitions(
+    connection: asyncpg.Connection, keys: Iterable[tuple[str, str, str, str]]
+) -> list[Definition]:
+    """Give what a database has of the kinds and relations of these keys, and others of them; for one in which lanes are at work.
+
+    What prints views and expressions keeps locks on their tables until its transaction ends: these are short, and give way at a lock before
+    the server looks who is in a deadlock, so that it ends no lane for us.
+
+    Raises:
+        asyncpg.LockNotAvailableError | asyncpg.DeadlockDetectedError: somebody was in the way; to be tried again.
+    """
+    relations: dict[str, list[tuple[str, str]]] = {}
+    for kind, schema, relation, _ in keys:
+        relations.setdefault(kind, []).append((schema, relation))
+    async with _giving_way(connection):
+        inner = await _read_inner(connection)
+    rows: list[asyncpg.Record] = []
+    for kind, names in relations.items():
+        if kind in _OF_NONE:
+            async with _giving_way(connection):
+                rows += await connection.fetch(_OF_NONE[kind])
+            continue
+        some = sorted(set(names))
+        for start in range(0, len(some), _BATCH):
+            async with _giving_way(connection):
+                rows += await _read_kind(connection, kind, inner, some[start : start + _BATCH])
+    return _definitions(rows)
+
+
+@asynccontextmanager
+async def _giving_way(connection: asyncpg.Connection) -> AsyncIterator[None]:
+    async with connection.transaction(readonly=True):
+        await connection.execute(_GIVE_WAY)
+        yield
+
+
+async def _read_inner(connection: asyncpg.Connection) -> list[int]:
+    layout = await read_layout(connection)
+    return own_relations(layout, await read_aggregate_views(connection)) if layout else []
+
+
+async def _read_kind(
+    connection: asyncpg.Connection, kind: str, inner: list[int], only: Sequence[tuple[str, str]] | None = None
+) -> list[asyncpg.Record]:
+    """Give rows of one kind, `only` of these relations, by schema and name, or of all."""
+    schemas, names = (None, None) if only is None else ([schema for schema, _ in only], [name for _, name in only])
+    rows: list[asyncpg.Record] = await connection.fetch(
+        f"{_OWN}{_OF_RELATIONS[kind]}) found", inner, kind, schemas, names
+    )
+    return rows
+
+
+def _definitions(rows: Iterable[asyncpg.Record]) -> list[Definition]:
+    """The definition of what was dropped since the snapshot is null."""
     return [Definition(**dict(row)) for row in rows if row["definition"] is not None]
 
 

@@ -7,9 +7,10 @@ import time
 
 import asyncpg
 
-from live_migration.common.errors import SourceError
+from live_migration.common.errors import KafkaAway, SourceError
 from live_migration.common.postgres import asking
 from live_migration.common.state import Phase
+from live_migration.coordinator.beside import beside
 from live_migration.coordinator.planning import GENERATED_IN_FULL
 from live_migration.coordinator.run import Run
 from live_migration.producer.publication import (
@@ -24,27 +25,64 @@ _SHARE = 10
 """The pause after a look is at least so many times what the look took: with many thousand tables that is not nothing to the source."""
 
 
-async def watch_identities(run: Run) -> None:
-    """Look each second, or less often where that takes long; never returns."""
+async def watch_identities(run: Run, may_tell: asyncio.Event | None = None) -> None:
+    """Look each second, or less often where that takes long; never returns.
+
+    The producer is told beside it, for writers of the source wait for no broker. `may_tell`: set once it may be; None: at once.
+    """
+    moved = asyncio.Event()
+    await beside(_look_on(run, moved), [_tell(run, moved, may_tell)])
+
+
+async def _look_on(run: Run, moved: asyncio.Event) -> None:
     async with run.source_session("identities") as source, run.target_session("identities") as target:
         while True:
             began = time.monotonic()
-            has_lost = await move_lost(run, source, target)
+            has_lost, has_moved = await _move_all(run, source, target)
+            if has_moved:
+                moved.set()
             pause = 0.0 if has_lost else _SHARE * (time.monotonic() - began)
             await asyncio.sleep(max(_INTERVAL_SECONDS, pause))
 
 
+async def _tell(run: Run, moved: asyncio.Event, may_tell: asyncio.Event | None) -> None:
+    """Tell the producer of what was moved, again until the broker takes it; never returns."""
+    async with run.target_session("identities told") as target:
+        while True:
+            await moved.wait()
+            if may_tell is not None:
+                await may_tell.wait()
+            moved.clear()
+            try:
+                await run.publications_changed(target)
+            except KafkaAway as error:
+                moved.set()
+                told = f"the producer cannot be told yet that a table has lost its replica identity: {error.message}"
+                run.reporter.warn_on_change("identities told", told)
+                await asyncio.sleep(_INTERVAL_SECONDS)
+            else:
+                run.reporter.warn_on_change("identities told", "")
+
+
 async def move_lost(run: Run, source: asyncpg.Connection, target: asyncpg.Connection) -> bool:
     """Move each table that has lost its identity into the publication of inserts, record and announce it; tell whether there was one."""
+    has_lost, has_moved = await _move_all(run, source, target)
+    if has_moved:
+        await run.publications_changed(target)
+    return has_lost
+
+
+async def _move_all(run: Run, source: asyncpg.Connection, target: asyncpg.Connection) -> tuple[bool, bool]:
+    """Move and record them; tell whether there was one, and whether the producer is to be told.
+
+    Its walsender looks at the publications anew then; rows are not lost meanwhile, for the source let no UPDATE or DELETE through while
+    the table was published without an identity. In phase prepare nobody reads the change log yet.
+    """
     refuses_generated = run.migration.source_version >= GENERATED_IN_FULL
     with asking("source", "looking at replica identities"):
         lost = await tables_without_identity(source, run.settings.publication, refuses_generated=refuses_generated)
     moved = [table for table in lost if await _move(run, source, target, table)]
-    if moved and run.phase is not Phase.PREPARE:  # else nobody reads the change log yet
-        # The producer's walsender looks at the publications anew; rows are not lost meanwhile, for the source let
-        # no UPDATE or DELETE through while the table was published without an identity.
-        await run.publications_changed(target)
-    return bool(lost)
+    return bool(lost), bool(moved) and run.phase is not Phase.PREPARE
 
 
 async def _move(run: Run, source: asyncpg.Connection, target: asyncpg.Connection, table: PublishedTable) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 
 import asyncpg
@@ -10,11 +11,12 @@ import asyncpg
 from live_migration.common.catalog import CURRENT_TIMELINE
 from live_migration.common.control import CONFIG, POSITION, LogPosition, ProducerConfig
 from live_migration.common.errors import ConnectionLost, LiveMigrationError, LogGap, PublicationLost, SlotLost
-from live_migration.common.kafka import check_topics, read_control
+from live_migration.common.kafka import ControlReader, check_topics
 from live_migration.common.lsn import Lsn
 from live_migration.common.postgres import asking, describe
 from live_migration.common.progress import name_list
 from live_migration.common.segment import START, Position
+from live_migration.common.settings import Settings
 from live_migration.coordinator.control_topic import producer_config
 from live_migration.coordinator.memberships import require_publications
 from live_migration.coordinator.run import Run
@@ -42,6 +44,12 @@ def slot_loss(name: str, slot: SlotState | None) -> str | None:
     return None
 
 
+async def require_primary(settings: Settings, source: asyncpg.Connection) -> None:
+    """Raise ConnectionLost where SOURCE leads to a standby just now: it has no slot of ours, and that is no loss."""
+    if await source.fetchval("select pg_is_in_recovery()"):
+        raise ConnectionLost(f"the source at {describe(settings.source_uri())} is a standby just now")
+
+
 async def find_loss(run: Run) -> LiveMigrationError | None:
     """Look whether slot, publications, change log and checkpoints still fit together; give what is lost, with the tables to copy again named.
 
@@ -66,16 +74,13 @@ async def _require_whole(run: Run) -> None:
     # A producer may be at work: it writes the control topic first, then moves the slot. So the slot is read first.
     async with run.source_session("slot check") as source:
         with asking("source", "looking at the slot"):
-            if await source.fetchval("select pg_is_in_recovery()"):  # which has no slot of ours, and that is no loss
-                raise ConnectionLost(f"the source at {describe(settings.source_uri())} is a standby just now")
+            await require_primary(settings, source)
             slot = await read_slot(source, settings.slot)
         await require_publications(run, source, run.target)
     if loss := slot_loss(settings.slot, slot):
         raise SlotLost(loss)
     await check_topics(settings, migration.lane_count)
-    control = await read_control(settings)
-    config = ProducerConfig.model_validate_json(control[CONFIG]) if CONFIG in control else None
-    position = LogPosition.model_validate_json(control[POSITION]) if POSITION in control else None
+    config, position = await _read_words(run, slot)
     if config is not None and config.topic_id != str(migration.topic_id):
         if not await _is_log_ours(run):
             raise LogGap(
@@ -83,16 +88,39 @@ async def _require_whole(run: Run) -> None:
             )
         # A late word of a coordinator that slept through a recopy, on the log of before. Any producer that starts would believe it.
         await run.publications_changed(run.target)
-    recorded = position.confirm_lsn if position else migration.start_lsn
-    if slot and slot.confirmed_lsn is not None and recorded is not None and slot.confirmed_lsn > recorded:
+    if slot and slot.confirmed_lsn is not None and (end := _log_end(run, position)) < slot.confirmed_lsn:
         raise SlotLost(
             f"replication slot {settings.slot} is ahead of the log: confirmed up to {Lsn(slot.confirmed_lsn)}, the log ends at "
-            f"{Lsn(recorded)}; somebody else has read from it or made it anew, or the broker has lost the log's tail"
+            f"{Lsn(end)}; somebody else has read from it or made it anew, or the broker has lost the log's tail"
         )
     await _check_branch(run, position)
     await _check_wal_end(run, position)
     lanes = [(row["next_offset"], Position(int(row["commit_lsn"]), row["ordinal"])) for row in checkpoints]
     await _check_log(run, position, lanes)
+
+
+async def _read_words(run: Run, slot: SlotState | None) -> tuple[ProducerConfig | None, LogPosition | None]:
+    """Give the coordinator's newest word and the producer's, read again for a moment while the slot, read before, is ahead of the latter.
+
+    A producer moves the slot once Kafka has taken its transaction, whose end need not have come to the control topic by then.
+    """
+    deadline = time.monotonic() + _MARKERS_SECONDS
+    async with ControlReader(run.settings) as reader:
+        while True:
+            control = await reader.read()
+            config = ProducerConfig.model_validate_json(control[CONFIG]) if CONFIG in control else None
+            position = LogPosition.model_validate_json(control[POSITION]) if POSITION in control else None
+            confirmed = slot.confirmed_lsn if slot else None
+            if confirmed is None or confirmed <= _log_end(run, position) or time.monotonic() > deadline:
+                return config, position
+            await asyncio.sleep(0.5)
+
+
+def _log_end(run: Run, position: LogPosition | None) -> int:
+    """Give up to where the change log is whole; what no producer has begun yet has no end."""
+    if position is not None:
+        return position.confirm_lsn
+    return run.migration.start_lsn if run.migration.start_lsn is not None else sys.maxsize
 
 
 async def _is_log_ours(run: Run) -> bool:

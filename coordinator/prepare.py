@@ -71,6 +71,13 @@ from live_migration.producer.tail_check import read_tails
 _STEP = "prepare"
 _PLANNING_ATTEMPTS = 20
 _TOPIC_ATTEMPTS = 10
+_CHANGED_MEANWHILE = (
+    asyncpg.UndefinedTableError,
+    asyncpg.InvalidSchemaNameError,
+    asyncpg.UndefinedObjectError,
+    asyncpg.DuplicateObjectError,
+)
+"""A table is gone, or whoever watches identities has moved it from one publication into the other."""
 
 
 async def prepare(run: Run) -> None:
@@ -354,14 +361,14 @@ async def publish_tables(run: Run, source: asyncpg.Connection, *, only: frozense
                 wanted = [PublishedTable(t.oid, t.name) for t in tables if t.oid not in other]
                 await add_tables(source, name, wanted, lock_timeout=settings.lock_timeout)
             await publish_compressed(run, source, run.target, found)
+            refuses_generated = version >= planning.GENERATED_IN_FULL
+            lost = await tables_without_identity(source, settings.publication, refuses_generated=refuses_generated)
+            for table in lost:
+                await drop_from_publication(source, settings, table)
         except SourceError as error:
-            if not isinstance(error.__cause__, asyncpg.UndefinedTableError | asyncpg.InvalidSchemaNameError):
+            if not isinstance(error.__cause__, _CHANGED_MEANWHILE):
                 raise
             continue
-        refuses_generated = version >= planning.GENERATED_IN_FULL
-        lost = await tables_without_identity(source, settings.publication, refuses_generated=refuses_generated)
-        for table in lost:
-            await drop_from_publication(source, settings, table)
         if not lost and not await _unpublished(source, settings, members):
             return members
     raise SourceError("tables on the source come and go faster than they can be published", hint="Try again later.")

@@ -11,7 +11,7 @@ from collections.abc import Collection
 
 import asyncpg
 
-from live_migration.common.errors import ConnectionLost, PublicationLost
+from live_migration.common.errors import ConnectionLost, PublicationLost, SourceError
 from live_migration.common.postgres import asking
 from live_migration.common.progress import name_list
 from live_migration.common.state import Phase
@@ -91,7 +91,12 @@ async def publish_again(run: Run) -> None:
                 row[0] for row in await target.fetch("select oid from _live_migration.tables where is_unpublished")
             }
         # A chunk that is in none is found, published and copied anew by whoever watches chunks.
-        await _take_out(run, source, {each.table.oid for each in left})
+        try:
+            await _take_out(run, source, {each.table.oid for each in left})
+        except SourceError as error:
+            if not isinstance(error.__cause__, asyncpg.UndefinedObjectError):
+                raise
+            raise PublicationChanged(error.message) from error  # moved meanwhile by whoever watches identities
         if not marked:
             return
         members = await publish_tables(run, source, only=frozenset(marked))

@@ -10,7 +10,7 @@ from live_migration.common.errors import SlotLost
 from live_migration.common.postgres import asking
 from live_migration.common.progress import format_bytes
 from live_migration.coordinator import steps
-from live_migration.coordinator.losses import slot_loss, tables_to_copy
+from live_migration.coordinator.losses import require_primary, slot_loss, tables_to_copy
 from live_migration.coordinator.run import Run
 from live_migration.coordinator.slot_warnings import SlotWarnings
 from live_migration.producer.slot import SlotState, drop_slot, read_slot
@@ -23,12 +23,14 @@ async def watch_slot(run: Run) -> None:
 
     Raises:
         SlotLost: the slot is gone, dropped by us included, or the source removed WAL that it needs.
+        ConnectionLost: the source is lost, or a standby.
     """
     name = run.settings.slot
     warnings = SlotWarnings(name, run.settings.max_slot_lag)
     async with run.source_session("slot watch") as source:
         while True:
             with asking("source", "looking at the slot"):
+                await require_primary(run.settings, source)
                 slot = await read_slot(source, name)
             loss = slot_loss(name, slot)
             if loss is None and slot is not None:

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import asyncpg
@@ -20,13 +21,22 @@ from live_migration.common.errors import ConnectionLost, SourceError, TargetErro
 from live_migration.common.postgres import asking
 from live_migration.common.progress import name_list
 from live_migration.coordinator import archives, steps
-from live_migration.coordinator.definitions import ARCHIVE, LATE, Definition, decode, read_definitions_of_all
+from live_migration.coordinator.definitions import (
+    ARCHIVE,
+    LATE,
+    Definition,
+    decode,
+    read_definitions_of_all,
+    read_some_definitions,
+)
 from live_migration.coordinator.dump_script import Entry
 from live_migration.coordinator.run import Run
 
 FILE = "changed-on-source.sql"
 _LATE_CHANGES = "late changes"
 _LAST_SECONDS = 30.0
+_PAUSE_SECONDS = 2.0
+_IN_THE_WAY = (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError)
 _OTHERS = frozenset({"foreign key"})
 """Have a plan of their own: see `foreign_keys`."""
 
@@ -114,20 +124,50 @@ async def _compare_now(
 
 
 async def find_lacking(
-    run: Run, source: asyncpg.Connection, target: asyncpg.Connection, *, without: Collection[str] = LATE
+    run: Run,
+    source: asyncpg.Connection,
+    target: asyncpg.Connection,
+    *,
+    without: Collection[str] = LATE,
+    is_patient: bool = True,
 ) -> list[Change]:
-    """Give what was changed on the source since the plan and is not so on the target, `without` some kinds."""
+    """Give what was changed on the source since the plan and is not so on the target, `without` some kinds.
+
+    Args:
+        run: of the coordinator.
+        source: a session of the caller's.
+        target: another; lanes may be at work there.
+        without: see above.
+        is_patient: whether it waits for whoever locks what is to be looked at on the target.
+    """
     changes = [each for each in await find_changes(run, source, target) or [] if each.kind not in without]
     if not changes:
         return []
-    with asking("target", "reading definitions"):
-        there = await read_definitions_of_all(target, kinds={each.kind for each in changes})
-    return lacking(changes, there)
+    for attempt in count():
+        try:
+            with asking("target", "reading definitions"):
+                there = await read_some_definitions(target, [each.key for each in changes])
+            return lacking(changes, there)
+        except TargetError as error:
+            if not is_patient or not isinstance(error.__cause__, _IN_THE_WAY):
+                raise
+        if attempt % 5 == 0:
+            run.reporter.note("comparing definitions waits for somebody who locks a table on the target")
+        await asyncio.sleep(_PAUSE_SECONDS)
+    raise AssertionError
 
 
 async def name_changes(run: Run, source: asyncpg.Connection, target: asyncpg.Connection) -> None:
-    """Warn of what was changed on the source and is not so on the target, each time that this is otherwise."""
-    changes = await find_lacking(run, source, target)
+    """Warn of what was changed on the source and is not so on the target, each time that this is otherwise.
+
+    Where somebody locks what is to be looked at, a lane in a long TRUNCATE say, the next look will do.
+    """
+    try:
+        changes = await find_lacking(run, source, target, is_patient=False)
+    except TargetError as error:
+        if not isinstance(error.__cause__, _IN_THE_WAY):
+            raise
+        return
     run.reporter.warn_on_change("source changes", _say(changes) if changes else "")
 
 
@@ -149,11 +189,18 @@ async def warn_of_lacking(run: Run) -> None:
     try:
         async with asyncio.timeout(_LAST_SECONDS), run.source_session("definitions") as source:
             changes = await find_lacking(run, source, run.target, without=_OTHERS)
-    except (TimeoutError, SourceError, ConnectionLost):
+    except (TimeoutError, SourceError, TargetError, ConnectionLost):  # users wait for what follows
         run.reporter.note("what was changed on the source since the plan could not be read once more at the end")
         return
-    if changes:
+    if not changes:
+        return
+    try:
         path = await asyncio.to_thread(_write, run.settings.dir, changes)
+    except OSError as error:
+        run.reporter.warning(
+            f"{_say(changes)}. The statements could not be written to {run.settings.dir / FILE}: {error.strerror}"
+        )
+    else:
         run.reporter.warning(f"{_say(changes)}. Run on the target what you want of {path}")
 
 

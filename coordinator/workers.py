@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -42,7 +42,9 @@ class _Worker:
     process: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
     next_start: float = 0.0
-    quick_deaths: int = field(default=0)
+    quick_ends: int = 0
+    quick_deaths: int = 0
+    """Those of `quick_ends` in a row that came with an error."""
 
 
 class WorkerPool:
@@ -118,20 +120,22 @@ class WorkerPool:
         code = worker.process.poll()
         if code is None:
             if now - worker.started_at > _QUICK_SECONDS:
-                worker.quick_deaths = 0
+                worker.quick_ends = worker.quick_deaths = 0
             return
         worker.process = None
         is_quick = now - worker.started_at < _QUICK_SECONDS
-        worker.quick_deaths = worker.quick_deaths + 1 if is_quick else 0
+        # Without an error they end when the migration is done, which we may not have noticed yet.
+        worker.quick_ends = worker.quick_ends + 1 if is_quick else 0
+        worker.quick_deaths = worker.quick_deaths + 1 if is_quick and code else 0
         if worker.quick_deaths >= _MOST_QUICK_DEATHS:
             raise WorkerFailed(
                 f"the {worker.kind} ended {worker.quick_deaths} times in a row, exit code {code}; "
                 f"the end of {worker.log}:\n{log_tail(worker.log)}",
                 hint="Mend what its log complains of, then run `live-migration migrate` again.",
             )
-        pause = min(_FIRST_PAUSE_SECONDS * 2**worker.quick_deaths, 10.0)
+        pause = min(_FIRST_PAUSE_SECONDS * 2**worker.quick_ends, 10.0)
         worker.next_start = now + pause
-        if code:  # without an error they end when the migration is done, which we may not have noticed yet
+        if code:
             self._reporter.warning(f"a {worker.kind} ended with code {code}; it is started again in {pause:g} s")
 
     def _spawn(self, worker: _Worker) -> None:

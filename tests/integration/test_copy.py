@@ -228,7 +228,9 @@ async def same_by_name(source: str, target: str) -> bool:
     return True
 
 
-async def test_a_renamed_table_stops_by_name_and_a_dropped_one_ends_empty(source_database: str, target_database: str) -> None:
+async def test_a_renamed_table_stops_by_name_and_a_dropped_one_ends_empty(
+    source_database: str, target_database: str
+) -> None:
     await make(source_database, target_database)
     await run_sql(
         source_database,

@@ -13,8 +13,10 @@ from live_migration.common.errors import LiveMigrationError, Retry
 from live_migration.common.postgres import session
 from live_migration.consumer.chunk_marks import NOT_KNOWN_YET
 from live_migration.coordinator import chunk_watch, cutover, newcomers, timeline_watch
+from live_migration.coordinator import prepare as prepare_module
 from live_migration.coordinator.cutover import SourceBusy, cut_over
 from live_migration.coordinator.entries import run_entries
+from live_migration.coordinator.identity_watch import move_lost
 from live_migration.coordinator.newcomers import bring_newcomers
 from live_migration.coordinator.prepare import prepare, publish_tables
 from live_migration.coordinator.publication_watch import publish_again
@@ -24,6 +26,7 @@ from live_migration.producer.publication import (
     ALL_OPERATIONS,
     INSERT_ONLY,
     LockTimeout,
+    PublishedTable,
     create_publication,
     published_tables,
 )
@@ -183,6 +186,33 @@ async def test_a_table_that_loses_its_identity_as_it_is_published_is_moved_once_
             await publishing
             assert list((await published_tables(source, settings.insert_publication)).values())
             assert not await published_tables(source, settings.publication)
+
+
+async def test_a_table_that_whoever_watches_identities_moves_as_it_is_published_is_looked_at_again(
+    make_settings: MakeSettings,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both find it at once; who comes second finds it in that publication no more."""
+    settings = make_settings()
+    look, moved = prepare_module.tables_without_identity, []
+
+    async def look_and_be_second(connection: asyncpg.Connection, name: str, **options: bool) -> list[PublishedTable]:
+        found = await look(connection, name, **options)
+        if found and not moved:
+            moved.extend(found)
+            async with b.run.source_session("watch") as watch, b.run.target_session("watch") as target:
+                await move_lost(b.run, watch, target)
+        return found
+
+    async with bench(settings) as b:
+        await b.source("create table public.t (id int primary key)")
+        await prepare(b.run)
+        await b.source("alter table public.t drop constraint t_pkey")
+        monkeypatch.setattr(prepare_module, "tables_without_identity", look_and_be_second)
+        async with b.run.source_session("test") as source:
+            members = await publish_tables(b.run, source)
+        assert moved
+        assert [str(each.name) for each in members.insert] == ["public.t"]
 
 
 @pytest.mark.parametrize("what", ["select pg_current_xact_id()", "lock table public.t in share mode"])

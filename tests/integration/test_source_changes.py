@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,7 +17,8 @@ from live_migration.coordinator.definitions import read_definitions_of_all
 from live_migration.coordinator.entries import run_entries
 from live_migration.coordinator.prepare import prepare
 from live_migration.coordinator.schema import read_post_data, restore_schema
-from live_migration.coordinator.source_changes import find_changes, find_lacking, warn_of_lacking
+from live_migration.coordinator.source_changes import find_changes, find_lacking, name_changes, warn_of_lacking
+from tests.fixtures.change_log import wait_for
 from tests.fixtures.fix_postgres import DatabaseFactory, PostgresFactory
 from tests.integration.test_conductor import Bench, MakeSettings, bench, fetch, make_settings, stand_in_for_consumers
 from tests.support.rich_schema import RICH_SCHEMA
@@ -234,3 +236,39 @@ async def test_altered_sequences_are_altered_and_set(make_settings: MakeSettings
                    where relnamespace = 'public'::regnamespace order by 1"""
         assert await b.target(query) == await b.source(query)
         assert await b.target("select last_value, is_called from small") == [(9000000000, True)]
+
+
+async def test_the_look_at_the_target_gives_way_to_a_lane_that_empties_tables_under_views(
+    make_settings: MakeSettings,
+) -> None:
+    """Printing views locks the tables under them, one after the other: beside TRUNCATE of both that is a deadlock (seen)."""
+    schema = """create table a (id int primary key); create table b (id int primary key);
+                create view v1 as select * from a; create view v2 as select * from b"""
+    async with planned(make_settings, schema) as (b, source), b.run.target_session("drift") as target:
+        await b.source(
+            "create or replace view v1 as select *, 1 as one from a; create or replace view v2 as select *, 1 as one from b"
+        )
+        lane = await asyncpg.connect(b.settings.target_uri())
+        watcher = await asyncpg.connect(b.settings.target_uri())
+        await lane.execute("begin; truncate b")
+        looking = asyncio.ensure_future(name_changes(b.run, source, target))
+
+        async def is_waiting() -> bool:
+            assert not looking.done(), looking
+            query = "select exists (select from pg_locks where pid = $1 and not granted)"
+            return bool(await watcher.fetchval(query, target.get_server_pid()))
+
+        await wait_for(is_waiting)
+        await lane.execute("truncate a")
+        await looking
+        assert not [each for each in b.observer.warnings if "changed on the source" in each]
+
+        asking = asyncio.ensure_future(find_lacking(b.run, source, target))
+        await b.observer.until_note("waits for somebody who locks a table on the target")
+        assert not asking.done()
+        await lane.execute("rollback")
+        assert {each.label for each in await asking} == {"view public.v1 was altered", "view public.v2 was altered"}
+        await name_changes(b.run, source, target)
+        assert [each for each in b.observer.warnings if "view public.v1 was altered" in each]
+        await lane.close()
+        await watcher.close()
