@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from live_migration.common.relation import quote_identifier
 from live_migration.consumer.hypertables import HypertableInfo
-from live_migration.consumer.statements import DELETED, INSERTED, WRONG_ROW_COUNT, do, key_matches, row_image
+from live_migration.consumer.statements import DELETED, INSERTED, WRONG_ROW_COUNT, do, key_matches, own_value, row_image
 from live_migration.consumer.target_tables import TargetTable
 
 
@@ -145,7 +145,8 @@ def _update_in_place(table: TargetTable, info: HypertableInfo) -> str:
     written = [column.name for column in table.columns]
     names = {name: f"t.{quote_identifier(name)}" for name in written}
     stay = [name for name in written if name in info.fixed]
-    old, new = ", ".join(names[name] for name in stay), ", ".join(_new_value(table, name, names[name]) for name in stay)
+    plain = {column.name: own_value(column, "t") for column in table.columns}
+    old, new = ", ".join(plain[name] for name in stay), ", ".join(_new_value(table, name, plain[name]) for name in stay)
     match = f"{key_matches(table)} and row({old})::record operator(pg_catalog.*=) row({new})::record"
     assignments = ", ".join(
         f"{quote_identifier(name)} = {_new_value(table, name, names[name])}"

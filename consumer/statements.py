@@ -54,7 +54,13 @@ def stage_type(column: ColumnInfo) -> str:
 
 def key_matches(table: TargetTable) -> str:
     """Give the condition that a row bears a staged key."""
-    return " and ".join(f"t.{quote_identifier(c.name)} {c.equals} s.k{i}" for i, c in enumerate(table.key))
+    return " and ".join(f"{own_value(table.columns[c.index], 't')} {c.equals} s.k{i}" for i, c in enumerate(table.key))
+
+
+def own_value(column: ColumnInfo, alias: str) -> str:
+    """Give the table's own value of a column, in the type that others of it are staged in: some operators know no domain."""
+    value = f"{alias}.{quote_identifier(column.name)}"
+    return f"{value}::{column.base_type}" if column.base_type else value
 
 
 def assigned(table: TargetTable, present: Sequence[int]) -> list[int]:
@@ -97,7 +103,7 @@ def assigns_beside_key(table: TargetTable) -> bool:
 def update_whole_rows(table: TargetTable, stage: str, within: str = "") -> str:
     """Set every column beside the key of the rows that are staged whole, under the names c0, c1 … of all columns."""
     assignments = ", ".join(f"{quote_identifier(table.columns[i].name)} = s.c{i}" for i in beside_key(table))
-    matches = " and ".join(f"t.{quote_identifier(c.name)} {c.equals} s.c{c.index}" for c in table.key)
+    matches = " and ".join(f"{own_value(table.columns[c.index], 't')} {c.equals} s.c{c.index}" for c in table.key)
     return f"update {table.sql} t set {assignments} from {stage} s where {matches}{within}"
 
 
@@ -108,12 +114,9 @@ def count_staged(table: TargetTable, stage: str, present: Sequence[int]) -> str:
 
 def row_image(table: TargetTable, alias: str, name: str = "") -> str:
     """Give a row of `alias` as a record; its columns are the table's own, or those staged under `name`."""
-
-    def own(column: ColumnInfo) -> str:
-        value = f"{alias}.{quote_identifier(column.name)}"
-        return f"{value}::{column.base_type}" if column.base_type else value  # images of other types are not compared
-
-    columns = ", ".join(f"{alias}.{name}{i}" if name else own(column) for i, column in enumerate(table.columns))
+    columns = ", ".join(
+        f"{alias}.{name}{i}" if name else own_value(column, alias) for i, column in enumerate(table.columns)
+    )
     return f"row({columns})::record"  # a bare row constructor would be compared column by column
 
 

@@ -61,6 +61,10 @@ SCENARIOS = {
         "create extension citext; create domain d as citext; create table t (id d primary key, v int)",
         ["insert into t values ('a', 1)", "update t set id = 'A' where id = 'a'", "delete from t where id = 'A'; insert into t values ('a', 3)"],
     ),
+    "key of a domain of an enum": (
+        "create type mood as enum ('a', 'b', 'c', 'd'); create domain m as mood not null; create table t (k m, n int, v m, primary key (k, n))",
+        ["insert into t values ('a', 1, 'a'), ('b', 1, 'b'), ('c', 1, 'c')", "update t set v = 'd' where k = 'a'; update t set n = 2 where k = 'b'; delete from t where k = 'c'"],
+    ),
     "domains that refuse NULL": (
         """create domain d as numeric(8,2) not null; create domain e as d check (value is not null); create domain s as varchar(9) not null check (value > '');
            create table t (id e primary key, v e, w s, body text); create table u (v e, w s, j json); alter table u replica identity full;
@@ -101,7 +105,7 @@ async def test_a_schema_that_is_hard_to_follow_replays_exactly(pair: Pair, name:
     await pair.prepare(schema)
     for script in scripts:
         await pair.source.execute(script)
-    if "citext" in name:
+    if "citext" in name or "enum" in name:
         binary = False
     await pair.replay(binary=binary, most_changes=batch, segments_per_batch=batch)
     tables = await pair.source.fetch(

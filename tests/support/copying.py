@@ -19,6 +19,7 @@ from live_migration.common.catalog import list_tables
 from live_migration.common.postgres import session
 from live_migration.common.settings import Settings, load_settings
 from live_migration.consumer.copy_phase import run_copy_phase
+from live_migration.producer.slot import identify_system
 
 PROGRAM = """
 import asyncio, sys
@@ -47,13 +48,17 @@ async def run_sql(uri: str, script: str) -> None:
 
 async def plan(source: str, target: str) -> None:
     """Write the state that the copy phase begins with: all tables of the source and their indexes."""
+    identity = await identify_system(source)
     async with session(source, "source") as there, session(target, "target") as here, here.transaction():
         await state.create_schema(here)
         await here.execute(
             """insert into _live_migration.migration (id, name, phase, settings, kafka, source_address, source_system,
                    source_timeline, source_database, source_version, topic_id, lane_count)
-               values ($1, 'test', 'copy', '{}', '', '', '', 1, '', 180000, $1, 8)""",
+               values ($1, 'test', 'copy', '{}', '', 'here', $2, $3, $4, 180000, $1, 8)""",
             uuid4(),
+            identity.system_identifier,
+            identity.timeline,
+            identity.database,
         )
         tables = await list_tables(there)
         for table in tables:

@@ -16,6 +16,7 @@ from live_migration.common import state
 from live_migration.common.kafka import create_topics, delete_topics
 from live_migration.common.settings import Settings
 from live_migration.consumer.apply_phase import run_apply_phase
+from live_migration.producer.slot import identify_system
 from tests.support.segments import INT4, TEXT, LaneWriter, insert, oid_of, relation, send, update
 
 COLUMNS = json.dumps(
@@ -79,6 +80,7 @@ async def replay(
         {"target": target_uri, "source": target_uri, "kafka": kafka, "name": name, "partitions": lane_count, **options}
     )
     topic_id, migration_id = uuid4(), uuid4()
+    identity = await identify_system(target_uri)
     await create_topics(settings)
     target = await asyncpg.connect(target_uri)
     producer = AIOKafkaProducer(bootstrap_servers=kafka, transactional_id=name, max_request_size=2 * 1024 * 1024)
@@ -89,8 +91,8 @@ async def replay(
             await target.execute(
                 """insert into _live_migration.migration (id, name, phase, settings, kafka, source_address, source_system,
                        source_timeline, source_database, source_version, topic_id, lane_count)
-                   values ($1, $2, 'replay', '{}', $3, 'here', '1', 1, 'db', 160000, $4, $5)""",
-                migration_id, name, kafka, topic_id, lane_count,
+                   values ($1, $2, 'replay', '{}', $3, 'here', $6, 1, $7, 160000, $4, $5)""",
+                migration_id, name, kafka, topic_id, lane_count, identity.system_identifier, identity.database,
             )  # fmt: skip
             for lane in range(lane_count):
                 await make_table(target, lane, f"t{lane}")
