@@ -188,9 +188,9 @@ async def test_a_coordinator_that_dies_while_it_unmakes_what_became_a_hypertable
 
     unmake, drop = newcomers.unmake, newcomer_leaving._drop
 
-    async def dying_unmake(*arguments: Any) -> None:
+    async def dying_unmake(*arguments: Any, **options: Any) -> None:
         await die_at("first")
-        await unmake(*arguments)
+        await unmake(*arguments, **options)
         await die_at("last")
 
     async def dying_drop(target: asyncpg.Connection, oid: int, condition: str = "") -> None:
