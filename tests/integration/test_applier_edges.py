@@ -63,7 +63,7 @@ SCENARIOS = {
     ),
     "key of a domain of an enum": (
         "create type mood as enum ('a', 'b', 'c', 'd'); create domain m as mood not null; create table t (k m, n int, v m, primary key (k, n))",
-        ["insert into t values ('a', 1, 'a'), ('b', 1, 'b'), ('c', 1, 'c')", "update t set v = 'd' where k = 'a'; update t set n = 2 where k = 'b'; delete from t where k = 'c'"],
+        ["insert into t values ('a', 1, 'a'), ('b', 2, 'b'), ('c', 3, 'c')", "update t set v = 'd' where n = 1; update t set n = 5 where n = 2; delete from t where n = 3"],
     ),
     "domains that refuse NULL": (
         """create domain d as numeric(8,2) not null; create domain e as d check (value is not null); create domain s as varchar(9) not null check (value > '');
