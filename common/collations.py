@@ -17,7 +17,8 @@ _DATABASE = "select (to_jsonb(d) - 'datacl')::text from pg_database d where datn
 _ENCODING = "select getdatabaseencoding()"
 _VERSION = (
     "select pg_database_collation_actual_version(oid) from pg_database where datname = current_database()",
-    """select pg_collation_actual_version(c.oid) from pg_collation c join pg_database d on d.datcollate = c.collcollate
+    """select pg_collation_actual_version(c.oid) from pg_collation c join pg_database d
+           on lower(replace(d.datcollate, '-', '')) = lower(replace(c.collcollate, '-', ''))  -- en_US.UTF-8 is en_US.utf8
        where d.datname = current_database() and c.collprovider = 'c' order by c.oid limit 1""",
 )
 _COLLATIONS = """

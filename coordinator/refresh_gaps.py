@@ -137,6 +137,8 @@ async def _gaps(
         watermark = await _watermark(connection, aggregate, floor)
         if watermark is not None and await _ago(connection, kind, now_function, start_offset) <= watermark:
             continue
+        if watermark is None and kind in _MOST:
+            continue  # nothing was materialized when its jobs were paused: the policy begins where it would have begun
         first = watermark
         if kind not in _MOST:  # what the policy had left out before the pause is no matter of ours
             moment = since if kind == _WITH_ZONE else since - _WEST

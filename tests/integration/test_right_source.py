@@ -15,9 +15,7 @@ pytestmark = pytest.mark.integration
 
 async def test_a_consumer_on_another_database_copies_nothing(source_database: str, target_database: str) -> None:
     for uri in (source_database, target_database):
-        await run_sql(
-            uri, "create table public.t (id int not null, v text); create table public.u (id int not null)"
-        )
+        await run_sql(uri, "create table public.t (id int not null, v text); create table public.u (id int not null)")
     await run_sql(
         source_database,
         "insert into public.t select i, 'x' from generate_series(1, 100) i; insert into public.u values (1)",
