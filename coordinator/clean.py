@@ -6,6 +6,7 @@ import asyncio
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import asyncpg
 from aiokafka import errors as kafka_errors
@@ -154,7 +155,7 @@ async def _clean_known_source(
     try:
         await _require_its_source(settings, migration)
     except (ConnectionLost, SourceError) as error:
-        if isinstance(error, SourceError) and not _has_no_database(error):
+        if isinstance(error, SourceError) and not (_has_no_database(error) and _names_database(settings, migration)):
             raise
         if not force:
             hint = f"{error.hint} If it is off for good: `live-migration clean --force` leaves it as it is."
@@ -184,6 +185,11 @@ def _has_no_database(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, asyncpg.InvalidCatalogNameError):
         error = error.__cause__
     return error is not None
+
+
+def _names_database(settings: Settings, migration: Migration) -> bool:
+    """Tell whether SOURCE names the migration's database, and no other that never was there."""
+    return urlsplit(settings.source_uri()).path.removeprefix("/") == migration.source_database
 
 
 async def _clean_unknown(settings: Settings, prune: bool, note: Note, *, force: bool) -> bool:

@@ -165,7 +165,9 @@ class _Conductor:
                 await state.end_sessions(source, predecessor)
         except (LiveMigrationError, TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             why = error.message if isinstance(error, LiveMigrationError) else str(error) or type(error).__name__
-            self._reporter.note(f"whether {predecessor} left sessions on the source cannot be looked at: {why}")
+            self._reporter.warning(
+                f"whether {predecessor} left sessions on the source, and locks with them, cannot be looked at: {why}"
+            )
 
     async def _keep(self, keeper: asyncpg.Connection, epoch: int) -> None:
         """Renew the lease, show that we live, save what was told; never returns."""

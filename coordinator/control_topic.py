@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import asyncpg
 
@@ -12,7 +11,7 @@ from live_migration.common.errors import LiveMigrationError
 from live_migration.common.kafka import admin, sending, topic_exists
 from live_migration.common.postgres import asking
 from live_migration.common.settings import Settings
-from live_migration.common.state import Migration
+from live_migration.common.state import Migration, require_migration
 from live_migration.coordinator.steps import require_role
 
 
@@ -65,9 +64,7 @@ async def announce_end(settings: Settings, migration: Migration) -> None:
     await write_config(settings, producer_config(settings, migration).model_copy(update={"is_ended": True}))
 
 
-async def announce_publication_change(
-    settings: Settings, target: asyncpg.Connection, epoch: int, migration: Migration
-) -> int:
+async def announce_publication_change(settings: Settings, target: asyncpg.Connection, epoch: int) -> int:
     """Make the producer reconnect its walsender after a publication was changed; give the change's number."""
     with asking("target", "recording a change of the publications"):
         async with target.transaction():
@@ -76,5 +73,6 @@ async def announce_publication_change(
                 """update _live_migration.migration set publication_change = publication_change + 1
                    returning publication_change"""
             )
-    await write_config(settings, producer_config(settings, replace(migration, publication_change=change)))
+        migration = await require_migration(target)  # another timeline may have been taken over meanwhile
+    await write_config(settings, producer_config(settings, migration))
     return change

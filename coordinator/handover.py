@@ -141,8 +141,13 @@ async def _copy(run: Run, source: asyncpg.Connection, table: TableInfo) -> None:
     with asking("target", f"looking at {table.name}"):
         oid = await run.target.fetchval("select to_regclass($1)::oid", table.name.sql)
         there = (await read_columns(run.target, [oid])).get(oid, ()) if oid else ()
-    columns = {(column.name, column.type) for column in there if not column.generated}
-    left_out = [column.name for column in table.copied_columns if (column.name, column.type) not in columns]
+    types = {column.name: column.type for column in there if not column.generated}
+    left_out = [column.name for column in table.copied_columns if column.name not in types]
+    if left_out and table.persistence == "p":  # it holds rows, which are to be given up for whole ones alone
+        raise TargetError(
+            f"{table.name} is to be copied once more, and the target lacks its columns {name_list(left_out)}, altered on the source since the last look",
+            hint="Alter the target's table as the source was altered, then run `live-migration migrate` again; it goes on here.",
+        )
     if oid is None or (left_out and len(left_out) == len(table.copied_columns)):
         run.reporter.warning(
             f"table {table.name}, which the stream does not carry, is left out: the target has none like it. Make it and copy its rows by hand"
@@ -150,14 +155,15 @@ async def _copy(run: Run, source: asyncpg.Connection, table: TableInfo) -> None:
         return
     if left_out:
         run.reporter.warning(
-            f"columns {name_list(left_out)} of {table.name}, which the stream does not carry, are left out: the target has none of that name and type"
+            f"columns {name_list(left_out)} of {table.name}, which the stream does not carry, are left out: the target has none of that name"
         )
     run.reporter.note(f"copying {table.name} ({format_bytes(table.size_bytes)}), which the stream does not carry")
     async with run.target_transaction(f"copying {table.name}") as target:
         # The target may be partitioned otherwise or have indexes of its own by now, but no trigger of the source's.
         await enter_replica_role(target)
         names = tuple(column.name for column in table.copied_columns if column.name not in left_out)
-        plan = CopyPlan(table.name, names, table.is_binary_safe)
+        is_alike = all(types[column.name] == column.type for column in table.copied_columns if column.name in types)
+        plan = CopyPlan(table.name, names, table.is_binary_safe and is_alike)  # another type may take the text
         with asking("target", f"emptying {table.name}"):
             only = "" if await is_hypertable(target, table.name) else "only "
             await target.execute(f"truncate {only}{table.name.sql}")

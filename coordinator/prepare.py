@@ -45,6 +45,7 @@ from live_migration.producer.homes import Homes
 from live_migration.producer.publication import (
     ALL_OPERATIONS,
     INSERT_ONLY,
+    LockTimeout,
     Operations,
     PublishedTable,
     add_tables,
@@ -99,10 +100,14 @@ async def prepare(run: Run) -> None:
             await _create_topics(run.settings, claim)
         try:
             await _prepare_source(run, source)
-        except SlotTimeout:
+        except (SlotTimeout, LockTimeout) as error:
             await _remove_ours(run, source)
             for line in await give_back(run.target, source, run.settings):
                 run.reporter.note(line)
+            if isinstance(
+                error, LockTimeout
+            ):  # to begin anew would publish every table again, and wait for the same one
+                raise SourceError(error.message, hint=error.hint) from error
             raise
 
 

@@ -49,6 +49,8 @@ class Run:
     target: asyncpg.Connection
     epoch: int
     migration: Migration
+    telling: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by whoever tells the producer of a change: the newest word must be the last one."""
     following: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by whoever brings newcomers: the watcher, or the cutover."""
     apart: set[tuple[int, int, int]] = field(default_factory=set)
@@ -119,6 +121,7 @@ class Run:
         """
         if await has_passed_barrier(target):
             return
-        change = await announce_publication_change(self.settings, target, self.epoch, self.migration)
-        # The row may have been read anew meanwhile, in another phase.
-        self.migration = replace(self.migration, publication_change=change)
+        async with self.telling:
+            change = await announce_publication_change(self.settings, target, self.epoch)
+            # The row may have been read anew meanwhile, in another phase.
+            self.migration = replace(self.migration, publication_change=change)

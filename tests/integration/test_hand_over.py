@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import asyncpg
 import pytest
 
+from live_migration.common.errors import TargetError
 from live_migration.common.local_postgres import LocalPostgres
 from live_migration.coordinator import handover
 from live_migration.coordinator.entries import run_entries
@@ -166,14 +167,35 @@ async def test_what_was_made_on_the_source_after_the_last_look_is_named_and_ends
             await handover.hand_over(b.run, source)
         await handover.validate_foreign_keys(b.run)
         assert await b.target("select last_value, is_called from early") == [(7, True)]
-        assert await b.target("select id, v from known order by id") == [(1, None), (3, None)]
+        assert await b.target("select id, v from known order by id") == [(1, 2), (3, 4)]
         for said in (
             "sequences that the target has not are left out: public.late",
             "table public.staging",
             "table public.wide",
         ):
             assert len([line for line in b.observer.warnings if said in line]) == 1
-        assert any("columns v, more of public.known" in line for line in b.observer.warnings)
+        assert any("columns more of public.known" in line for line in b.observer.warnings)
+
+
+async def test_a_table_with_rows_is_never_emptied_for_a_part_of_its_columns(make_settings: MakeSettings) -> None:
+    """One without identity, altered on the source right behind the last look: types are the target's own, names must be there."""
+    settings = make_settings()
+    await fetch(
+        settings.source_uri(), "create table t (id int, v int not null, w varchar(3)); insert into t values (1, 2, 'x')"
+    )
+    async with bench(settings) as b:
+        await prepare(b.run)
+        await restore_schema(b.run)
+        await stand_in_for_consumers(b.settings)
+        await b.target("insert into t values (7, 7, 'old'); update _live_migration.tables set copy_again = true")
+        await b.source("alter table t alter v type bigint, alter w type text; alter table t rename id to ident")
+        async with b.run.source_session("test") as source:
+            with pytest.raises(TargetError, match="lacks its columns ident"):
+                await handover.hand_over(b.run, source)
+            assert await b.target("select * from t") == [(7, 7, "old")]
+            await b.target("alter table t rename id to ident")
+            await handover.hand_over(b.run, source)
+        assert await b.target("select * from t") == [(1, 2, "x")]
 
 
 @pytest.fixture
