@@ -80,7 +80,7 @@ async def replay(
         {"target": target_uri, "source": target_uri, "kafka": kafka, "name": name, "partitions": lane_count, **options}
     )
     topic_id, migration_id = uuid4(), uuid4()
-    identity = await identify_system(target_uri)
+    identity = await identify_system(settings.source_uri())
     await create_topics(settings)
     target = await asyncpg.connect(target_uri)
     producer = AIOKafkaProducer(bootstrap_servers=kafka, transactional_id=name, max_request_size=2 * 1024 * 1024)
