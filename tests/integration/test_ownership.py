@@ -39,7 +39,7 @@ from live_migration.coordinator.timescale_source import AUTO_PUBLICATION
 from live_migration.producer import slot
 from live_migration.producer.publication import renew_decoding_catalog
 from live_migration.producer.slot import SlotTimeout, create_slot
-from tests.fixtures.fix_postgres import DatabaseFactory, PostgresFactory
+from tests.fixtures.fix_postgres import DatabaseFactory, PostgresFactory, execute
 from tests.integration.test_conductor import MakeSettings, bench, fetch, make_settings  # noqa: F401
 
 pytestmark = pytest.mark.integration
@@ -398,15 +398,25 @@ async def test_a_source_that_is_read_only_by_default_is_changed_and_given_back(
 
 
 async def test_clean_goes_without_a_source_whose_database_was_dropped(make_settings: MakeSettings) -> None:  # noqa: F811
+    """A slip in SOURCE is no sign of that: slot and publications would stay on a source that lives."""
     settings = make_settings()
-    dropped = settings.model_copy(update={"source": SecretStr(f"{settings.source_uri()}_dropped")})
+    head, _, name = settings.source_uri().rpartition("/")
+    slip = settings.model_copy(update={"source": SecretStr(f"{settings.source_uri()}_slip")})
     async with bench(settings) as b:
         await prepare(b.run)
-    with pytest.raises(SourceError, match="does not exist"):
-        await clean(dropped, prune=False, note=print)
-    said: list[str] = []
-    assert not await clean(dropped, prune=False, note=said.append, force=True)
-    assert said[0].startswith("the source was left as it is")
+    for force in (False, True):
+        with pytest.raises(SourceError, match="does not exist"):
+            await clean(slip, prune=False, note=print, force=force)
+    assert len(await traces(settings)) == 3
+    await execute(f"{head}/postgres", f'alter database "{name}" rename to "{name}_gone"')
+    try:
+        with pytest.raises(SourceError, match="does not exist"):
+            await clean(settings, prune=False, note=print)
+        said: list[str] = []
+        assert not await clean(settings, prune=False, note=said.append, force=True)
+        assert said[0].startswith("the source was left as it is")
+    finally:
+        await execute(f"{head}/postgres", f'alter database "{name}_gone" rename to "{name}"')
     await clean(settings, prune=False, note=print, force=True)
 
 
