@@ -302,7 +302,10 @@ async def test_one_that_is_killed_at_each_step_goes_on(
         await execute(source, "truncate events", "insert into events values ('2026-02-03', 'younger')")
         for step in _STEPS:
             await run_killed(cli, step, "migrate", "--recopy", *named, *options)
-        for step in (f"{COORDINATOR}.waiting", "read_post_data", 1), (f"{COORDINATOR}.waiting", "end_restoring", 1):
+        for step in (
+            (f"{COORDINATOR}.partitioned_indexes", "read_post_data", 1),
+            (f"{COORDINATOR}.waiting", "end_restoring", 1),
+        ):
             await run_killed(cli, step, "migrate", *named, *options)
         await execute(source, *_HEARD)
         migrate = await cli.migrate(*options)
