@@ -13,12 +13,13 @@ from live_migration.common.collations import TextOrder, read_orders
 from live_migration.common.hashing import TEXT_TYPES, read_hashed
 from live_migration.common.relation import QualifiedName
 
+_OWN = "_ts_meta_"
 # A compressed table has none of its own but these and the count, the number and the filter of a batch.
-_BOUNDS = """
+_BOUNDS = f"""
     select a.attrelid as relation, a.attname::text as name, n.nspname::text as schema, c.collname::text as collation,
            c.collprovider = 'd' as is_default
     from pg_attribute a left join pg_collation c on c.oid = a.attcollation left join pg_namespace n on n.oid = c.collnamespace
-    where a.attrelid = any($1::oid[]) and a.attnum > 0 and not a.attisdropped and starts_with(a.attname::text, '_ts_meta_')
+    where a.attrelid = any($1::oid[]) and a.attnum > 0 and not a.attisdropped and starts_with(a.attname::text, '{_OWN}')
 """
 
 
@@ -27,7 +28,7 @@ async def read_text_bounds(
 ) -> dict[int, set[QualifiedName | None]]:
     """Give the collations by which bounds of batches hold, None for the database's, of each table of compressed rows that has such bounds."""
     found: dict[int, set[QualifiedName | None]] = {}
-    hashed = await read_hashed(source, compressed)
+    hashed = await read_hashed(source, compressed, _OWN)
     for row in await source.fetch(_BOUNDS, list(compressed)):
         if row["collation"] is not None:
             own = None if row["is_default"] else QualifiedName(row["schema"], row["collation"])

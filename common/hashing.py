@@ -19,7 +19,8 @@ _BY_VALUE = TEXT_TYPES | {
 _PARTS = """
     with recursive part as (
         select a.attrelid as relation, a.attname::text as name, a.atttypid as type
-        from pg_attribute a where a.attrelid = any($1::oid[]) and a.attnum > 0 and not a.attisdropped
+        from pg_attribute a
+        where a.attrelid = any($1::oid[]) and a.attnum > 0 and not a.attisdropped and starts_with(a.attname::text, $2)
         union
         select p.relation, p.name, o.type
         from part p join pg_type t on t.oid = p.type cross join lateral (
@@ -56,10 +57,12 @@ class Hashed:
         return not (self.has_others or self.has_oids or differs or not self.types)
 
 
-async def read_hashed(connection: asyncpg.Connection, relations: Iterable[int]) -> dict[tuple[int, str], Hashed]:
-    """Give what the hash of each column of some relations is made of, by the relation's oid and the column's name."""
+async def read_hashed(
+    connection: asyncpg.Connection, relations: Iterable[int], prefix: str = ""
+) -> dict[tuple[int, str], Hashed]:
+    """Give what the hash of each column of some relations is made of, by the relation's oid and the column's name, which begins with `prefix`."""
     found: dict[tuple[int, str], Hashed] = {}
-    for row in await connection.fetch(_PARTS, list(relations)):
+    for row in await connection.fetch(_PARTS, list(relations), prefix):
         key = row["relation"], row["name"]
         known = found.get(key, Hashed(frozenset(), has_others=False, has_oids=False))
         is_by_value = row["is_built_in"] and row["type"] in _BY_VALUE

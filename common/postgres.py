@@ -213,6 +213,15 @@ def _detail(error: asyncpg.PostgresError) -> str:
     return f" ({error.detail})" if getattr(error, "detail", None) else ""
 
 
+LOCKED = (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError)
+"""Errors of who waited for a lock: whoever queues where others deadlock with one another may be the one who is ended."""
+
+
+def set_lock_timeout(seconds: float, *, local: bool = True) -> str:
+    """Give the statement that bounds how long each lock is waited for, in this transaction, or in the session; never without end."""
+    return f"set{' local' if local else ''} lock_timeout = {max(1, round(seconds * 1000))}"
+
+
 def is_dropped_meanwhile(error: BaseException | None) -> bool:
     """Tell whether a query met in the catalogs what somebody has dropped since its snapshot: a relation, or a function that an expression names."""
     return _is_relation_dropped(error) or (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from live_migration.common.errors import Fenced, LiveMigrationError, Retry
+from live_migration.common.postgres import set_lock_timeout
 from live_migration.common.relation import quote_literal
 from live_migration.common.state import record_event
 from live_migration.common.telemetry import get_logger
@@ -104,9 +105,7 @@ class IndexBuilder:
         source = await self._pair.open("source")
         with server_errors("source", f"looking at {claim}"):
             async with source.connection.transaction(readonly=True):
-                await source.connection.execute(
-                    f"set local lock_timeout = {max(1, round(self._context.settings.lock_timeout * 1000))}"
-                )
+                await source.connection.execute(set_lock_timeout(self._context.settings.lock_timeout))
                 if await source.connection.fetchval(_TABLE, claim.table.sql) != claim.table_oid:
                     raise TableStopped(f"the source has no table {claim.table}")
                 return await read_now(source.connection, claim.oid, claim.table.schema, claim.name, claim.statements)

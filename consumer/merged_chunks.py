@@ -15,6 +15,7 @@ import asyncpg
 
 from live_migration.common.chunk_range import is_same_range
 from live_migration.common.home import Home
+from live_migration.common.postgres import set_lock_timeout
 from live_migration.common.relation import QualifiedName
 from live_migration.common.rewriting import FILE_MARK
 from live_migration.common.timescale import chunk_ranges
@@ -116,7 +117,7 @@ async def look_for_merged(
     hypertable = _hypertable(own)
     with server_errors("source", "looking for merged chunks"):
         async with source.transaction(readonly=True):
-            await source.execute(f"set local lock_timeout = '{max(1, round(lock_timeout * 1000))}ms'")
+            await source.execute(set_lock_timeout(lock_timeout))
             now = await chunk_ranges(source, list(known))
             has_rows = await _has_rows(source, hypertable.name, own["range"] or "false")
             others = await _read_newcomers(source, hypertable, [gone, *known])

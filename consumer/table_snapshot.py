@@ -10,7 +10,7 @@ from typing import Literal
 import asyncpg
 
 from live_migration.common.catalog import CURRENT_TIMELINE, ColumnInfo
-from live_migration.common.postgres import terminate_backend
+from live_migration.common.postgres import set_lock_timeout, terminate_backend
 from live_migration.common.relation import QualifiedName, quote_literal
 from live_migration.common.rewriting import FILE_MARK
 from live_migration.consumer.claim_endings import CopyOrigin, copying_backends
@@ -175,7 +175,7 @@ async def begin_locked(
         try:
             await connection.execute(
                 "begin isolation level repeatable read read only;"
-                f" set local lock_timeout = '{max(1, round(lock_timeout * 1000))}ms';"
+                f" {set_lock_timeout(lock_timeout)};"
                 f" lock table {relations or f'only {name.sql}'} in {mode} mode"
             )
         except asyncpg.UndefinedTableError as error:

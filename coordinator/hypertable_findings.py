@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncpg
 
+from live_migration.common.postgres import set_lock_timeout
 from live_migration.common.progress import format_bytes
 from live_migration.common.settings import Settings
 from live_migration.common.timescale import parse_version, read_version, read_version_to_be
@@ -107,5 +108,5 @@ async def propose_hypertables(
 
 async def _read_tables(settings: Settings, source: asyncpg.Connection) -> tuple[Table, ...]:
     async with source.transaction(readonly=True):
-        await source.execute(f"set local lock_timeout = {round(settings.lock_timeout * 1000)}")
+        await source.execute(set_lock_timeout(settings.lock_timeout))
         return await read_tables(source)

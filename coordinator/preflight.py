@@ -158,8 +158,7 @@ async def _patiently(look: Callable[[], Awaitable[list[Finding]]]) -> list[Findi
 
 def _passes(error: BaseException) -> bool:
     cause = error.__cause__ if isinstance(error, LiveMigrationError) else error
-    is_locked = isinstance(cause, asyncpg.LockNotAvailableError | asyncpg.DeadlockDetectedError)
-    return is_locked or postgres.is_dropped_meanwhile(cause)
+    return isinstance(cause, postgres.LOCKED) or postgres.is_dropped_meanwhile(cause)
 
 
 class _Preflight:
@@ -269,7 +268,7 @@ class _Preflight:
     async def _check_tables(self, source: asyncpg.Connection) -> list[Finding]:
         async with source.transaction(readonly=True):
             # Reading a table's size takes a lock.
-            await source.execute(f"set local lock_timeout = {round(self._settings.lock_timeout * 1000)}")
+            await source.execute(postgres.set_lock_timeout(self._settings.lock_timeout))
             tables = await list_tables(source)
         self._is_binary_safe = all(table.is_binary_safe for table in tables if table.persistence == "p")
         found = source_findings.assess_tables(tables, replica_identity_full=self._settings.replica_identity_full)
@@ -387,7 +386,7 @@ class _Preflight:
 
     async def _check_timescale(self, source: asyncpg.Connection, target: asyncpg.Connection) -> list[Finding]:
         async with source.transaction(readonly=True):
-            await source.execute(f"set local lock_timeout = {round(self._settings.lock_timeout * 1000)}")
+            await source.execute(postgres.set_lock_timeout(self._settings.lock_timeout))
             facts = await timescale_facts.read_source(source, self._publications)
         if facts is None:
             return []

@@ -14,7 +14,7 @@ import asyncpg
 from live_migration.common import state
 from live_migration.common.catalog import TableInfo, list_tables
 from live_migration.common.errors import LiveMigrationError, SourceError
-from live_migration.common.postgres import asking, is_dropped_meanwhile, session
+from live_migration.common.postgres import LOCKED, asking, is_dropped_meanwhile, session, set_lock_timeout
 from live_migration.common.settings import Settings
 from live_migration.common.state import Migration, Phase
 from live_migration.consumer.hypertables import leave_restoring
@@ -67,7 +67,7 @@ class Run:
         application = f"{APPLICATION} {what} {state.session_tag(self.migration.owner or '')}"
         async with session(self.settings.source_uri(), "source", application=application) as source:
             with asking("source", "setting up a session"):
-                await source.execute(f"set lock_timeout = {max(1, round(self.settings.lock_timeout * 1000))}")
+                await source.execute(set_lock_timeout(self.settings.lock_timeout, local=False))
             yield source
 
     async def patiently(self, doing: str, look: Callable[[], Awaitable[_T]]) -> _T:
@@ -79,8 +79,7 @@ class Run:
             except SourceError as error:
                 if is_dropped_meanwhile(error.__cause__) and attempt < _DROPPED_ATTEMPTS:
                     continue
-                # Whoever queues where others deadlock with one another may be the one who is ended.
-                if not isinstance(error.__cause__, asyncpg.LockNotAvailableError | asyncpg.DeadlockDetectedError):
+                if not isinstance(error.__cause__, LOCKED):
                     raise
             if attempt % 5 == 0:
                 self.reporter.note(f"{doing} waits for somebody who locks a table on the source")

@@ -18,7 +18,7 @@ from pathlib import Path
 import asyncpg
 
 from live_migration.common.errors import ConnectionLost, SourceError, TargetError
-from live_migration.common.postgres import asking
+from live_migration.common.postgres import LOCKED, asking
 from live_migration.common.progress import name_list
 from live_migration.coordinator import archives, steps
 from live_migration.coordinator.definitions import (
@@ -36,7 +36,6 @@ FILE = "changed-on-source.sql"
 _LATE_CHANGES = "late changes"
 _LAST_SECONDS = 30.0
 _PAUSE_SECONDS = 2.0
-_IN_THE_WAY = (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError)
 _OTHERS = frozenset({"foreign key"})
 """Have a plan of their own: see `foreign_keys`."""
 
@@ -149,7 +148,7 @@ async def find_lacking(
                 there = await read_some_definitions(target, [each.key for each in changes])
             return lacking(changes, there)
         except TargetError as error:
-            if not is_patient or not isinstance(error.__cause__, _IN_THE_WAY):
+            if not is_patient or not isinstance(error.__cause__, LOCKED):
                 raise
         if attempt % 5 == 0:
             run.reporter.note("comparing definitions waits for somebody who locks a table on the target")
@@ -165,7 +164,7 @@ async def name_changes(run: Run, source: asyncpg.Connection, target: asyncpg.Con
     try:
         changes = await find_lacking(run, source, target, is_patient=False)
     except TargetError as error:
-        if not isinstance(error.__cause__, _IN_THE_WAY):
+        if not isinstance(error.__cause__, LOCKED):
             raise
         return
     run.reporter.warn_on_change("source changes", _say(changes) if changes else "")

@@ -21,7 +21,7 @@ from live_migration.common.catalog import (
     sequence_positions,
 )
 from live_migration.common.errors import LiveMigrationError
-from live_migration.common.postgres import Side
+from live_migration.common.postgres import Side, set_lock_timeout
 from live_migration.common.relation import QualifiedName, quote_identifier
 from live_migration.common.settings import Settings
 from live_migration.common.tasks import TaskGroup
@@ -179,7 +179,7 @@ async def _plan(pair: _Pair, lock_timeout: float, tell: Callable[[Result], None]
     for connection, side in _sides(pair):
         with postgres.asking(side, "listing the tables"):
             async with connection.transaction(readonly=True):
-                await connection.execute(_set_lock_timeout(lock_timeout))  # reading a table's size takes a lock
+                await connection.execute(set_lock_timeout(lock_timeout))  # reading a table's size takes a lock
                 layout = await read_layout(connection)
                 has_timescale.append(layout is not None)
                 # What an aggregate materializes into may have another name on the other side.
@@ -259,13 +259,9 @@ async def _read_content(
 ) -> Content:
     with postgres.asking(side, f"reading {table.name}"):
         async with connection.transaction(readonly=True):
-            await connection.execute(_set_lock_timeout(lock_timeout))
+            await connection.execute(set_lock_timeout(lock_timeout))
             row = await connection.fetchrow(digest_statement(table, columns, is_utf8=is_utf8))
     return Content(row["row_count"], row["digest"])
-
-
-def _set_lock_timeout(seconds: float) -> str:
-    return f"set local lock_timeout = {round(seconds * 1000)}"
 
 
 async def _compare_sequences(pair: _Pair, tell: Callable[[Result], None]) -> None:

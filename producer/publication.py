@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import asyncpg
 
 from live_migration.common.errors import Retry, SourceError
-from live_migration.common.postgres import asking
+from live_migration.common.postgres import asking, set_lock_timeout
 from live_migration.common.relation import QualifiedName, ReplicaIdentity, quote_identifier
 
 Operations = Literal["insert, update, delete, truncate", "insert, truncate"]
@@ -98,7 +98,7 @@ async def execute_politely(
     deadline = time.monotonic() + patience
     pause = 0.1
     # Read-only by default is how some stop their writers.
-    settings = ("set transaction read write", f"set local lock_timeout = {max(1, round(lock_timeout * 1000))}")
+    settings = ("set transaction read write", set_lock_timeout(lock_timeout))
     # Statements that come together are one transaction, which an error ends, too.
     script = ";\n".join((*settings, *statements))
     while True:

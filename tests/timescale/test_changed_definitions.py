@@ -55,9 +55,7 @@ async def test_what_is_set_during_the_migration_is_so_on_the_target(
 ) -> None:
     """A policy that was removed on the source must never run on the target: it would drop what its user wants to keep."""
     source, target = timescale_source_database, target_of_timescale
-    await world.make(source)
-    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
-        await migration.until_phase("replay", timeout=240)
+    async with world.migrating(source, target, kafka_bootstrap, unique_name, tmp_path) as migration:
         await execute(source, *_CHANGES)
         await migration.finish()
         assert await definitions(target) == await definitions(source)

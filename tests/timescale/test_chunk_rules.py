@@ -232,9 +232,7 @@ async def test_a_transaction_that_makes_a_chunk_behind_rows_of_others_comes_once
     """Where the catalog is not in the stream the producer begins a new session at such a chunk, in the midst of the transaction."""
     source = await world.as_owner(timescale_source_database, target_of_timescale, unique_name)
     target = target_of_timescale
-    await world.make(source)
-    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
-        await migration.until_phase("replay", timeout=240)
+    async with world.migrating(source, target, kafka_bootstrap, unique_name, tmp_path) as migration:
         for day in range(1, 6):
             await execute(
                 source,
@@ -349,10 +347,8 @@ async def test_a_chunk_that_nobody_published_and_merged_into_a_new_one_before_an
     """On a source whose role is no superuser. Nothing of it is in the stream, and what it was merged into had no range that was known."""
     source = await world.as_owner(timescale_source_database, target_of_timescale, unique_name)
     target = target_of_timescale
-    await world.make(source)
     monkeypatch.setattr(chunk_watch, "follow_chunks", _nobody_looks)
-    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
-        await migration.until_phase("replay", timeout=240)
+    async with world.migrating(source, target, kafka_bootstrap, unique_name, tmp_path) as migration:
         await execute(source, *(rows.replace("2026-02-02 20:00", "2026-02-01 20:00") for rows in _NEW_ROWS))
         await execute(source, _UNPUBLISHED, *(rows.replace("2026-02-01", "2026-02-02") for rows in _NEW_ROWS))
         await _merge(source, dict.fromkeys(_DAYS, ("2026-02-01 12:00", "2026-02-02 12:00")))
@@ -414,9 +410,7 @@ async def test_rows_changed_in_a_new_chunk_without_identity(
 ) -> None:
     """The stream has its inserts alone: what was updated and deleted is seen by a copy behind the last barrier. Of a new half it has nothing."""
     source, target = timescale_source_database, target_of_timescale
-    await world.make(source)
-    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
-        await migration.until_phase("replay", timeout=240)
+    async with world.migrating(source, target, kafka_bootstrap, unique_name, tmp_path) as migration:
         await execute(source, *_NEW_ROWS)
         await migration.until("rows applied", "select count(*) = 45 from events where kind = 'm'")
         if is_split:

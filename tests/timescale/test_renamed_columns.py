@@ -7,7 +7,6 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from tests.e2e.migration import Migration
 from tests.fixtures.fix_postgres import execute
 from tests.timescale import world
 
@@ -31,9 +30,7 @@ async def test_columns_that_are_renamed_cost_no_copy(
     source_of_either_version: str, target_of_timescale: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
 ) -> None:
     source, target = source_of_either_version, target_of_timescale
-    await world.make(source)
-    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
-        await migration.until_phase("replay", timeout=240)
+    async with world.migrating(source, target, kafka_bootstrap, unique_name, tmp_path) as migration:
         planned = await world.value(target, _PLANNED)
         await execute(source, _DAYS.format("events", "2026-01-20", "2026-01-20 20:00"))
         await migration.until("new", "select count(*) > 0 from events where kind = 'new'")
@@ -58,9 +55,7 @@ async def test_rows_that_were_dropped_before_a_column_was_renamed_and_are_loaded
 ) -> None:
     """The range of the chunk that is gone is known by the old name alone, unless another chunk tells the new one."""
     source, target = source_of_either_version, target_of_timescale
-    await world.make(source)
-    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
-        await migration.until_phase("replay", timeout=240)
+    async with world.migrating(source, target, kafka_bootstrap, unique_name, tmp_path) as migration:
         await execute(source, "create table saved as select * from events where ts < '2026-01-02'")
         await execute(source, "select drop_chunks('events', older_than => '2026-01-02'::timestamptz)", *_RENAMES)
         await execute(target, *_RENAMES)
@@ -76,9 +71,7 @@ async def test_all_chunks_are_dropped_before_a_column_is_renamed(
 ) -> None:
     """Nothing tells what the column of the ranges that are known is called by now: what comes is copied anew."""
     source, target = source_of_either_version, target_of_timescale
-    await world.make(source)
-    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
-        await migration.until_phase("replay", timeout=240)
+    async with world.migrating(source, target, kafka_bootstrap, unique_name, tmp_path) as migration:
         await execute(source, "create table saved as select * from events")
         await execute(source, "select drop_chunks('events', older_than => '2026-02-01'::timestamptz)", *_RENAMES)
         await execute(target, *_RENAMES)
@@ -91,9 +84,7 @@ async def test_chunks_are_merged_when_a_column_has_been_renamed(
     timescale_source_database: str, target_of_timescale: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
 ) -> None:
     source, target = timescale_source_database, target_of_timescale
-    await world.make(source)
-    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
-        await migration.until_phase("replay", timeout=240)
+    async with world.migrating(source, target, kafka_bootstrap, unique_name, tmp_path) as migration:
         connection = await asyncpg.connect(source)
         first, second, *_ = [row[0] for row in await connection.fetch("select c::text from show_chunks('events') c")]
         await connection.close()

@@ -57,9 +57,7 @@ async def test_rows_outside_of_chunks_are_named_after_the_cutover(
     timescale_source_database: str, target_of_timescale: str, kafka_bootstrap: str, unique_name: str, tmp_path: Path
 ) -> None:
     source, target = timescale_source_database, target_of_timescale
-    await world.make(source)
-    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
-        await migration.until_phase("replay", timeout=240)
+    async with world.migrating(source, target, kafka_bootstrap, unique_name, tmp_path) as migration:
         await execute(target, "set timescaledb.restoring = on", _ROW)
         await migration.finish()
         (warning,) = [each for each in migration.observer.warnings if "outside of their chunks" in each]

@@ -118,10 +118,8 @@ async def test_batches_deleted_before_their_table_is_watched(
 ) -> None:
     """All of it falls between two looks: what looks at the source sees at the end what it saw before."""
     source, target = timescale_source_database, target_of_timescale
-    await world.make(source)
     monkeypatch.setattr(chunk_watch, "follow_chunks", _nobody_looks)  # but for the one before the barriers
-    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
-        await migration.until_phase("replay", timeout=240)
+    async with world.migrating(source, target, kafka_bootstrap, unique_name, tmp_path) as migration:
         await _act(migration, moment, is_one_transaction=is_one_transaction)
         await migration.finish()
         assert await world.differences(source, target) == []
@@ -139,10 +137,8 @@ async def test_keys_that_come_again_once_their_batches_were_deleted_unseen(
 ) -> None:
     """The rows that stand in their way are refused before anybody has said that the chunk is suspect: all of it is in one segment."""
     source, target = timescale_source_database, target_of_timescale
-    await world.make(source)
     monkeypatch.setattr(chunk_watch, "follow_chunks", _nobody_looks)
-    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
-        await migration.until_phase("replay", timeout=240)
+    async with world.migrating(source, target, kafka_bootstrap, unique_name, tmp_path) as migration:
         connection = await asyncpg.connect(source)
         async with connection.transaction():
             assert await compress(connection, "metrics", 2) == [COMPRESSED]
@@ -168,10 +164,8 @@ async def test_batches_deleted_while_the_producer_is_away(
 ) -> None:
     """The tables that held the compressed rows are gone from the catalogs when it reads them in the stream."""
     source, target = timescale_source_database, target_of_timescale
-    await world.make(source)
     monkeypatch.setattr(chunk_watch, "follow_chunks", _nobody_looks)
-    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
-        await migration.until_phase("replay", timeout=240)
+    async with world.migrating(source, target, kafka_bootstrap, unique_name, tmp_path) as migration:
         connection = await asyncpg.connect(source)
         await connection.execute(_NEW_CHUNK)
         await migration.producer.crash()
@@ -263,10 +257,8 @@ async def test_batches_deleted_on_a_source_whose_role_is_no_superuser(
         await world.as_owner(timescale_source_database, target_of_timescale, unique_name),
         target_of_timescale,
     )
-    await world.make(source)
     monkeypatch.setattr(chunk_watch, "follow_chunks", _nobody_looks)
-    async with Migration(source, target, kafka_bootstrap, unique_name, tmp_path, pause_source_jobs=True) as migration:
-        await migration.until_phase("replay", timeout=240)
+    async with world.migrating(source, target, kafka_bootstrap, unique_name, tmp_path) as migration:
         await _act(migration, moment)
         await migration.finish()
         assert await world.differences(source, target) == []

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import asyncpg
 
+from tests.e2e.migration import Migration
 from tests.fixtures.fix_postgres import execute
 
 SCHEMA = """
@@ -109,6 +113,15 @@ async def make(uri: str) -> None:
         await connection.execute(statement)
     await connection.execute(POLICIES)
     await connection.close()
+
+
+@asynccontextmanager
+async def migrating(source: str, target: str, kafka: str, name: str, folder: Path) -> AsyncIterator[Migration]:
+    """Make the database on the source, and migrate it as far as replay."""
+    await make(source)
+    async with Migration(source, target, kafka, name, folder, pause_source_jobs=True) as migration:
+        await migration.until_phase("replay", timeout=240)
+        yield migration
 
 
 async def as_owner(source: str, target: str, role: str) -> str:
