@@ -89,6 +89,8 @@ class Settings(BaseSettings):
     """Time between status replies to the walsender; far below its wal_sender_timeout."""
     heartbeat_interval: float = Field(10.0, gt=0)
     """Time between heartbeats that the producer writes into the source's WAL when the source is idle."""
+    logical_decoding_work_mem: int = Field(256 * MIB, ge=0, lt=2**41)
+    """What the slot's walsender holds of transactions before it writes them to the source's disk; 0, or less than the source has: as the source has it."""
 
     table_jobs: int = Field(2, ge=1, le=64)
     """Parts that one consumer copies at a time."""

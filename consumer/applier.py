@@ -21,12 +21,12 @@ from live_migration.common.postgres import CONNECTION_ERRORS, replica_role, whil
 from live_migration.common.relation import QualifiedName
 from live_migration.consumer import hypertable_statements, statements
 from live_migration.consumer.decoder import Batch, TableRun, TruncateStep, all_runs
-from live_migration.consumer.folding import NotFoldable, decode_change, fold, fold_whole_rows
+from live_migration.consumer.folding import NetEffect, NotFoldable, decode_change, fold_whole_rows
 from live_migration.consumer.hypertable_rows import HypertableRows, execute, row_count
 from live_migration.consumer.hypertables import HypertableInfo, session_settings
 from live_migration.consumer.layouts import Span
-from live_migration.consumer.plain_changes import PlainChanges, plain_changes
-from live_migration.consumer.plain_deletes import plain_deletes
+from live_migration.consumer.net_changes import PlainDeletes, take_net_changes
+from live_migration.consumer.plain_changes import PlainChanges
 from live_migration.consumer.refusal import BatchRefused, hint_for, said
 from live_migration.consumer.row_code import copy_rows
 from live_migration.consumer.row_encoding import (
@@ -34,9 +34,9 @@ from live_migration.consumer.row_encoding import (
     CopyRow,
     Message,
     Value,
+    are_binary,
     binary_row,
     copy_chunks,
-    message_form,
     text_row,
 )
 from live_migration.consumer.stretches import stretches
@@ -179,24 +179,21 @@ class Applier:
             await self._connection.execute("release savepoint run")
 
     async def _apply_folded(self, run: TableRun) -> None:
-        table = run.table
-        messages = run.messages()
-        binary = _is_binary(messages)
-        deletes = plain_deletes(table, messages, binary=binary)
-        if deletes is not None:
-            await self._delete(run, deletes, len(messages), binary=binary)
-            return
-        changes = plain_changes(table, messages, binary=binary) if _stages_whole_rows(table) else None
-        if changes is not None:
-            await self._apply_plain(run, changes, binary=binary)
-            return
-        net = fold(messages, [column.index for column in table.key])
+        net, binary = take_net_changes(run), are_binary(run.messages())
+        if isinstance(net, PlainDeletes):
+            await self._delete(run, net.keys, net.key_count, binary=binary)
+        elif isinstance(net, PlainChanges):
+            await self._apply_plain(run, net, binary=binary)
+        else:
+            await self._apply_net_effect(run, net, binary=binary)
+
+    async def _apply_net_effect(self, run: TableRun, net: NetEffect, *, binary: bool) -> None:
         if net.deletes:
             encode = binary_row if binary else text_row
             await self._delete(run, map(encode, net.deletes), len(net.deletes), binary=binary)
         for present, updates in net.updates.items():
             await self._update(run, present, updates, binary=binary)
-        await self._copy_rows(table, net.inserts, binary=binary)
+        await self._copy_rows(run.table, net.inserts, binary=binary)
 
     async def _delete(self, run: TableRun, keys: Iterable[CopyRow], count: int, *, binary: bool) -> None:
         table = run.table
@@ -286,7 +283,7 @@ class Applier:
         table = run.table
         messages = run.messages()
         deletes, inserts = fold_whole_rows(messages)
-        binary = _is_binary(messages)
+        binary = are_binary(messages)
         if deletes:
             every_column = statements.value_stage_columns(table, range(len(table.columns)))
             columns = [("seq", "int"), ("n", "int"), *every_column]
@@ -316,7 +313,7 @@ class Applier:
                 hint="Give the table a replica identity on the source before its changes are published.",
             )
         messages = run.messages()
-        binary = _is_binary(messages)
+        binary = are_binary(messages)
         columns = statements.source_order_columns(table)
         stage = await self._stage(table, "s", columns)
         encode = binary_row if binary else text_row
@@ -383,7 +380,7 @@ def _insert_rows(run: TableRun) -> tuple[Iterator[CopyRow], bool]:
     """Give a run of inserts as rows of COPY, spans as blocks of rows, and whether they are binary."""
     pieces = list(run.pieces())
     lists = [piece for piece in pieces if not isinstance(piece, Span)]
-    binary = len(lists) < len(pieces) or _is_binary(chain.from_iterable(lists))
+    binary = len(lists) < len(pieces) or are_binary(chain.from_iterable(lists))
 
     def rows() -> Iterator[CopyRow]:
         for piece in pieces:
@@ -425,20 +422,8 @@ def _staged_key(table: TargetTable) -> dict[str, str]:
     return {column.name: f"k{i}" for i, column in enumerate(table.key)}
 
 
-def _stages_whole_rows(table: TargetTable) -> bool:
-    """Tell whether an update may assign every column beside the key: there are such, and none moves a row to another chunk."""
-    return statements.assigns_beside_key(table) and not hypertable_statements.moves_rows(
-        table, statements.beside_key(table)
-    )
-
-
 def _names(table: TargetTable) -> list[str]:
     return [column.name for column in table.columns]
-
-
-def _is_binary(messages: Iterable[Message]) -> bool:
-    """Tell by the first value that is not NULL."""
-    return next((found for message in messages if (found := message_form(message)) is not None), False)
 
 
 def _integer(number: int, *, binary: bool) -> bytes:

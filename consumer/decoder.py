@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import orjson
 
@@ -18,6 +18,9 @@ from live_migration.consumer.lane_meeting import LanesMeet
 from live_migration.consumer.layouts import FIXED_SIZES, SHORTEST_SPAN, Layouts, Span
 from live_migration.consumer.row_encoding import BIG_BYTES, Message
 from live_migration.consumer.target_tables import ChunkChangedUnseen, RelationRefused, Resolution, TargetTable
+
+if TYPE_CHECKING:
+    from live_migration.consumer.net_changes import NetChanges
 
 _BEGIN = struct.Struct(">BQqIQ")
 """A Begin message, and the base that the log puts behind it."""
@@ -40,13 +43,15 @@ class RelationResolver(Protocol):
 class TableRun:
     """Row messages of one table, of one shape, in source order. `marks`: where transactions begin: index, commit LSN, base ordinal."""
 
-    __slots__ = ("_messages", "_ordinals", "_pieces", "count", "marks", "only_inserts", "table")
+    __slots__ = ("_messages", "_ordinals", "_pieces", "count", "marks", "net", "only_inserts", "table")
 
     def __init__(self, table: TargetTable) -> None:
         self.table = table
         self.count = 0
         self.marks: list[tuple[int, int, int]] = []
         self.only_inserts = True
+        self.net: NetChanges | None = None
+        """What `net_changes.work_ahead` found, until it is taken."""
         self._pieces: list[Span | tuple[list[Message], list[int]]] = []
         self._open_list()
 

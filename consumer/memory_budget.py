@@ -45,6 +45,13 @@ class MemoryBudget:
                 self._grant()
             raise
 
+    def take_if_free(self, byte_count: int) -> bool:
+        """Take `byte_count` if they are there and nobody waits for any; tell whether they were."""
+        is_free = not self._waiting and self._held + byte_count <= self._capacity
+        if is_free:
+            self._held += byte_count
+        return is_free
+
     def release(self, byte_count: int) -> None:
         """Give back what `acquire` took."""
         self._held -= byte_count

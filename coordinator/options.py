@@ -74,6 +74,7 @@ _HELP = {
     "flush_bytes": "Bytes of segments in one Kafka transaction.  [default: 8388608]",
     "status_interval": "Seconds between replies to the walsender.  [default: 5]",
     "heartbeat_interval": "Seconds between heartbeats in the WAL of an idle source.  [default: 10]",
+    "logical_decoding_work_mem": "Bytes of transactions that the source's walsender holds; 0: as the source has it.  [default: 268435456]",
     "table_jobs": "Parts that one consumer copies at a time.  [default: 2]",
     "index_jobs": "Indexes that one consumer builds at a time.  [default: 2]",
     "part_size": "Bytes of heap above which a table is cut into parts.  [default: 536870912]",
@@ -100,7 +101,14 @@ KAFKA = (
     "kafka_password",
     "kafka_ca_file",
 )
-PRODUCER = ("segment_bytes", "flush_interval", "flush_bytes", "status_interval", "heartbeat_interval")
+PRODUCER = (
+    "segment_bytes",
+    "flush_interval",
+    "flush_bytes",
+    "status_interval",
+    "heartbeat_interval",
+    "logical_decoding_work_mem",
+)
 CONSUMER = (
     "table_jobs",
     "index_jobs",

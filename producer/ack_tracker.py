@@ -38,5 +38,5 @@ class AckTracker:
         self.recorded_lsn = max(self.recorded_lsn, lsn)
 
     def _rise(self, lsn: int) -> None:
-        self.received_lsn = max(self.received_lsn, lsn)
-        self.confirmable_lsn = max(self.confirmable_lsn, lsn)
+        if lsn > self.confirmable_lsn:  # both have only risen here
+            self.received_lsn = self.confirmable_lsn = lsn

@@ -91,6 +91,10 @@ class LaneBuffer:
         """Position of the last change appended, cut or not."""
         return Position(self.commit_lsn, self.ordinal)
 
+    def is_before_commit_of(self, commit_lsn: int) -> bool:
+        """Tell whether the Commit of a transaction comes after all that was appended."""
+        return self.commit_lsn < commit_lsn or (self.commit_lsn == commit_lsn and self.ordinal < COMMIT_ORDINAL)
+
     def prepare(
         self, begin: bytes, commit_lsn: int, base: int, routes: Sequence[tuple[bytes, Route]], before: bytes = b""
     ) -> None:

@@ -30,7 +30,7 @@ class Pace:
     """Long pauses in a backlog, short ones else.
 
     A sender whose buffers are small stands still for the rest of a long pause, and nothing tells us. So both pauses are tried in turn from time to
-    time, and the long one is kept unless the short one brings more.
+    time, the long one first, which is kept unless the short one brings more.
     """
 
     def __init__(self, *, may_be_long: bool, clock: Callable[[], float] = time.monotonic) -> None:
@@ -38,11 +38,16 @@ class Pace:
         self._clock = clock
         self._last = self._since = clock()
         self._last_bytes = self._since_bytes = 0
-        self._is_trial = True
         self._is_fresh = True
-        self._short_rate = 0.0
-        self.is_long = False
+        self._is_trial = True
+        self._has_long = True
+        self._long_rate = 0.0
+        self._is_behind = self._was_behind = False  # now, and at any time in this stretch
+
+    @property
+    def is_long(self) -> bool:
         """Whether there is a backlog that is read with long pauses."""
+        return self._may_be_long and self._has_long and self._is_behind
 
     def next_pause(self, received_bytes: int, *, may_be_more: bool = False) -> float:
         """Give the seconds for which not to read.
@@ -56,34 +61,36 @@ class Pace:
         if may_be_more:
             return 0.0
         now = self._clock()
-        is_behind = received_bytes - self._last_bytes >= BACKLOG_RATE * (now - self._last)
+        self._is_behind = received_bytes - self._last_bytes >= BACKLOG_RATE * (now - self._last)
+        self._was_behind |= self._is_behind
         self._last, self._last_bytes = now, received_bytes
         if self._is_fresh:  # what has gathered in a pause of the other length says nothing
             self._is_fresh, self._since, self._since_bytes = False, now, received_bytes
         self._judge(now - self._since, received_bytes - self._since_bytes)
-        if not (self.is_long and is_behind):
-            return SHORT_SECONDS
-        return self._long_pause(now - self._since, received_bytes - self._since_bytes)
+        return (
+            self._long_pause(now - self._since, received_bytes - self._since_bytes) if self.is_long else SHORT_SECONDS
+        )
 
     def _judge(self, elapsed: float, byte_count: int) -> None:
         """At the end of a stretch choose the pause for the next one."""
         if elapsed < (TRIAL_SECONDS if self._is_trial else KEPT_SECONDS):
             return
         rate = byte_count / elapsed
-        if self._is_trial and self.is_long:
-            self._begin(is_long=rate * _BETTER > self._short_rate, is_trial=False)
+        if self._has_long and self._was_behind:  # however little came: that may be for the pauses
+            self._long_rate = rate
+            self._begin(has_long=False, is_trial=True)
         elif self._is_trial and rate >= BACKLOG_RATE:
-            self._short_rate = rate
-            self._begin(is_long=True, is_trial=True)
+            self._begin(has_long=self._long_rate * _BETTER > rate, is_trial=False)
         else:
-            self._begin(is_long=False, is_trial=True)
+            self._begin(has_long=True, is_trial=True)
 
-    def _begin(self, *, is_long: bool, is_trial: bool) -> None:
-        self._is_fresh = self._is_fresh or is_long != self.is_long
-        self.is_long, self._is_trial = is_long, is_trial
+    def _begin(self, *, has_long: bool, is_trial: bool) -> None:
+        self._is_fresh = self._is_fresh or has_long != self._has_long
+        self._has_long, self._is_trial = has_long, is_trial
+        self._was_behind = self._is_behind
         self._since, self._since_bytes = self._last, self._last_bytes
 
     def _long_pause(self, elapsed: float, byte_count: int) -> float:
         """Give what brings about `GULP_BYTES` at the rate so far."""
-        rate = byte_count / elapsed if byte_count and elapsed else self._short_rate
-        return min(LONG_SECONDS, max(SHORT_SECONDS, GULP_BYTES / rate))
+        rate = byte_count / elapsed if byte_count and elapsed else self._long_rate
+        return min(LONG_SECONDS, max(SHORT_SECONDS, GULP_BYTES / rate)) if rate else SHORT_SECONDS

@@ -22,7 +22,10 @@ from live_migration.common.lsn import Lsn
 from live_migration.common.postgres import connect, describe
 from live_migration.common.relation import quote_identifier
 from live_migration.common.settings import KIB
+from live_migration.common.telemetry import get_logger
 from live_migration.producer.wire import COPY_DATA, ReceiveBuffer, ServerMessage, data_row, error_fields, frame
+
+log = get_logger(__name__)
 
 _STATUS = struct.Struct(">BQQQqB")
 _POSTGRES_EPOCH_SECONDS = 946_684_800
@@ -32,6 +35,8 @@ _GONE = ("08", "57P", "53300")
 
 WINDOW_BYTES = 128 * KIB
 """Receive buffer of a connection within this machine: what does not fit is left to gather. Twice the largest packet, else reading it would stall."""
+_ALLOW_MEMORY = """select set_config(name, greatest(setting::bigint, {kibibytes})::text, false)
+                   from pg_settings where name = 'logical_decoding_work_mem'"""
 _COPY_BOTH, _COPY_DONE = ord("W"), ord("c")
 _DATA_ROW, _ERROR, _READY = ord("D"), ord("E"), ord("Z")
 
@@ -97,6 +102,19 @@ class ReplicationConnection:
         if failure:
             raise failure
         return rows
+
+    async def allow_memory(self, byte_count: int) -> None:
+        """Let the walsender hold so much of what it decodes before it writes to its disk, where the server does not let it hold more.
+
+        For this session alone. A server that refuses is warned of: it decodes all the same. PostgreSQL 12 counts changes instead.
+
+        Raises:
+            ConnectionLost: the connection broke.
+        """
+        try:
+            await self.query(_ALLOW_MEMORY.format(kibibytes=byte_count // KIB))
+        except SourceError as error:
+            log.warning("the walsender keeps the server's logical_decoding_work_mem", reason=error.message)
 
     async def start(self, slot: str, lsn: int, options: Mapping[str, str]) -> None:
         """Begin to stream from `lsn`; `take` then gives what the stream brings.

@@ -286,13 +286,13 @@ class Router:
 
     def _dispatch(self, message: Message) -> None:
         match message[0]:
-            case pgoutput.INSERT | pgoutput.UPDATE | pgoutput.DELETE:
-                self._count()
-                self._change(message, (bytes(message[1:5]),))
-            case pgoutput.BEGIN:
+            case pgoutput.BEGIN:  # first, for each transaction has it, and its rows mostly go the fast way
                 self._begin_transaction(bytes(message))
             case pgoutput.COMMIT:
                 self._commit(bytes(message))
+            case pgoutput.INSERT | pgoutput.UPDATE | pgoutput.DELETE:
+                self._count()
+                self._change(message, (bytes(message[1:5]),))
             case pgoutput.RELATION:
                 self._relation(bytes(message))
             case pgoutput.TRUNCATE:
@@ -359,7 +359,7 @@ class Router:
             self._go_on()
         framed = frame(message)
         for lane, before in self._touched.items():
-            if (self._commit_lsn, COMMIT_ORDINAL) > lane.position:
+            if lane.is_before_commit_of(self._commit_lsn):
                 is_full = lane.size + lane.missing_bytes(()) + len(framed) > self._segment_bytes
                 if is_full or (before and lane.size):
                     self._cut(lane)

@@ -26,15 +26,18 @@ from live_migration.producer.replication import ReplicationConnection
 from live_migration.producer.resume import stream_options
 from live_migration.producer.router import Router
 from live_migration.producer.status import StatusReport
+from live_migration.producer.turn import Turn
 
 log = get_logger(__name__)
 
-_DRAIN_BYTES = 256 * KIB
-"""Of the stream in one turn of the loop: about a millisecond of work."""
+_TURNS_OF_OTHERS = 3
+"""Turns of the loop for whoever sends to Kafka, after each of ours while there is a transaction on its way."""
 _QUIET_BYTES = 8 * KIB
 _BACKLOG_BYTES = 512 * KIB
 """A flush of so much tells that there is a backlog, or as good as one."""
-_BACKLOG_INTERVALS = 4
+_MOST_INTERVALS = 4
+_INTERVAL_BYTES = _BACKLOG_BYTES // _MOST_INTERVALS
+"""What has come in an interval of a backlog, unless it has come to its end."""
 _RECORD_SECONDS = 2.0
 """Time between records of position and status while there is nothing to send."""
 _REPLY_GAP_SECONDS = 0.1
@@ -79,6 +82,7 @@ class Session:
         )
         self._failure: LiveMigrationError | None = None
         self._in_flight_bytes = self._flushed_bytes = 0
+        self._intervals = 1
         self._published_changes = 0
         self._has_changes = asyncio.Event()
         self._is_full = asyncio.Event()
@@ -96,6 +100,7 @@ class Session:
             ExceptionGroup: Kafka did.
         """
         options = stream_options(self._config, [quote_identifier(name) for name in self._config.publications])
+        await self._stream.allow_memory(self._settings.logical_decoding_work_mem)
         await self._stream.start(self._config.slot, self._start_lsn, options)
         log.info("streaming", slot=self._config.slot, lsn=str(Lsn(self._start_lsn)), lanes=self._config.lane_count)
         async with TaskGroup() as tasks:
@@ -130,11 +135,15 @@ class Session:
         """Move the stream's messages into the lanes; stops reading while too much of them waits for Kafka."""
         router, stream, settings = self._router, self._stream, self._settings
         limit = 2 * settings.flush_bytes
-        pace = Pace(may_be_long=stream.is_local)
+        pace, turn = Pace(may_be_long=stream.is_local), Turn()
+
+        def work(byte_count: int) -> int:
+            return stream.take(router.drain, byte_count)
+
         while True:
             await stream.received()
             may_be_more = pace.is_long and await stream.gulp()
-            while taken := stream.take(router.drain, _DRAIN_BYTES):
+            while taken := turn.take(work):
                 if router.is_reply_requested:
                     router.is_reply_requested = False
                     self._reply_due.set()
@@ -146,22 +155,33 @@ class Session:
                     self._has_space.clear()
                     await self._has_space.wait()
                 if taken >= _QUIET_BYTES:
-                    await asyncio.sleep(0)
+                    await self._give_way()
             await stream.gather(pace.next_pause(stream.received_bytes, may_be_more=may_be_more))
+
+    async def _give_way(self) -> None:
+        """Let the loop's others have their turn, several of them while what was read is on its way to Kafka: consumers wait for that."""
+        for _ in range(_TURNS_OF_OTHERS if self._in_flight_bytes else 1):
+            await asyncio.sleep(0)
 
     async def _publish(self) -> None:
         """Publish what was received when it is enough or old enough, position and status also when there is nothing."""
         while True:
             if await _is_set(self._has_changes, _RECORD_SECONDS):
-                await _is_set(self._is_full, self._flush_seconds())
+                await self._gather()
             await self._flush()
             if self._ending.is_set() and not self._router.has_changes:
                 return
 
-    def _flush_seconds(self) -> float:
-        """Give how long changes are gathered: in a backlog longer, for a transaction costs the broker some milliseconds of processor time."""
-        interval = self._settings.flush_interval
-        return _BACKLOG_INTERVALS * interval if self._flushed_bytes >= _BACKLOG_BYTES else interval
+    async def _gather(self) -> None:
+        """Let changes gather: in a backlog longer, while more of them come, for a transaction costs the broker some milliseconds of processor time."""
+        is_backlog = self._flushed_bytes >= _BACKLOG_BYTES
+        self._intervals = min(2 * self._intervals, _MOST_INTERVALS) if is_backlog else 1
+        for _ in range(self._intervals):
+            before = self._stream.received_bytes
+            if await _is_set(self._is_full, self._settings.flush_interval):
+                return
+            if self._stream.received_bytes - before < _INTERVAL_BYTES:
+                return
 
     async def _flush(self) -> None:
         self._has_changes.clear()

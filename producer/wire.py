@@ -74,7 +74,9 @@ class ReceiveBuffer(asyncio.BufferedProtocol):
         self._news.set()
 
     def _is_full(self) -> bool:
-        return len(self._buffer) - (self._end - self._start) < _LEAST_ROOM and self._has_message()
+        """Tell whether reading on would move much for little: more than half of the buffer is held, up to its end."""
+        is_at_end = len(self._buffer) - self._end < _LEAST_ROOM
+        return is_at_end and 2 * (self._end - self._start) > len(self._buffer) and self._has_message()
 
     def _make_room(self) -> None:
         """Move what is left to the front, of a larger buffer where a message needs one."""
@@ -83,10 +85,11 @@ class ReceiveBuffer(asyncio.BufferedProtocol):
         if held >= _HEAD.size:
             _, length = _HEAD.unpack_from(self._buffer, self._start)
             needed = min(length, _MOST_BYTES) + 1
-        content = self._buffer[self._start : self._end]
-        if needed + _LEAST_ROOM > len(self._buffer):
+        old = self._buffer
+        if needed + _LEAST_ROOM > len(old):
             self._buffer = bytearray(needed + _LEAST_ROOM)  # never resized: a view of the old one may be about
-        self._buffer[:held] = content
+        with memoryview(self._buffer) as to, memoryview(old) as content:
+            to[:held] = content[self._start : self._end]
         self._start, self._end = 0, held
 
     def _pause(self) -> None:
@@ -203,7 +206,8 @@ class ReceiveBuffer(asyncio.BufferedProtocol):
             self._start = self._end = 0
             if len(self._buffer) > 2 * _CAPACITY:
                 self._buffer = bytearray(_CAPACITY)
-        self._resume()
+        if not self._is_full():
+            self._resume()
 
 
 def error_fields(body: bytes) -> dict[str, str]:

@@ -15,6 +15,7 @@ from live_migration.common.catalog import list_tables
 from live_migration.common.errors import LaneStopped
 from live_migration.consumer.applier import Applier
 from live_migration.consumer.decoder import Batch, LaneDecoder
+from live_migration.consumer.net_changes import work_ahead
 from live_migration.consumer.target_tables import TargetTables
 from tests.support import wide
 from tests.support import workload as module
@@ -58,16 +59,20 @@ class Pair:
         await self.source.fetchval("select pg_create_logical_replication_slot($1, 'pgoutput')::text", self.slot)
 
     async def replay(self, *, binary: bool, most_changes: int, segments_per_batch: int) -> None:
+        """Apply all, what comes of every second batch being found ahead, as the pipeline does while the target is at work."""
         messages = await read_messages(self.source, self.slot, self.slot, binary=binary)
         bodies = segment_bodies(messages, most_changes=most_changes)
         async with postgres.session(self.target_uri, "target") as connection, keeping_settings(connection):
             decoder = LaneDecoder(TargetTables(connection, 0), "none")
             applier = Applier(connection, 0)
+            is_ahead = False
             while bodies:
-                batch = Batch()
+                batch, is_ahead = Batch(), not is_ahead
                 while bodies and (segments_per_batch > 0 or (batch.must_end_at_commit and batch.is_inside_transaction)):
                     await decoder.decode(bodies.pop(0), batch)
                     segments_per_batch -= 1
+                if is_ahead:
+                    work_ahead(batch)
                 await applier.begin()
                 await applier.apply(batch)
                 await connection.execute("commit")

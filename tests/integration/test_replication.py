@@ -13,6 +13,7 @@ import pytest
 import uvloop
 
 from live_migration.common.errors import ConnectionLost
+from live_migration.common.settings import MIB
 from live_migration.producer.pace import LONG_SECONDS
 from live_migration.producer.replication import ReplicationConnection
 from live_migration.producer.wire import ReceiveBuffer
@@ -169,3 +170,65 @@ async def test_a_window_smaller_than_a_packet_is_noticed() -> None:
         transport.abort()
         with suppress(ConnectionError):
             await sending
+
+
+LARGE = 150_000
+"""Rows of a transaction that takes 64 MB and not 256 in a walsender."""
+
+
+@pytest.mark.parametrize(("byte_count", "is_spilled"), [(256 * MIB, False), (0, True)])
+async def test_a_large_transaction_is_held_in_the_walsenders_memory(
+    source_database: str, byte_count: int, is_spilled: bool
+) -> None:
+    connection = await asyncpg.connect(source_database)
+    await connection.execute("create table public.large (id bigint primary key, v text)")
+    await connection.execute("create publication large for table public.large")
+    slot = f"large_{source_database.rpartition('_')[2]}"
+    await connection.fetch("select pg_create_logical_replication_slot($1, 'pgoutput')", slot)
+    await connection.execute(
+        "insert into public.large select i, repeat('x', 400) from generate_series(1, $1::int) i", LARGE
+    )
+    seen = 0
+
+    def consume(data: bytes | memoryview) -> int:
+        nonlocal seen
+        at = 0
+        while at + 5 <= len(data) and at + 1 + (length := struct.unpack_from(">I", data, at + 1)[0]) <= len(data):
+            seen += data[at + 5 : at + 6] == b"w" and data[at + 30 : at + 31] == b"I"
+            at += 1 + length
+        return at
+
+    async with await ReplicationConnection.open(source_database) as stream:
+        await stream.allow_memory(byte_count)
+        await stream.start(slot, 0, {"proto_version": "1", "publication_names": "large"})
+        async with asyncio.timeout(120):
+            while seen < LARGE:
+                await stream.received()
+                stream.take(consume, 1 << 20)
+    query = "select spill_txns > 0 from pg_stat_replication_slots where slot_name = $1 and total_txns > 0"
+    async with asyncio.timeout(30):
+        while (spilled := await connection.fetchval(query, slot)) is None:
+            await asyncio.sleep(0.1)  # the server writes its statistics when the walsender has ended
+    assert spilled is is_spilled
+    await connection.close()
+
+
+async def test_a_server_that_allows_more_is_left_alone(source_database: str) -> None:
+    connection = await asyncpg.connect(source_database)
+    name = source_database.rpartition("/")[2]
+    await connection.execute(f"alter database {name} set logical_decoding_work_mem = '1GB'")
+    await connection.close()
+    async with await ReplicationConnection.open(source_database) as stream:
+        await stream.allow_memory(256 * MIB)
+        assert await stream.query("show logical_decoding_work_mem") == [(b"1GB",)]
+        await stream.allow_memory(2048 * MIB)
+        assert await stream.query("show logical_decoding_work_mem") == [(b"2GB",)]
+
+
+async def test_a_server_that_refuses_is_read_all_the_same(
+    source_database: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with await ReplicationConnection.open(source_database) as stream:
+        await stream.allow_memory(2**60)
+        assert await stream.query("show logical_decoding_work_mem") == [(b"64MB",)]
+    assert "keeps the server's logical_decoding_work_mem" in capsys.readouterr().out

@@ -116,8 +116,10 @@ def test_reading_stops_while_nobody_takes() -> None:
     while transport.is_reading:
         at += receive(buffer, memoryview(stream)[at:], 1 << 20)
     assert at <= wire._CAPACITY
-    assert buffer.take_copy_data(whole_messages, 1 << 18)
-    assert transport.is_reading
+    taken = 0
+    while not transport.is_reading:  # what is held is moved to the front then, so there must not be much of it
+        taken += buffer.take_copy_data(whole_messages, 1 << 18)
+    assert wire._CAPACITY / 2 <= taken < at
 
 
 def test_a_view_of_a_big_message_stays_as_it_was() -> None:
