@@ -34,6 +34,7 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": platform.platform(),
         "python": platform.python_version(),
+        "tcp_congestion_control": _congestion_control(),
         "load_average_at_start": round(psutil.getloadavg()[0], 2),
     }
 
@@ -111,6 +112,12 @@ def _entry_to_json(result: CaseResult, entry: Entry) -> dict[str, Any]:
         "other_cpu_seconds": round(entry.other_cpu_seconds(), 2),
         "figures": {what: round(value, 6) for what, value in entry.figures().items()},
     }
+
+
+def _congestion_control() -> str:
+    """Name what decides whether a walsender's rows gather in packets: docs/performance.md."""
+    setting = Path("/proc/sys/net/ipv4/tcp_congestion_control")
+    return setting.read_text().strip() if setting.exists() else "unknown"
 
 
 def _cpu_model() -> str:

@@ -20,7 +20,7 @@ from live_migration.consumer.row_encoding import BIG_BYTES, Message
 from live_migration.consumer.target_tables import ChunkChangedUnseen, RelationRefused, Resolution, TargetTable
 
 if TYPE_CHECKING:
-    from live_migration.consumer.net_changes import NetChanges
+    from live_migration.consumer.net_changes import NotPlain, Plain
 
 _BEGIN = struct.Struct(">BQqIQ")
 """A Begin message, and the base that the log puts behind it."""
@@ -50,7 +50,7 @@ class TableRun:
         self.count = 0
         self.marks: list[tuple[int, int, int]] = []
         self.only_inserts = True
-        self.net: NetChanges | None = None
+        self.net: Plain | NotPlain | None = None
         """What `net_changes.work_ahead` found, until it is taken."""
         self._pieces: list[Span | tuple[list[Message], list[int]]] = []
         self._open_list()

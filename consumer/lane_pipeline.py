@@ -26,7 +26,7 @@ from live_migration.consumer.decoder import Batch, LaneDecoder
 from live_migration.consumer.lane_meeting import LanesMeet, meet
 from live_migration.consumer.log_reader import LogReader, Segment
 from live_migration.consumer.memory_budget import MemoryBudget
-from live_migration.consumer.net_changes import work_ahead
+from live_migration.consumer.net_changes import folded_runs, work_ahead
 from live_migration.consumer.refusal import Place
 from live_migration.consumer.refusal_search import apply_carefully
 from live_migration.consumer.segment_walk import place_relation
@@ -301,7 +301,7 @@ class LanePipeline:
 
     def _work_ahead(self, flush: Flush) -> None:
         """While the target is at work, do what the next batch takes of us, where there is room for what comes of it."""
-        if self._is_applying and self._budget.take_if_free(flush.held_bytes):
+        if self._is_applying and folded_runs(flush.batch) and self._budget.take_to_spare(flush.held_bytes):
             self._held_bytes += flush.held_bytes
             flush.held_bytes *= 2
             work_ahead(flush.batch)

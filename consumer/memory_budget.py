@@ -45,12 +45,12 @@ class MemoryBudget:
                 self._grant()
             raise
 
-    def take_if_free(self, byte_count: int) -> bool:
-        """Take `byte_count` if they are there and nobody waits for any; tell whether they were."""
-        is_free = not self._waiting and self._held + byte_count <= self._capacity
-        if is_free:
+    def take_to_spare(self, byte_count: int) -> bool:
+        """Take `byte_count` for what could be done without, if that leaves half of all to others and nobody waits; tell whether it did."""
+        is_there = not self._waiting and 2 * (self._held + byte_count) <= self._capacity
+        if is_there:
             self._held += byte_count
-        return is_free
+        return is_there
 
     def release(self, byte_count: int) -> None:
         """Give back what `acquire` took."""

@@ -5,13 +5,14 @@ It is the consumer's dearest work, and may be done while the target still applie
 
 from __future__ import annotations
 
+import enum
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from live_migration.common.errors import FormatError
 from live_migration.consumer.decoder import Batch, TableRun, TruncateStep, all_runs
-from live_migration.consumer.folding import NetEffect, NotFoldable, fold
+from live_migration.consumer.folding import NetEffect, fold
 from live_migration.consumer.hypertable_statements import moves_rows
 from live_migration.consumer.plain_changes import PlainChanges, plain_changes
 from live_migration.consumer.plain_deletes import plain_deletes
@@ -27,46 +28,56 @@ class PlainDeletes(NamedTuple):
     key_count: int
 
 
-NetChanges = PlainDeletes | PlainChanges | NetEffect
+class NotPlain(enum.Enum):
+    """A run that has to be folded by its values, which takes several times its messages' memory: not ahead."""
+
+    NOT_PLAIN = enum.auto()
 
 
-def net_changes(table: TargetTable, messages: Sequence[Message]) -> NetChanges:
-    """Give what a run's messages come to.
+Plain = PlainDeletes | PlainChanges
+
+
+def take_net_changes(run: TableRun) -> Plain | NetEffect:
+    """Give what a run comes to, found ahead or now. It is given away: its rows can be read once.
 
     Raises:
-        NotFoldable: they must be applied in source order.
+        NotFoldable: it must be applied in source order.
         FormatError | struct.error | IndexError: a message is malformed.
     """
+    net, run.net = run.net, None
+    messages = run.messages()
+    if net is None:
+        net = _plain(run.table, messages)
+    return fold(messages, [column.index for column in run.table.key]) if isinstance(net, NotPlain) else net
+
+
+def folded_runs(batch: Batch) -> list[TableRun]:
+    """Give the runs that are applied by their net changes, if they can be."""
+    return [
+        run
+        for step in batch.steps
+        if not isinstance(step, TruncateStep)
+        for run in all_runs(step)
+        if not run.only_inserts and run.table.is_foldable and run.table.key
+    ]
+
+
+def work_ahead(batch: Batch) -> None:
+    """Find out what the runs of a batch come to, about as many bytes as they are. What is wrong with one is for who applies it to find again."""
+    for run in folded_runs(batch):
+        try:
+            run.net = _plain(run.table, run.messages())
+        except (FormatError, struct.error, IndexError):
+            continue
+
+
+def _plain(table: TargetTable, messages: Sequence[Message]) -> Plain | NotPlain:
     binary = are_binary(messages)
     deletes = plain_deletes(table, messages, binary=binary)
     if deletes is not None:
         return PlainDeletes(deletes, len(messages))
     changes = plain_changes(table, messages, binary=binary) if _stages_whole_rows(table) else None
-    return changes or fold(messages, [column.index for column in table.key])
-
-
-def is_folded(run: TableRun) -> bool:
-    """Tell whether a run is applied by its net changes, if it can be."""
-    return not run.only_inserts and run.table.is_foldable and bool(run.table.key)
-
-
-def work_ahead(batch: Batch) -> None:
-    """Find out what the runs of a batch come to. Whatever is wrong with one is for who applies it to find again."""
-    for step in batch.steps:
-        if isinstance(step, TruncateStep):
-            continue
-        for run in all_runs(step):
-            if is_folded(run):
-                try:
-                    run.net = net_changes(run.table, run.messages())
-                except (NotFoldable, FormatError, struct.error, IndexError):
-                    continue
-
-
-def take_net_changes(run: TableRun) -> NetChanges:
-    """Give what a run comes to, found ahead or now. It is given away: its rows can be read once. Raises as `net_changes`."""
-    net, run.net = run.net, None
-    return net or net_changes(run.table, run.messages())
+    return changes or NotPlain.NOT_PLAIN
 
 
 def _stages_whole_rows(table: TargetTable) -> bool:

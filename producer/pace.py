@@ -8,6 +8,7 @@ Measured: docs/performance.md, "Where the time goes".
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -21,6 +22,8 @@ GULP_BYTES = 512 * KIB
 """What a pause in a backlog shall bring at most: half of the receive buffer, and less than a sender's kernel holds for it."""
 BACKLOG_RATE = 1 * MIB
 """Bytes a second from which on a stream is one that is behind, or as good as one."""
+WINDOW_SECONDS = 0.02
+"""Time over which a stream is seen to be behind: in a single millisecond each transaction is a backlog."""
 TRIAL_SECONDS = 0.2
 KEPT_SECONDS = 4.0
 _BETTER = 1.25
@@ -43,6 +46,9 @@ class Pace:
         self._has_long = True
         self._long_rate = 0.0
         self._is_behind = self._was_behind = False  # now, and at any time in this stretch
+        self._flows = False  # in the last window
+        self._window, self._window_bytes = self._last, 0
+        self._behind_at = -math.inf
 
     @property
     def is_long(self) -> bool:
@@ -61,15 +67,27 @@ class Pace:
         if may_be_more:
             return 0.0
         now = self._clock()
-        self._is_behind = received_bytes - self._last_bytes >= BACKLOG_RATE * (now - self._last)
-        self._was_behind |= self._is_behind
-        self._last, self._last_bytes = now, received_bytes
+        self._look(now, received_bytes)
         if self._is_fresh:  # what has gathered in a pause of the other length says nothing
             self._is_fresh, self._since, self._since_bytes = False, now, received_bytes
         self._judge(now - self._since, received_bytes - self._since_bytes)
         return (
             self._long_pause(now - self._since, received_bytes - self._since_bytes) if self.is_long else SHORT_SECONDS
         )
+
+    def _look(self, now: float, received_bytes: int) -> None:
+        """See whether the stream is behind. Where it was not for a while, a backlog begins: what was learnt before counted quiet times, too."""
+        if now - self._window >= WINDOW_SECONDS:
+            self._flows = received_bytes - self._window_bytes >= BACKLOG_RATE * (now - self._window)
+            self._window, self._window_bytes = now, received_bytes
+        self._is_behind = self._flows and received_bytes - self._last_bytes >= BACKLOG_RATE * (now - self._last)
+        self._last, self._last_bytes = now, received_bytes
+        if self._is_behind:
+            if now - self._behind_at > TRIAL_SECONDS:
+                self._begin(has_long=True, is_trial=True)
+                self._is_fresh = True
+            self._behind_at = now
+        self._was_behind |= self._is_behind
 
     def _judge(self, elapsed: float, byte_count: int) -> None:
         """At the end of a stretch choose the pause for the next one."""

@@ -35,8 +35,13 @@ _GONE = ("08", "57P", "53300")
 
 WINDOW_BYTES = 128 * KIB
 """Receive buffer of a connection within this machine: what does not fit is left to gather. Twice the largest packet, else reading it would stall."""
-_ALLOW_MEMORY = """select set_config(name, greatest(setting::bigint, {kibibytes})::text, false)
-                   from pg_settings where name = 'logical_decoding_work_mem'"""
+COUNTS_ALL_MEMORY = """number % 10000 >= case number / 10000 when 13 then 17 when 14 then 14 when 15 then 9 when 16 then 5
+                                           when 17 then 1 else 0 end"""
+"""Whether a server of this version number keeps decoded tuples in small blocks: in large ones a few tuples of a long transaction held many times
+what was counted, and walsenders were killed for it."""
+_ALLOW_MEMORY = f"""select set_config(name, greatest(setting::bigint, {{kibibytes}})::text, false)
+                    from pg_settings, (select current_setting('server_version_num')::int as number) version
+                    where name = 'logical_decoding_work_mem' and {COUNTS_ALL_MEMORY}"""
 _COPY_BOTH, _COPY_DONE = ord("W"), ord("c")
 _DATA_ROW, _ERROR, _READY = ord("D"), ord("E"), ord("Z")
 
@@ -106,7 +111,8 @@ class ReplicationConnection:
     async def allow_memory(self, byte_count: int) -> None:
         """Let the walsender hold so much of what it decodes before it writes to its disk, where the server does not let it hold more.
 
-        For this session alone. A server that refuses is warned of: it decodes all the same. PostgreSQL 12 counts changes instead.
+        For this session alone, and not on minor versions that hold far more than they count. A server that refuses is warned of: it decodes
+        all the same.
 
         Raises:
             ConnectionLost: the connection broke.

@@ -28,7 +28,7 @@ class Turn:
         """Let `work` take about `byte_count` bytes, and learn from how long that took. Gives how many it took."""
         began = self._clock()
         taken = work(self.byte_count)
-        if taken >= LEAST_BYTES:
+        if taken >= LEAST_BYTES // 2:  # whole messages: seldom all that was asked for
             seconds = max(self._clock() - began, TURN_SECONDS / 100)
             fitting = int(taken * TURN_SECONDS / seconds)
             self.byte_count = min(MOST_BYTES, max(LEAST_BYTES, (self.byte_count + fitting) // 2))

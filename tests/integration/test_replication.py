@@ -15,7 +15,7 @@ import uvloop
 from live_migration.common.errors import ConnectionLost
 from live_migration.common.settings import MIB
 from live_migration.producer.pace import LONG_SECONDS
-from live_migration.producer.replication import ReplicationConnection
+from live_migration.producer.replication import COUNTS_ALL_MEMORY, ReplicationConnection
 from live_migration.producer.wire import ReceiveBuffer
 
 pytestmark = pytest.mark.integration
@@ -232,3 +232,11 @@ async def test_a_server_that_refuses_is_read_all_the_same(
         await stream.allow_memory(2**60)
         assert await stream.query("show logical_decoding_work_mem") == [(b"64MB",)]
     assert "keeps the server's logical_decoding_work_mem" in capsys.readouterr().out
+
+
+async def test_minor_versions_that_hold_more_than_they_count_are_left_alone(source_database: str) -> None:
+    connection = await asyncpg.connect(source_database)
+    numbers = (130016, 130017, 140013, 140014, 150008, 150009, 160004, 160005, 170000, 170001, 180000)
+    query = f"select array_agg(number) from unnest($1::int[]) number where {COUNTS_ALL_MEMORY}"
+    assert await connection.fetchval(query, numbers) == [130017, 140014, 150009, 160005, 170001, 180000]
+    await connection.close()

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import struct
+
+import pytest
+
+from live_migration.common.errors import FormatError
 from live_migration.common.relation import QualifiedName
 from live_migration.consumer.decoder import Batch, TableRun
-from live_migration.consumer.folding import NetEffect
+from live_migration.consumer.folding import NetEffect, NotFoldable
 from live_migration.consumer.memory_budget import MemoryBudget
-from live_migration.consumer.net_changes import PlainDeletes, take_net_changes, work_ahead
+from live_migration.consumer.net_changes import NotPlain, PlainDeletes, take_net_changes, work_ahead
 from live_migration.consumer.plain_changes import PlainChanges
 from live_migration.consumer.row_encoding import UNCHANGED, Value
 from tests.support.messages import put_insert
@@ -36,18 +42,13 @@ def test_what_was_found_ahead_is_what_is_found_when_it_is_applied() -> None:
     by_value = run_of(update([b"0001", UNCHANGED, b"z"], binary=True), put_insert(OID, B, binary=True))
     runs = deletes, plain, by_value
     work_ahead(batch_of(*runs))
-    found = [run.net for run in runs]
-    assert [type(each) for each in found] == [PlainDeletes, PlainChanges, NetEffect]
-    assert [take_net_changes(run) for run in runs] == found
-
-
-def test_it_is_given_away_once_and_found_again() -> None:
-    run = run_of(update(A, binary=True))
-    work_ahead(batch_of(run))
-    first = take_net_changes(run)
-    assert run.net is None
-    assert take_net_changes(run) == first
-    assert take_net_changes(run) is not first
+    assert [type(run.net) for run in runs] == [PlainDeletes, PlainChanges, NotPlain]
+    ahead = [take_net_changes(run) for run in runs]
+    assert [run.net for run in runs] == [None, None, None]
+    now = [take_net_changes(run) for run in runs]
+    assert [type(each) for each in now] == [PlainDeletes, PlainChanges, NetEffect]
+    assert ahead == now
+    assert all(one is not other for one, other in zip(ahead, now, strict=True))
 
 
 def test_inserts_and_what_cannot_be_folded_are_left_alone() -> None:
@@ -56,15 +57,27 @@ def test_inserts_and_what_cannot_be_folded_are_left_alone() -> None:
     malformed = run_of(update(A, binary=True)[:-3])
     fine = run_of(update(A, binary=True))
     work_ahead(batch_of(inserts, twice, malformed, fine))
-    assert inserts.net is twice.net is malformed.net is None
-    assert fine.net is not None
+    assert inserts.net is None
+    assert isinstance(twice.net, NotPlain)
+    with pytest.raises(NotFoldable):
+        take_net_changes(twice)
+    assert malformed.net is None
+    with pytest.raises((FormatError, struct.error, IndexError)):
+        take_net_changes(malformed)
+    assert isinstance(fine.net, PlainChanges)
 
 
-async def test_room_for_it_is_taken_only_where_nobody_waits_for_any() -> None:
+async def test_room_for_it_is_taken_only_where_half_of_all_is_left_and_nobody_waits() -> None:
     budget = MemoryBudget(100)
-    await budget.acquire(40)
-    assert not budget.take_if_free(61)
-    assert budget.take_if_free(60)
-    assert budget.held_bytes == 100
-    budget.release(60)
-    assert budget.held_bytes == 40
+    await budget.acquire(20)
+    assert not budget.take_to_spare(31)
+    assert budget.take_to_spare(30)
+    assert budget.held_bytes == 50
+    budget.release(50)
+    await budget.acquire(20)
+    waiting = asyncio.ensure_future(budget.acquire(90))
+    await asyncio.sleep(0)
+    assert budget.is_wanted
+    assert not budget.take_to_spare(1)
+    budget.release(20)
+    await waiting

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 
@@ -104,3 +105,43 @@ def test_over_a_network_nothing_is_left_to_gather() -> None:
     sender = Sender(26 * MIB)
     sender.read(Pace(may_be_long=False, clock=lambda: sender.now), 5)
     assert set(sender.pauses) == {pace.SHORT_SECONDS}
+
+
+@pytest.mark.parametrize("quiet", [0.05, 0.13, 0.21, 0.5, 1.17, 5.0])
+@pytest.mark.parametrize("trickle", [0, 100_000])
+def test_a_backlog_is_read_in_gulps_from_its_beginning(quiet: float, trickle: float) -> None:
+    """Whenever it begins: what came before, however long, says nothing of its pauses."""
+    sender = Sender(trickle)
+    reader = reading(sender)
+    sender.read(reader, quiet)
+    sender.rate = 26 * MIB
+    sender.read(reader, 0.1)
+    assert share_of_long(sender) > 0.6
+    sender.read(reader, 3)
+    assert share_of_long(sender) > 0.8
+
+
+def test_a_second_backlog_begins_as_the_first_did() -> None:
+    """Nothing is received in between, and so nobody asks for a pause."""
+    sender = Sender(26 * MIB)
+    reader = reading(sender)
+    sender.read(reader, 0.15)
+    sender.now += 5
+    sender.read(reader, 3)
+    assert share_of_long(sender) > 0.8
+
+
+@pytest.mark.parametrize(("a_second", "size"), [(200, 2 * KIB), (1000, 600)])
+def test_transactions_now_and_then_are_no_backlog(a_second: float, size: int) -> None:
+    rng = random.Random(1)
+    sender = Sender(0)
+    reader = reading(sender)
+    due, late = rng.expovariate(a_second), 0.0
+    while sender.now < 20:
+        pause = reader.next_pause(int(sender.sent))
+        late += pause if pause > pace.SHORT_SECONDS else 0
+        sender.now += pause + 0.0001
+        while due < sender.now:
+            sender.sent += size
+            due += rng.expovariate(a_second)
+    assert late < 0.02 * sender.now

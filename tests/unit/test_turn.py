@@ -9,15 +9,17 @@ from live_migration.producer.turn import Turn
 
 
 class Work:
-    """Takes what it is given, each byte in `seconds_per_byte`."""
+    """Takes the whole messages of what it is given, each byte in `seconds_per_byte`."""
 
-    def __init__(self, seconds_per_byte: float) -> None:
+    def __init__(self, seconds_per_byte: float, message_bytes: int = 132) -> None:
         self.seconds_per_byte = seconds_per_byte
+        self.message_bytes = message_bytes
         self.now = 0.0
         self.there: int | None = None
 
     def take(self, byte_count: int) -> int:
         taken = byte_count if self.there is None else min(byte_count, self.there)
+        taken = max(1, taken // self.message_bytes) * self.message_bytes
         self.now += taken * self.seconds_per_byte
         return taken
 
@@ -29,15 +31,17 @@ def after(work: Work, turns: int, of: Turn | None = None) -> Turn:
     return of
 
 
+@pytest.mark.parametrize("message_bytes", [95, 132, 301, 7_000, 9_000, 15_000])
 @pytest.mark.parametrize("nanoseconds", [4, 10, 30, 60])
-def test_a_turn_takes_a_millisecond(nanoseconds: int) -> None:
-    work = Work(nanoseconds * 1e-9)
-    begun = after(work, 30)
-    assert begun.byte_count * work.seconds_per_byte == pytest.approx(turn.TURN_SECONDS, rel=0.05)
+def test_a_turn_takes_a_millisecond(nanoseconds: int, message_bytes: int) -> None:
+    work = Work(nanoseconds * 1e-9, message_bytes)
+    begun = after(work, 90)
+    fitting = min(turn.TURN_SECONDS / work.seconds_per_byte, turn.MOST_BYTES)
+    assert begun.byte_count == pytest.approx(fitting, rel=0.05, abs=message_bytes)
 
 
 def test_what_costs_next_to_nothing_is_still_taken_in_turns() -> None:
-    assert after(Work(1e-12), 30).byte_count == turn.MOST_BYTES
+    assert after(Work(1e-12), 90).byte_count == pytest.approx(turn.MOST_BYTES, rel=0.01)
 
 
 def test_what_is_slow_still_gets_on() -> None:
@@ -46,9 +50,17 @@ def test_what_is_slow_still_gets_on() -> None:
 
 def test_dearer_rows_make_smaller_turns() -> None:
     work = Work(4e-9)
-    begun = after(work, 30)
+    begun = after(work, 90)
     work.seconds_per_byte = 40e-9
-    after(work, 30, begun)
+    after(work, 90, begun)
+    assert begun.byte_count * work.seconds_per_byte == pytest.approx(turn.TURN_SECONDS, rel=0.05)
+
+
+def test_cheaper_rows_make_larger_turns_again() -> None:
+    work = Work(1e-5)
+    begun = after(work, 90)
+    work.seconds_per_byte = 10e-9
+    after(work, 90, begun)
     assert begun.byte_count * work.seconds_per_byte == pytest.approx(turn.TURN_SECONDS, rel=0.05)
 
 
