@@ -17,6 +17,7 @@ from live_migration.common.settings import KIB, Settings
 from live_migration.common.tasks import TaskGroup
 from live_migration.common.telemetry import get_logger
 from live_migration.producer.ack_tracker import AckTracker
+from live_migration.producer.flush_pause import FlushPause, is_set_within
 from live_migration.producer.homes import Homes
 from live_migration.producer.last_change import LastChange
 from live_migration.producer.pace import Pace
@@ -33,11 +34,6 @@ log = get_logger(__name__)
 _TURNS_OF_OTHERS = 3
 """Turns of the loop for whoever sends to Kafka, after each of ours while there is a transaction on its way."""
 _QUIET_BYTES = 8 * KIB
-_BACKLOG_BYTES = 512 * KIB
-"""A flush of so much tells that there is a backlog, or as good as one."""
-_MOST_INTERVALS = 4
-_INTERVAL_BYTES = _BACKLOG_BYTES // _MOST_INTERVALS
-"""What has come in an interval of a backlog, unless it has come to its end."""
 _RECORD_SECONDS = 2.0
 """Time between records of position and status while there is nothing to send."""
 _REPLY_GAP_SECONDS = 0.1
@@ -82,7 +78,7 @@ class Session:
         )
         self._failure: LiveMigrationError | None = None
         self._in_flight_bytes = self._flushed_bytes = 0
-        self._intervals = 1
+        self._pause = FlushPause(settings.flush_interval, lambda: stream.received_bytes)
         self._published_changes = 0
         self._has_changes = asyncio.Event()
         self._is_full = asyncio.Event()
@@ -166,21 +162,10 @@ class Session:
     async def _publish(self) -> None:
         """Publish what was received when it is enough or old enough, position and status also when there is nothing."""
         while True:
-            if await _is_set(self._has_changes, _RECORD_SECONDS):
-                await self._gather()
+            if await is_set_within(self._has_changes, _RECORD_SECONDS):
+                await self._pause.wait(self._is_full, self._flushed_bytes)
             await self._flush()
             if self._ending.is_set() and not self._router.has_changes:
-                return
-
-    async def _gather(self) -> None:
-        """Let changes gather: in a backlog longer, while more of them come, for a transaction costs the broker some milliseconds of processor time."""
-        is_backlog = self._flushed_bytes >= _BACKLOG_BYTES
-        self._intervals = min(2 * self._intervals, _MOST_INTERVALS) if is_backlog else 1
-        for _ in range(self._intervals):
-            before = self._stream.received_bytes
-            if await _is_set(self._is_full, self._settings.flush_interval):
-                return
-            if self._stream.received_bytes - before < _INTERVAL_BYTES:
                 return
 
     async def _flush(self) -> None:
@@ -215,7 +200,7 @@ class Session:
     async def _reply(self) -> None:
         """Send status replies, on a timer of their own: neither Kafka nor a full buffer may time the walsender out."""
         while True:
-            await _is_set(self._reply_due, self._settings.status_interval)
+            await is_set_within(self._reply_due, self._settings.status_interval)
             self._reply_due.clear()
             await self._stream.send_status(self._acks.received_lsn, self._acks.recorded_lsn)
             await asyncio.sleep(_REPLY_GAP_SECONDS)
@@ -244,13 +229,3 @@ def lane_positions(position: LogPosition | None, lane_count: int) -> list[Positi
     if len(position.lanes) != lane_count:
         raise LogGap(f"the change log has {len(position.lanes)} lanes, the migration's configuration says {lane_count}")
     return [Position(*lane) for lane in position.lanes]
-
-
-async def _is_set(event: asyncio.Event, seconds: float) -> bool:
-    """Wait for an event, but not longer than this."""
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        return False
-    return True

@@ -1,0 +1,51 @@
+"""How long changes are gathered before they are sent to Kafka: each transaction costs the broker some milliseconds of processor time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from live_migration.common.settings import KIB
+
+BACKLOG_BYTES = 512 * KIB
+"""A flush of so much tells that there is a backlog, or as good as one."""
+MOST_INTERVALS = 4
+INTERVAL_BYTES = BACKLOG_BYTES // MOST_INTERVALS
+"""What comes at least in an interval of a backlog; with less it is at its end."""
+
+
+class FlushPause:
+    """One interval of a quiet stream; in a backlog two, then four, while as much comes in each."""
+
+    def __init__(self, interval: float, received_bytes: Callable[[], int]) -> None:
+        """Begin.
+
+        Args:
+            interval: seconds.
+            received_bytes: gives how much the stream has brought so far.
+        """
+        self._interval = interval
+        self._received_bytes = received_bytes
+        self._intervals = 1
+
+    async def wait(self, is_full: asyncio.Event, flushed_bytes: int) -> int:
+        """Wait, but not longer than until `is_full` is set; give how many whole intervals it took. `flushed_bytes`: of the last flush."""
+        is_backlog = flushed_bytes >= BACKLOG_BYTES
+        self._intervals = min(2 * self._intervals, MOST_INTERVALS) if is_backlog else 1
+        for number in range(self._intervals):
+            before = self._received_bytes()
+            if await is_set_within(is_full, self._interval):
+                return number
+            if self._received_bytes() - before < INTERVAL_BYTES:
+                return number + 1
+        return self._intervals
+
+
+async def is_set_within(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for an event, but not longer than this; tell whether it came."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True

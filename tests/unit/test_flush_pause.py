@@ -1,0 +1,59 @@
+"""How long changes are gathered: longer in a backlog, not at its end."""
+
+from __future__ import annotations
+
+import asyncio
+
+from live_migration.producer.flush_pause import BACKLOG_BYTES, INTERVAL_BYTES, FlushPause, is_set_within
+
+INTERVAL = 0.002
+
+
+class Flow:
+    """Brings so many bytes each time that it is asked how many there are."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.sum = 0
+
+    def received(self) -> int:
+        self.sum += self.step
+        return self.sum
+
+
+async def test_a_quiet_stream_waits_one_interval_however_much_comes_now() -> None:
+    pause = FlushPause(INTERVAL, Flow(INTERVAL_BYTES).received)
+    assert [await pause.wait(asyncio.Event(), BACKLOG_BYTES - 1) for _ in range(3)] == [1, 1, 1]
+
+
+async def test_a_backlog_waits_longer_and_longer() -> None:
+    pause = FlushPause(INTERVAL, Flow(INTERVAL_BYTES).received)
+    assert [await pause.wait(asyncio.Event(), BACKLOG_BYTES) for _ in range(4)] == [2, 4, 4, 4]
+    assert await pause.wait(asyncio.Event(), 0) == 1
+    assert await pause.wait(asyncio.Event(), BACKLOG_BYTES) == 2
+
+
+async def test_the_end_of_a_backlog_waits_one_interval() -> None:
+    flow = Flow(INTERVAL_BYTES)
+    pause = FlushPause(INTERVAL, flow.received)
+    for _ in range(3):
+        await pause.wait(asyncio.Event(), BACKLOG_BYTES)
+    flow.step = INTERVAL_BYTES - 1
+    assert await pause.wait(asyncio.Event(), BACKLOG_BYTES) == 1
+
+
+async def test_enough_is_enough() -> None:
+    pause = FlushPause(3600, Flow(INTERVAL_BYTES).received)
+    full = asyncio.Event()
+    waiting = asyncio.ensure_future(pause.wait(full, BACKLOG_BYTES))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    full.set()
+    assert await waiting == 0
+
+
+async def test_an_event_that_does_not_come_is_said_not_to() -> None:
+    event = asyncio.Event()
+    assert not await is_set_within(event, INTERVAL)
+    event.set()
+    assert await is_set_within(event, 3600)
