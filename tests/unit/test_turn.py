@@ -59,7 +59,7 @@ def test_dearer_rows_make_smaller_turns() -> None:
 def test_cheaper_rows_make_larger_turns_again() -> None:
     work = Work(1e-5)
     begun = after(work, 90)
-    work.seconds_per_byte = 10e-9
+    work.seconds_per_byte = 30e-9
     after(work, 90, begun)
     assert begun.byte_count * work.seconds_per_byte == pytest.approx(turn.TURN_SECONDS, rel=0.05)
 
