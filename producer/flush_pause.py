@@ -17,16 +17,23 @@ INTERVAL_BYTES = BACKLOG_BYTES // MOST_INTERVALS
 class FlushPause:
     """One interval of a quiet stream; in a backlog two, then four, while as much comes in each."""
 
-    def __init__(self, interval: float, received_bytes: Callable[[], int]) -> None:
+    def __init__(self, interval: float, most_bytes: int, received_bytes: Callable[[], int]) -> None:
         """Begin.
 
         Args:
             interval: seconds.
+            most_bytes: that are sent at once.
             received_bytes: gives how much the stream has brought so far.
         """
         self._interval = interval
+        self._most_bytes = most_bytes
         self._received_bytes = received_bytes
         self._intervals = 1
+
+    @property
+    def enough_bytes(self) -> int:
+        """With how much gathered no more is waited for: the first of a backlog goes at once, for consumers have nothing to do yet."""
+        return min(BACKLOG_BYTES, self._most_bytes) if self._intervals == 1 else self._most_bytes
 
     async def wait(self, is_full: asyncio.Event, flushed_bytes: int) -> int:
         """Wait, but not longer than until `is_full` is set; give how many whole intervals it took. `flushed_bytes`: of the last flush."""

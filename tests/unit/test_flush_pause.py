@@ -7,6 +7,7 @@ import asyncio
 from live_migration.producer.flush_pause import BACKLOG_BYTES, INTERVAL_BYTES, FlushPause, is_set_within
 
 INTERVAL = 0.002
+MOST = 8 * BACKLOG_BYTES
 
 
 class Flow:
@@ -22,12 +23,12 @@ class Flow:
 
 
 async def test_a_quiet_stream_waits_one_interval_however_much_comes_now() -> None:
-    pause = FlushPause(INTERVAL, Flow(INTERVAL_BYTES).received)
+    pause = FlushPause(INTERVAL, MOST, Flow(INTERVAL_BYTES).received)
     assert [await pause.wait(asyncio.Event(), BACKLOG_BYTES - 1) for _ in range(3)] == [1, 1, 1]
 
 
 async def test_a_backlog_waits_longer_and_longer() -> None:
-    pause = FlushPause(INTERVAL, Flow(INTERVAL_BYTES).received)
+    pause = FlushPause(INTERVAL, MOST, Flow(INTERVAL_BYTES).received)
     assert [await pause.wait(asyncio.Event(), BACKLOG_BYTES) for _ in range(4)] == [2, 4, 4, 4]
     assert await pause.wait(asyncio.Event(), 0) == 1
     assert await pause.wait(asyncio.Event(), BACKLOG_BYTES) == 2
@@ -35,15 +36,27 @@ async def test_a_backlog_waits_longer_and_longer() -> None:
 
 async def test_the_end_of_a_backlog_waits_one_interval() -> None:
     flow = Flow(INTERVAL_BYTES)
-    pause = FlushPause(INTERVAL, flow.received)
+    pause = FlushPause(INTERVAL, MOST, flow.received)
     for _ in range(3):
         await pause.wait(asyncio.Event(), BACKLOG_BYTES)
     flow.step = INTERVAL_BYTES - 1
     assert await pause.wait(asyncio.Event(), BACKLOG_BYTES) == 1
 
 
+async def test_the_first_of_a_backlog_goes_at_once_and_later_ones_when_they_are_many() -> None:
+    pause = FlushPause(INTERVAL, MOST, Flow(INTERVAL_BYTES).received)
+    assert pause.enough_bytes == BACKLOG_BYTES
+    await pause.wait(asyncio.Event(), 0)
+    assert pause.enough_bytes == BACKLOG_BYTES
+    await pause.wait(asyncio.Event(), BACKLOG_BYTES)
+    assert pause.enough_bytes == MOST
+    await pause.wait(asyncio.Event(), 0)
+    assert pause.enough_bytes == BACKLOG_BYTES
+    assert FlushPause(INTERVAL, 100, Flow(0).received).enough_bytes == 100
+
+
 async def test_enough_is_enough() -> None:
-    pause = FlushPause(3600, Flow(INTERVAL_BYTES).received)
+    pause = FlushPause(3600, MOST, Flow(INTERVAL_BYTES).received)
     full = asyncio.Event()
     waiting = asyncio.ensure_future(pause.wait(full, BACKLOG_BYTES))
     await asyncio.sleep(0)
