@@ -49,6 +49,8 @@ async def test_no_row_is_copied_whose_commit_a_crash_undoes(target_database: str
             await run_sql(uri, "create table public.t (id int not null)")
         await plan(server.uri(), target_database)
         writer = await asyncpg.connect(server.uri())
+        crashed = asyncio.Event()
+        writer.add_termination_listener(lambda _: crashed.set())
         await writer.execute("checkpoint; set synchronous_commit = off")
         walwriter = await writer.fetchval("select pid from pg_stat_activity where backend_type = 'walwriter'")
         os.kill(walwriter, signal.SIGSTOP)
@@ -60,9 +62,10 @@ async def test_no_row_is_copied_whose_commit_a_crash_undoes(target_database: str
                 await until_ready(target_database)
         finally:
             os.kill(walwriter, signal.SIGKILL)  # the server takes it for a crash: whatever it has not flushed is gone
+        async with asyncio.timeout(60):
+            await crashed.wait()  # until the server has noticed it takes connections as before
         await until_recovered(server.uri())
         assert await contents(target_database) == await contents(server.uri())
-        writer.terminate()
 
 
 async def until_recovered(uri: str) -> None:
