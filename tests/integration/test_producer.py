@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 from pathlib import Path
@@ -126,8 +127,10 @@ async def test_killed_producers_leave_every_change_in_the_log_once(settings: Set
     enough = asyncio.Event()
 
     async def write() -> None:
-        for turn in range(100):
-            await write_randomly(settings, seed * 100 + turn, 30)
+        for (
+            turn
+        ) in itertools.count():  # until all have been killed: one that has nothing to publish is waited for in vain
+            await write_randomly(settings, seed * 1000 + turn, 30)
             if turn < 2:
                 await run_sql(
                     settings,
