@@ -1,4 +1,4 @@
-"""Tasks that never lose a cancellation: what asyncio before 3.13, and the Kafka client, leave to their callers."""
+"""Tasks that never lose a cancellation: what asyncio before 3.13, and the Kafka client, leave to their callers. And events that are waited for so long."""
 
 from __future__ import annotations
 
@@ -38,6 +38,16 @@ def is_cancelled() -> bool:
     """Tell whether somebody has cancelled the running task: else a CancelledError is that of another, which it awaited."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
+
+
+async def is_set_within(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for an event, but not longer than this; tell whether it came."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True
 
 
 class TaskGroup(asyncio.TaskGroup):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import NoReturn
 from zlib import crc32
 
@@ -34,7 +33,6 @@ from live_migration.consumer.row_encoding import (
     CopyRow,
     Message,
     Value,
-    are_binary,
     binary_row,
     copy_chunks,
     text_row,
@@ -179,7 +177,7 @@ class Applier:
             await self._connection.execute("release savepoint run")
 
     async def _apply_folded(self, run: TableRun) -> None:
-        net, binary = take_net_changes(run), are_binary(run.messages())
+        net, binary = take_net_changes(run), run.is_binary()
         if isinstance(net, PlainDeletes):
             await self._delete(run, net.keys, net.key_count, binary=binary)
         elif isinstance(net, PlainChanges):
@@ -283,7 +281,7 @@ class Applier:
         table = run.table
         messages = run.messages()
         deletes, inserts = fold_whole_rows(messages)
-        binary = are_binary(messages)
+        binary = run.is_binary()
         if deletes:
             every_column = statements.value_stage_columns(table, range(len(table.columns)))
             columns = [("seq", "int"), ("n", "int"), *every_column]
@@ -313,7 +311,7 @@ class Applier:
                 hint="Give the table a replica identity on the source before its changes are published.",
             )
         messages = run.messages()
-        binary = are_binary(messages)
+        binary = run.is_binary()
         columns = statements.source_order_columns(table)
         stage = await self._stage(table, "s", columns)
         encode = binary_row if binary else text_row
@@ -378,12 +376,10 @@ class Applier:
 
 def _insert_rows(run: TableRun) -> tuple[Iterator[CopyRow], bool]:
     """Give a run of inserts as rows of COPY, spans as blocks of rows, and whether they are binary."""
-    pieces = list(run.pieces())
-    lists = [piece for piece in pieces if not isinstance(piece, Span)]
-    binary = len(lists) < len(pieces) or are_binary(chain.from_iterable(lists))
+    binary = run.is_binary()
 
     def rows() -> Iterator[CopyRow]:
-        for piece in pieces:
+        for piece in run.pieces():
             if isinstance(piece, Span):
                 yield piece.rows()
             else:

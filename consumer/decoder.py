@@ -16,7 +16,7 @@ from live_migration.common.relation import QualifiedName, Relation, ReplicaIdent
 from live_migration.common.segment import FRAME, Position
 from live_migration.consumer.lane_meeting import LanesMeet
 from live_migration.consumer.layouts import FIXED_SIZES, SHORTEST_SPAN, Layouts, Span
-from live_migration.consumer.row_encoding import BIG_BYTES, Message
+from live_migration.consumer.row_encoding import BIG_BYTES, Message, message_form
 from live_migration.consumer.target_tables import ChunkChangedUnseen, RelationRefused, Resolution, TargetTable
 
 if TYPE_CHECKING:
@@ -99,6 +99,16 @@ class TableRun:
                 yield piece
             elif piece[0]:
                 yield piece[0]
+
+    def is_binary(self) -> bool:
+        """Tell whether the values are binary: a span's are, else by the first that is not NULL."""
+        for piece in self.pieces():
+            if isinstance(piece, Span):
+                return True
+            for message in piece:
+                if (form := message_form(message)) is not None:
+                    return form
+        return False
 
     def messages(self) -> list[Message]:
         """Give all messages."""

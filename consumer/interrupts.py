@@ -7,7 +7,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from live_migration.common.errors import ConnectionLost, LiveMigrationError
-from live_migration.common.tasks import TaskGroup
+from live_migration.common.tasks import TaskGroup, is_set_within
 from live_migration.consumer.copy_errors import leading_error
 
 T = TypeVar("T")
@@ -60,8 +60,4 @@ class Bell:
 
     async def wait(self, timeout: float) -> None:
         """Return at the next ring, or after `timeout` seconds."""
-        try:
-            async with asyncio.timeout(timeout):
-                await self._event.wait()
-        except TimeoutError:
-            pass
+        await is_set_within(self._event, timeout)

@@ -301,10 +301,11 @@ class LanePipeline:
 
     def _work_ahead(self, flush: Flush) -> None:
         """While the target is at work, do what the next batch takes of us, where there is room for what comes of it."""
-        if self._is_applying and folded_runs(flush.batch) and self._budget.take_to_spare(flush.held_bytes):
+        runs = folded_runs(flush.batch) if self._is_applying else []
+        if runs and self._budget.take_to_spare(flush.held_bytes):
             self._held_bytes += flush.held_bytes
             flush.held_bytes *= 2
-            work_ahead(flush.batch)
+            work_ahead(runs)
 
     async def _hand_over(self) -> None:
         async with self._changed:

@@ -16,7 +16,7 @@ from live_migration.consumer.folding import NetEffect, fold
 from live_migration.consumer.hypertable_statements import moves_rows
 from live_migration.consumer.plain_changes import PlainChanges, plain_changes
 from live_migration.consumer.plain_deletes import plain_deletes
-from live_migration.consumer.row_encoding import CopyRow, Message, are_binary
+from live_migration.consumer.row_encoding import CopyRow
 from live_migration.consumer.statements import assigns_beside_key, beside_key
 from live_migration.consumer.target_tables import TargetTable
 
@@ -44,11 +44,8 @@ def take_net_changes(run: TableRun) -> Plain | NetEffect:
         NotFoldable: it must be applied in source order.
         FormatError | struct.error | IndexError: a message is malformed.
     """
-    net, run.net = run.net, None
-    messages = run.messages()
-    if net is None:
-        net = _plain(run.table, messages)
-    return fold(messages, [column.index for column in run.table.key]) if isinstance(net, NotPlain) else net
+    net, run.net = run.net or _plain(run), None
+    return fold(run.messages(), [column.index for column in run.table.key]) if isinstance(net, NotPlain) else net
 
 
 def folded_runs(batch: Batch) -> list[TableRun]:
@@ -58,21 +55,21 @@ def folded_runs(batch: Batch) -> list[TableRun]:
         for step in batch.steps
         if not isinstance(step, TruncateStep)
         for run in all_runs(step)
-        if not run.only_inserts and run.table.is_foldable and run.table.key
+        if not run.only_inserts and run.table.is_foldable
     ]
 
 
-def work_ahead(batch: Batch) -> None:
-    """Find out what the runs of a batch come to, about as many bytes as they are. What is wrong with one is for who applies it to find again."""
-    for run in folded_runs(batch):
+def work_ahead(runs: Sequence[TableRun]) -> None:
+    """Find out what runs come to, about as many bytes as they are. What is wrong with one is for who applies it to find again."""
+    for run in runs:
         try:
-            run.net = _plain(run.table, run.messages())
+            run.net = _plain(run)
         except (FormatError, struct.error, IndexError):
             continue
 
 
-def _plain(table: TargetTable, messages: Sequence[Message]) -> Plain | NotPlain:
-    binary = are_binary(messages)
+def _plain(run: TableRun) -> Plain | NotPlain:
+    table, messages, binary = run.table, run.messages(), run.is_binary()
     deletes = plain_deletes(table, messages, binary=binary)
     if deletes is not None:
         return PlainDeletes(deletes, len(messages))

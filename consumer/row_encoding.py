@@ -109,11 +109,6 @@ def message_form(message: Message) -> bool | None:
     return found
 
 
-def are_binary(messages: Iterable[Message]) -> bool:
-    """Tell whether row messages of one stream are binary, by the first value that is not NULL."""
-    return next((found for message in messages if (found := message_form(message)) is not None), False)
-
-
 def escape_text(value: Message) -> Message:
     """Escape a text value for COPY's text format."""
     if _SPECIAL.search(value) is None:

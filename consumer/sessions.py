@@ -14,6 +14,7 @@ import asyncpg
 from live_migration.common.errors import LiveMigrationError
 from live_migration.common.postgres import Side, connect, replica_role
 from live_migration.common.state import Migration
+from live_migration.common.tasks import is_set_within
 from live_migration.common.telemetry import get_logger
 from live_migration.consumer.copy_errors import server_errors
 from live_migration.consumer.hypertables import session_settings
@@ -141,8 +142,4 @@ class Backoff:
         seconds = self._next * random.uniform(0.7, 1.3)
         self._next = min(self._next * 2, self._longest)
         log.warning("trying again", reason=error.message, seconds=round(seconds, 1))
-        try:
-            async with asyncio.timeout(seconds):
-                await ended.wait()
-        except TimeoutError:
-            pass
+        await is_set_within(ended, seconds)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from live_migration.common.settings import KIB
+from live_migration.common.tasks import is_set_within
 
 BACKLOG_BYTES = 512 * KIB
 """A flush of so much tells that there is a backlog, or as good as one."""
@@ -46,13 +47,3 @@ class FlushPause:
             if self._received_bytes() - before < INTERVAL_BYTES:
                 return number + 1
         return self._intervals
-
-
-async def is_set_within(event: asyncio.Event, seconds: float) -> bool:
-    """Wait for an event, but not longer than this; tell whether it came."""
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        return False
-    return True

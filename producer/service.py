@@ -14,7 +14,7 @@ from live_migration.common.errors import ConnectionLost, LiveMigrationError, Log
 from live_migration.common.kafka import check_topics
 from live_migration.common.relation import QualifiedName
 from live_migration.common.settings import Settings
-from live_migration.common.tasks import TaskGroup
+from live_migration.common.tasks import TaskGroup, is_set_within
 from live_migration.common.telemetry import get_logger
 from live_migration.producer.control_reader import BrokerLost, translate_broker_error
 from live_migration.producer.homes import StaleHomes, read_homes
@@ -105,7 +105,7 @@ class _Service:
             if not is_told:
                 log.info("waiting for the coordinator to make the topics", topic=self._settings.control_topic)
                 is_told = True
-            if await self._is_stopped(1.0):
+            if await is_set_within(self._stop, 1.0):
                 return False
         return True
 
@@ -238,12 +238,6 @@ class _Service:
             async with asyncio.timeout(_FAREWELL_SECONDS):
                 await publisher.publish(deque(), None, self._report.make(str(error)))
 
-    async def _is_stopped(self, seconds: float) -> bool:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._stop.wait()
-        return self._stop.is_set()
-
 
 class _Backoff:
     """Ever longer pauses, until something went well."""
@@ -257,9 +251,7 @@ class _Backoff:
 
     async def pause(self, error: ConnectionLost) -> None:
         log.warning("connection lost, trying again", error=error.message, seconds=self._seconds)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self._seconds):
-                await self._stop.wait()
+        await is_set_within(self._stop, self._seconds)
         self._seconds = min(self._seconds * 2, _LONGEST_DELAY_SECONDS)
 
 

@@ -14,10 +14,10 @@ from live_migration.common.lsn import Lsn
 from live_migration.common.relation import quote_identifier
 from live_migration.common.segment import START, Position
 from live_migration.common.settings import KIB, Settings
-from live_migration.common.tasks import TaskGroup
+from live_migration.common.tasks import TaskGroup, is_set_within
 from live_migration.common.telemetry import get_logger
 from live_migration.producer.ack_tracker import AckTracker
-from live_migration.producer.flush_pause import FlushPause, is_set_within
+from live_migration.producer.flush_pause import FlushPause
 from live_migration.producer.homes import Homes
 from live_migration.producer.last_change import LastChange
 from live_migration.producer.pace import Pace

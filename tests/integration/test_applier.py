@@ -15,7 +15,7 @@ from live_migration.common.catalog import list_tables
 from live_migration.common.errors import LaneStopped
 from live_migration.consumer.applier import Applier
 from live_migration.consumer.decoder import Batch, LaneDecoder
-from live_migration.consumer.net_changes import work_ahead
+from live_migration.consumer.net_changes import folded_runs, work_ahead
 from live_migration.consumer.target_tables import TargetTables
 from tests.support import wide
 from tests.support import workload as module
@@ -72,7 +72,7 @@ class Pair:
                     await decoder.decode(bodies.pop(0), batch)
                     segments_per_batch -= 1
                 if is_ahead:
-                    work_ahead(batch)
+                    work_ahead(folded_runs(batch))
                 await applier.begin()
                 await applier.apply(batch)
                 await connection.execute("commit")

@@ -127,9 +127,8 @@ async def test_killed_producers_leave_every_change_in_the_log_once(settings: Set
     enough = asyncio.Event()
 
     async def write() -> None:
-        for (
-            turn
-        ) in itertools.count():  # until all have been killed: one that has nothing to publish is waited for in vain
+        # until all have been killed: one that has nothing to publish is waited for in vain
+        for turn in itertools.count():
             await write_randomly(settings, seed * 1000 + turn, 30)
             if turn < 2:
                 await run_sql(

@@ -79,18 +79,12 @@ class Rows:
             await stream.gather(LONG_SECONDS)
 
     def _consume(self, data: bytes | memoryview) -> int:
-        at = 0
-        while at + 5 <= len(data):
-            _, length = struct.unpack_from(">BI", data, at)
-            if data[at] != ord("d") or at + 1 + length > len(data):
-                break
-            self._see(bytes(data[at + 5 : at + 1 + length]))
-            at += 1 + length
-        return at
+        inserts, taken = whole_inserts(data)
+        for message in inserts:
+            self._see(message)
+        return taken
 
     def _see(self, message: bytes) -> None:
-        if message[:1] != b"w" or message[25:26] != b"I":
-            return
         at, values = 33, []  # behind XLogData's head, type, oid, 'N' and the number of columns
         for _ in range(2):
             (size,) = struct.unpack_from(">I", message, at + 1)
@@ -98,6 +92,20 @@ class Rows:
             at += 5 + size
         assert int(values[0]) not in self.found
         self.found[int(values[0])] = hashlib.md5(values[1]).hexdigest()
+
+
+def whole_inserts(data: bytes | memoryview) -> tuple[list[bytes], int]:
+    """Give what the whole CopyData messages that `data` begins with hold of inserts, and how many bytes they all are."""
+    at, inserts = 0, []
+    while at + 5 <= len(data):
+        _, length = struct.unpack_from(">BI", data, at)
+        if data[at] != ord("d") or at + 1 + length > len(data):
+            break
+        message = bytes(data[at + 5 : at + 1 + length])
+        if message[:1] == b"w" and message[25:26] == b"I":
+            inserts.append(message)
+        at += 1 + length
+    return inserts, at
 
 
 def server_end(transport: asyncio.BaseTransport) -> str:
@@ -192,11 +200,9 @@ async def test_a_large_transaction_is_held_in_the_walsenders_memory(
 
     def consume(data: bytes | memoryview) -> int:
         nonlocal seen
-        at = 0
-        while at + 5 <= len(data) and at + 1 + (length := struct.unpack_from(">I", data, at + 1)[0]) <= len(data):
-            seen += data[at + 5 : at + 6] == b"w" and data[at + 30 : at + 31] == b"I"
-            at += 1 + length
-        return at
+        inserts, taken = whole_inserts(data)
+        seen += len(inserts)
+        return taken
 
     async with await ReplicationConnection.open(source_database) as stream:
         await stream.allow_memory(byte_count)

@@ -11,9 +11,9 @@ import pytest
 from live_migration.common import state
 from live_migration.common.settings import MIB
 from live_migration.consumer import lane_pipeline
-from live_migration.consumer.decoder import Batch
+from live_migration.consumer.decoder import TableRun
 from live_migration.consumer.memory_budget import MemoryBudget
-from live_migration.consumer.net_changes import folded_runs, work_ahead
+from live_migration.consumer.net_changes import work_ahead
 from live_migration.consumer.partition_task import PartitionTask
 from tests.support.lanes import grow, replay
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.integration
 
 
 class Ahead:
-    """Takes note of the batches that were worked on ahead, and of what was taken from the budget then."""
+    """Takes note of the runs that were worked on ahead, and of what was taken from the budget then."""
 
     def __init__(self, budget: MemoryBudget, monkeypatch: pytest.MonkeyPatch) -> None:
         self.budget = budget
@@ -29,10 +29,10 @@ class Ahead:
         self.found: list[bool] = []
         monkeypatch.setattr(lane_pipeline, "work_ahead", self.work)
 
-    def work(self, batch: Batch) -> None:
+    def work(self, runs: list[TableRun]) -> None:
         self.held.append(self.budget.held_bytes)
-        work_ahead(batch)
-        self.found += [run.net is not None for run in folded_runs(batch)]
+        work_ahead(runs)
+        self.found += [run.net is not None for run in runs]
 
 
 async def test_what_was_found_ahead_is_applied_once_whatever_is_cut_off(

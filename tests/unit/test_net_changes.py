@@ -12,7 +12,7 @@ from live_migration.common.relation import QualifiedName
 from live_migration.consumer.decoder import Batch, TableRun
 from live_migration.consumer.folding import NetEffect, NotFoldable
 from live_migration.consumer.memory_budget import MemoryBudget
-from live_migration.consumer.net_changes import NotPlain, PlainDeletes, take_net_changes, work_ahead
+from live_migration.consumer.net_changes import NotPlain, PlainDeletes, folded_runs, take_net_changes, work_ahead
 from live_migration.consumer.plain_changes import PlainChanges
 from live_migration.consumer.row_encoding import UNCHANGED, Value
 from tests.support.messages import put_insert
@@ -41,7 +41,7 @@ def test_what_was_found_ahead_is_what_is_found_when_it_is_applied() -> None:
     plain = run_of(update(A, binary=True), put_insert(OID, B, binary=True))
     by_value = run_of(update([b"0001", UNCHANGED, b"z"], binary=True), put_insert(OID, B, binary=True))
     runs = deletes, plain, by_value
-    work_ahead(batch_of(*runs))
+    work_ahead(folded_runs(batch_of(*runs)))
     assert [type(run.net) for run in runs] == [PlainDeletes, PlainChanges, NotPlain]
     ahead = [take_net_changes(run) for run in runs]
     assert [run.net for run in runs] == [None, None, None]
@@ -56,7 +56,7 @@ def test_inserts_and_what_cannot_be_folded_are_left_alone() -> None:
     twice = run_of(put_insert(OID, A, binary=True), put_insert(OID, A, binary=True), update(B, binary=True))
     malformed = run_of(update(A, binary=True)[:-3])
     fine = run_of(update(A, binary=True))
-    work_ahead(batch_of(inserts, twice, malformed, fine))
+    work_ahead(folded_runs(batch_of(inserts, twice, malformed, fine)))
     assert inserts.net is None
     assert isinstance(twice.net, NotPlain)
     with pytest.raises(NotFoldable):

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import pytest
 
-from live_migration.common.tasks import TaskGroup, kept_cancellation
+from live_migration.common.tasks import TaskGroup, is_set_within, kept_cancellation
 
 
 async def _fail_when(event: asyncio.Event) -> None:
@@ -107,3 +107,10 @@ async def test_the_cancellation_of_another_task_is_not_taken_for_one_s_own() -> 
         other.cancel()
         await other
     assert other.cancelled()
+
+
+async def test_an_event_that_does_not_come_is_said_not_to() -> None:
+    event = asyncio.Event()
+    assert not await is_set_within(event, 0.002)
+    event.set()
+    assert await is_set_within(event, 3600)

@@ -48,18 +48,11 @@ def test_what_is_slow_still_gets_on() -> None:
     assert after(Work(1e-5), 30).byte_count == turn.LEAST_BYTES
 
 
-def test_dearer_rows_make_smaller_turns() -> None:
-    work = Work(4e-9)
+@pytest.mark.parametrize(("before", "now"), [(4e-9, 40e-9), (1e-5, 30e-9)], ids=["dearer", "cheaper"])
+def test_rows_of_another_cost_make_other_turns(before: float, now: float) -> None:
+    work = Work(before)
     begun = after(work, 90)
-    work.seconds_per_byte = 40e-9
-    after(work, 90, begun)
-    assert begun.byte_count * work.seconds_per_byte == pytest.approx(turn.TURN_SECONDS, rel=0.05)
-
-
-def test_cheaper_rows_make_larger_turns_again() -> None:
-    work = Work(1e-5)
-    begun = after(work, 90)
-    work.seconds_per_byte = 30e-9
+    work.seconds_per_byte = now
     after(work, 90, begun)
     assert begun.byte_count * work.seconds_per_byte == pytest.approx(turn.TURN_SECONDS, rel=0.05)
 
