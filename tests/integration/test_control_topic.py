@@ -28,9 +28,10 @@ async def test_it_stays_small_however_often_a_position_is_recorded(kafka_bootstr
                     value = str(number).encode() + bytes(500_000)
                     await producer.send(settings.control_topic, value, key=POSITION, partition=0)
         async with asyncio.timeout(90):
-            while (found := await records(settings)) == 30:
+            while (
+                await records(settings) >= 16
+            ):  # it is compacted more than once, the first time perhaps while it is still written
                 await asyncio.sleep(1)
-        assert found < 16
     finally:
         await delete_topics(settings)
 
