@@ -17,6 +17,7 @@ import pytest
 
 from live_migration.common.local_kafka import LocalKafka
 from live_migration.common.local_postgres import LocalPostgres
+from live_migration.common.settings import load_settings
 from tests.e2e.processes import Cli, Migrate
 from tests.fixtures.change_log import wait_for
 from tests.fixtures.fix_postgres import SETTINGS
@@ -31,7 +32,7 @@ AWAY_SECONDS = float(os.environ.get("LIVE_MIGRATION_TEST_AWAY_SECONDS", "12"))
 CLIENT_SECONDS = 20
 """Kafka's client gives up after 30 s without an answer."""
 TABLE_COUNT = int(os.environ.get("LIVE_MIGRATION_TEST_TABLES", "1000"))
-BOUNDS = Bounds()
+BOUNDS = Bounds(lanes=load_settings({}).partitions)
 BULK = "public.bulk"
 ROW_BYTES = 1024
 

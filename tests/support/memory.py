@@ -18,6 +18,8 @@ PROCESS_BYTES = 65 * MIB
 """A process before it holds any data (docs/configuration.md)."""
 SLACK_BYTES = 32 * MIB
 """For all that no option bounds: libraries of other versions, what allocators keep in hand, 4 MiB for each part that is copied, names of tables."""
+LANE_BYTES = 4 * MIB
+"""What a lane at work holds beside the budget: a record that waits for room, what Kafka's client has read behind it, what is on its way to the target."""
 VALUE_COPIES = 3
 """How often a large value may be there at once (docs/limits.md)."""
 
@@ -29,6 +31,8 @@ class Bounds:
     memory: int = 32 * MIB
     batch_bytes: int = 4 * MIB
     flush_bytes: int = load_settings({}).flush_bytes
+    lanes: int = 1
+    """That one consumer may have work for at once."""
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -41,7 +45,7 @@ class Bounds:
         held = {
             "coordinator": 0,
             "producer": 2 * self.flush_bytes + VALUE_COPIES * value_bytes,
-            "consumer": self.memory + 2 * self.batch_bytes + VALUE_COPIES * value_bytes,
+            "consumer": self.memory + 2 * self.batch_bytes + self.lanes * LANE_BYTES + VALUE_COPIES * value_bytes,
         }
         return {kind: PROCESS_BYTES + SLACK_BYTES + size for kind, size in held.items()}
 
