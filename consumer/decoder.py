@@ -15,7 +15,7 @@ from live_migration.common.meeting import GATHER, SCATTER, decode_meeting
 from live_migration.common.relation import QualifiedName, Relation, ReplicaIdentity
 from live_migration.common.segment import FRAME, Position
 from live_migration.consumer.lane_meeting import LanesMeet
-from live_migration.consumer.layouts import FIXED_SIZES, SHORTEST_SPAN, Layouts, Span
+from live_migration.consumer.layouts import SHORTEST_SPAN, Layouts, Span
 from live_migration.consumer.row_encoding import BIG_BYTES, Message, message_form
 from live_migration.consumer.target_tables import ChunkChangedUnseen, RelationRefused, Resolution, TargetTable
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 _BEGIN = struct.Struct(">BQqIQ")
 """A Begin message, and the base that the log puts behind it."""
+_NEW = ord("N")
+_ROW_HEAD = struct.Struct(">II5s")
+"""A frame's head, and the kind and relation that its message begins with."""
 _TAKES_ROWS = frozenset((pgoutput.INSERT, pgoutput.UPDATE, pgoutput.DELETE))
 
 
@@ -68,22 +71,23 @@ class TableRun:
 
     def add_alike(self, body: bytes, start: int, at: int) -> int:
         """Add the frames from `at` on that are of the kind and relation of the one whose message stands at `start`; give where they end."""
-        unpack, prefix, end = FRAME.unpack_from, body[start : start + 5], len(body) - 8
+        unpack, prefix, end = _ROW_HEAD.unpack_from, body[start : start + 5], len(body)
         add_message, add_ordinal = self._messages.append, self._ordinals.append
-        before = len(self._messages)
-        while at < end:
-            length, relative = unpack(body, at)
+        before, last_place = len(self._messages), end - _ROW_HEAD.size
+        while at <= last_place:
+            length, relative, found = unpack(body, at)
             start = at + 8
-            if body[start : start + 5] != prefix or start + length > end + 8 or not 5 <= length < BIG_BYTES:
+            following = start + length
+            if found != prefix or following > end or not 5 <= length < BIG_BYTES:
                 break
-            at = start + length
-            add_message(body[start:at])
+            add_message(body[start:following])
             add_ordinal(relative)
+            at = following
         self.count += len(self._messages) - before
         return at
 
     def add_span(self, span: Span) -> None:
-        """Add inserts of one layout."""
+        """Add inserts or updates of one layout."""
         if span.row_count >= SHORTEST_SPAN:
             self._pieces.append(span)
             self._open_list()
@@ -193,16 +197,13 @@ class _Known:
     def __init__(self, message: bytes, relation: Relation, found: Resolution | RelationRefused) -> None:
         self.message = message
         self.relation = relation
-        self._table = table = found.table if isinstance(found, Resolution) else found
+        self._table = found.table if isinstance(found, Resolution) else found
         self.snapshot = found.snapshot
         self.serial = -1
         self.skips = False
         self.run: TableRun | None = None
         self.step: object = None
-        has_fixed_size = isinstance(table, TargetTable) and all(
-            column.type_oid in FIXED_SIZES for column in table.relation.columns
-        )
-        self.layouts = Layouts() if has_fixed_size else None
+        self.layouts = Layouts()
 
     @property
     def table(self) -> TargetTable:
@@ -257,6 +258,7 @@ class LaneDecoder:
         self._batch = batch
         for known in self._known.values():
             known.run = known.step = None
+            known.layouts.refresh()
 
     async def _decode(self, body: bytes, batch: Batch) -> None:
         at, end = 0, len(body)
@@ -293,9 +295,10 @@ class LaneDecoder:
                     step = known.step
                 if kind != pgoutput.INSERT:
                     run.only_inserts = False
-                elif (
-                    known.layouts is not None
+                if (
+                    kind != pgoutput.DELETE
                     and body[at + 8 : at + 13] == body[start : start + 5]  # one by itself is not worth it
+                    and body[start + 5] == _NEW
                     and (span := known.layouts.span(body, start - 8, at)) is not None
                 ):
                     run.add_span(span)
@@ -304,7 +307,7 @@ class LaneDecoder:
                     continue
                 run.add(body[start:at] if length < BIG_BYTES else memoryview(body)[start:at], relative)
                 before = run.count - 1
-                if kind != pgoutput.INSERT or known.layouts is None or known.layouts.are_none:
+                if kind == pgoutput.DELETE or known.layouts.are_given_up:
                     at = run.add_alike(body, start, at)
                 batch.change_count += run.count - before
             else:

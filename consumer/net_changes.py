@@ -14,7 +14,7 @@ from live_migration.common.errors import FormatError
 from live_migration.consumer.decoder import Batch, TableRun, TruncateStep, all_runs
 from live_migration.consumer.folding import NetEffect, fold
 from live_migration.consumer.hypertable_statements import moves_rows
-from live_migration.consumer.plain_changes import PlainChanges, plain_changes
+from live_migration.consumer.plain_changes import PlainChanges, plain_changes, spanned_updates
 from live_migration.consumer.plain_deletes import plain_deletes
 from live_migration.consumer.row_encoding import CopyRow
 from live_migration.consumer.statements import assigns_beside_key, beside_key
@@ -69,7 +69,10 @@ def work_ahead(runs: Sequence[TableRun]) -> None:
 
 
 def _plain(run: TableRun) -> Plain | NotPlain:
-    table, messages, binary = run.table, run.messages(), run.is_binary()
+    table = run.table
+    if _stages_whole_rows(table) and (updates := spanned_updates(table, list(run.pieces()))) is not None:
+        return updates
+    messages, binary = run.messages(), run.is_binary()
     deletes = plain_deletes(table, messages, binary=binary)
     if deletes is not None:
         return PlainDeletes(deletes, len(messages))

@@ -36,8 +36,13 @@ _BEGIN_BYTES = 21
 _COMMIT_BYTES = 26
 _COPY_HEAD = struct.Struct(">BIB")
 _COPY_HEAD_BYTES = 5
+_ROW_HEAD = struct.Struct(">BIB24x5s")
+"""CopyData's head, the first byte of what it holds, and the kind and relation of the row message in it."""
+_SIZE_WITHOUT_MESSAGE = BEFORE_MESSAGE_BYTES - 1
+"""What CopyData's size, which counts itself, is above that of the message in it."""
 _ALIKE = 8
-"""Messages of one size and lane after which a run is looked for."""
+"""Messages of one relation after which a run is looked for."""
+_LONGEST_RUN = 64
 _COPY_DATA, _XLOG_DATA = ord("d"), ord("w")
 _KEEPALIVE = struct.Struct(">BQQB")
 _ROW_KINDS = (b"I", b"U", b"D")
@@ -161,8 +166,7 @@ class Router:
         at, end = 0, len(data) - 5
         ordinal = self._ordinal
         since, last_change = 0, -1
-        last_lane: LaneBuffer | None = None
-        last_length = alike = 0
+        last_key, alike = b"", 0
         try:
             while at < end:
                 kind, length, stream_kind = unpack(data, at)
@@ -186,16 +190,14 @@ class Router:
                         lane.ordinal = ordinal
                         last_change = at
                         at = following
-                        if length == last_length and lane is last_lane:
+                        if key == last_key:
                             alike += 1
                             if alike == _ALIKE:
-                                count, message_bytes = self._take_span(data, at, lane, ordinal)
-                                at += count * (BEFORE_MESSAGE_BYTES + message_bytes)
-                                last_change = at - (BEFORE_MESSAGE_BYTES + message_bytes) if count else last_change
-                                ordinal += count
-                                alike = 0 if count else -4 * _ALIKE
+                                last, at, ordinal = self._take_alike(data, at, key, lane, ordinal)
+                                last_change = last if last >= 0 else last_change
+                                alike = 0
                         else:
-                            last_length, last_lane, alike = length, lane, 0
+                            last_key, alike = key, 0
                         continue
                 elif ready_splits and stream_kind == _XLOG_DATA:
                     split = ready_splits.get(key)
@@ -215,6 +217,7 @@ class Router:
                     last_change = at
                 ordinal = self._ordinal
                 at = following
+                last_key = b""
                 if self._begins:  # what stands before is another transaction's
                     self._begins = False
                     since, last_change = following, -1
@@ -261,20 +264,55 @@ class Router:
         lane.ordinal = ordinal
         return True
 
-    def _take_span(self, data: bytes, at: int, lane: LaneBuffer, ordinal: int) -> tuple[int, int]:
-        """Take messages of one size and relation that are all for this lane; give how many, 0 when they are few, and their size."""
-        if self._ready_lanes.get(data[at + BEFORE_MESSAGE_BYTES : at + BEFORE_MESSAGE_BYTES + 5]) is not lane:
-            return 0, 0
+    def _take_alike(self, data: bytes, at: int, key: bytes, lane: LaneBuffer, ordinal: int) -> tuple[int, int, int]:
+        """Take messages of one relation that follow one another, all for this lane: many at a time where they have one size.
+
+        Args:
+            key: the messages' type byte and relation.
+            ordinal: of the change before them.
+
+        Gives where the last one stands, -1 for none, where they end, and the last one's ordinal.
+        """
         count, message_bytes = self._spans.find(data, at)
         frame_bytes = FRAME.size + message_bytes
         count = min(count, (self._segment_bytes - lane.size) // frame_bytes)
-        if count < SHORTEST_SPAN:
-            return 0, 0
+        if count < SHORTEST_SPAN or data[at + BEFORE_MESSAGE_BYTES : at + BEFORE_MESSAGE_BYTES + 5] != key:
+            return self._take_run(data, at, key, lane, ordinal)
         lane.parts.append(log_frames(data, at, count, message_bytes, ordinal + 1 - lane.base))
         lane.size += count * frame_bytes
         lane.change_count += count
         lane.ordinal = ordinal + count
-        return count, message_bytes
+        stride = BEFORE_MESSAGE_BYTES + message_bytes
+        return at + (count - 1) * stride, at + count * stride, ordinal + count
+
+    def _take_run(self, data: bytes, at: int, key: bytes, lane: LaneBuffer, ordinal: int) -> tuple[int, int, int]:
+        """Do what `_take_alike` does for messages of any size, so many that it is worth a look then whether they have one."""
+        unpack, pack, append = _ROW_HEAD.unpack_from, FRAME.pack, lane.parts.append
+        end, limit, base, size = len(data), self._segment_bytes - FRAME.size, lane.base, lane.size
+        first, last, last_place = ordinal, -1, end - _ROW_HEAD.size
+        longest = ordinal + _LONGEST_RUN
+        while at <= last_place and ordinal < longest:
+            kind, length, stream_kind, found = unpack(data, at)
+            following = at + 1 + length
+            message_bytes = length - _SIZE_WITHOUT_MESSAGE
+            if (
+                found != key
+                or kind != _COPY_DATA
+                or stream_kind != _XLOG_DATA
+                or following > end
+                or size + message_bytes > limit
+            ):
+                break
+            ordinal += 1
+            append(pack(message_bytes, ordinal - base))
+            append(data[at + BEFORE_MESSAGE_BYTES : following])
+            size += FRAME.size + message_bytes
+            last = at
+            at = following
+        lane.size = size
+        lane.change_count += ordinal - first
+        lane.ordinal = ordinal
+        return last, at, ordinal
 
     def _copied(self, copied: Message) -> None:
         """Take what a CopyData message holds."""

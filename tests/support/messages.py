@@ -26,10 +26,15 @@ def put_insert(oid: int, new: Sequence[Value], *, binary: bool = False) -> bytes
 
 
 def put_update(
-    oid: int, new: Sequence[Value], *, key: Sequence[Value] | None = None, old: Sequence[Value] | None = None
+    oid: int,
+    new: Sequence[Value],
+    *,
+    key: Sequence[Value] | None = None,
+    old: Sequence[Value] | None = None,
+    binary: bool = False,
 ) -> bytes:
     before = b"K" + put_tuple(key) if key is not None else b"O" + put_tuple(old) if old is not None else b""
-    return b"U" + struct.pack(">I", oid) + before + b"N" + put_tuple(new)
+    return b"U" + struct.pack(">I", oid) + before + b"N" + put_tuple(new, binary=binary)
 
 
 def put_delete(oid: int, *, key: Sequence[Value] | None = None, old: Sequence[Value] | None = None) -> bytes:

@@ -338,21 +338,23 @@ def test_draining_takes_whole_messages_only() -> None:
 
 
 runs = st.lists(
-    st.tuples(st.sampled_from(OIDS), st.sampled_from((0, 1, 40, 41, 220, 300)), st.integers(1, 90)), max_size=8
+    st.tuples(st.sampled_from(OIDS), st.sampled_from((0, 1, 40, 41, 220, 300, None)), st.integers(1, 90)), max_size=8
 )
+"""Relation, size of each row or None where each has another, how many rows."""
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(runs, max_size=4), st.integers())
-def test_runs_of_messages_of_one_size_are_as_each_message_by_itself(
-    transactions: list[list[tuple[int, int, int]]], seed: int
+def test_runs_of_messages_of_one_relation_are_as_each_message_by_itself(
+    transactions: list[list[tuple[int, int | None, int]]], seed: int
 ) -> None:
     rng = random.Random(seed)
     messages: list[bytes] = [put_relation(oid) for oid in OIDS]
     for number, transaction in enumerate(transactions):
         messages.append(put_begin(100 * number + 100))
         for oid, size, count in transaction:
-            messages += [put_insert(oid, rng.randbytes(size)) for _ in range(count)]
+            sizes = [rng.randrange(120) if size is None else size for _ in range(count)]
+            messages += [put_insert(oid, rng.randbytes(each)) for each in sizes]
         messages.append(put_commit(100 * number + 100))
     one_by_one, at_once = make_router(), make_router()
     for message in messages:

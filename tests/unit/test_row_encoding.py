@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +20,7 @@ from live_migration.consumer.row_encoding import (
     message_form,
     text_row,
 )
-from tests.support.messages import put_insert
+from tests.support.messages import put_insert, put_update
 
 values = st.lists(
     st.one_of(st.none(), st.binary(max_size=30), st.sampled_from([b"\t", b"\\N", b"\n", b"\r", b"\\."])), max_size=6
@@ -93,10 +95,27 @@ text_values = st.one_of(
 
 
 @settings(deadline=None)
-@given(st.integers(0, 5).flatmap(lambda n: st.lists(st.lists(text_values, min_size=n, max_size=n), max_size=300)))
-def test_blocks_of_text_rows_are_the_rows(rows: list[list[bytes | None]]) -> None:
-    messages = [put_insert(0x74006E00, row) for row in rows]  # an oid that looks like the head of a value
+@given(
+    st.integers(0, 5).flatmap(lambda n: st.lists(st.lists(text_values, min_size=n, max_size=n), max_size=300)),
+    st.lists(st.sampled_from([7, 0x74006E00, 0x6E740000, 0x41424344, 0x00090A0D, 0x5C4E7400]), min_size=1, max_size=2),
+)
+def test_blocks_of_text_rows_are_the_rows(rows: list[list[bytes | None]], oids: list[int]) -> None:
+    """Some of the oids look like the head of a value, or like what COPY escapes."""
+    messages = [put_insert(oids[number % len(oids)], row) for number, row in enumerate(rows)]
     assert b"".join(insert_text_blocks(messages)) == b"".join(insert_as_text_row(message) for message in messages)  # type: ignore[arg-type]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(*[st.text(alphabet="tnN\\\t I", max_size=4).map(str.encode)] * 3), min_size=1, max_size=300),
+    st.sampled_from([7, 0x74006E00, 0x6E740000, 0x41424344]),
+    st.sampled_from([put_insert, put_update]),
+)
+def test_blocks_of_text_rows_without_nulls_are_the_rows(
+    rows: list[tuple[bytes, ...]], oid: int, put: Callable[..., bytes]
+) -> None:
+    messages = [put(oid, row) for row in rows]
+    assert b"".join(insert_text_blocks(messages)) == b"".join(map(text_row, rows))  # type: ignore[arg-type]
 
 
 def test_blocks_of_text_rows_take_big_values_and_plain_rows_together() -> None:
