@@ -295,10 +295,10 @@ class LaneDecoder:
                     step = known.step
                 if kind != pgoutput.INSERT:
                     run.only_inserts = False
+                may_be_span = body[start + 5] == _NEW and not known.layouts.are_given_up
                 if (
-                    kind != pgoutput.DELETE
+                    may_be_span
                     and body[at + 8 : at + 13] == body[start : start + 5]  # one by itself is not worth it
-                    and body[start + 5] == _NEW
                     and (span := known.layouts.span(body, start - 8, at)) is not None
                 ):
                     run.add_span(span)
@@ -307,7 +307,7 @@ class LaneDecoder:
                     continue
                 run.add(body[start:at] if length < BIG_BYTES else memoryview(body)[start:at], relative)
                 before = run.count - 1
-                if kind == pgoutput.DELETE or known.layouts.are_given_up:
+                if not may_be_span:
                     at = run.add_alike(body, start, at)
                 batch.change_count += run.count - before
             else:

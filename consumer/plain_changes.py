@@ -6,7 +6,7 @@ What counts of a key is its first message and its last one, and the last is a ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from struct import Struct
 from typing import NamedTuple
 
@@ -108,8 +108,8 @@ def _updated_keys(messages: Sequence[Message], count: int) -> list[bytes] | None
     folded = _Fold(count)
     if not folded.take(messages):
         return None
-    keys = folded.updated_keys()
-    return keys if len(keys) == len(messages) else None
+    updates, _ = folded.rows()
+    return list(folded.keys) if len(updates) == len(messages) else None
 
 
 def _updates_alike(messages: Sequence[Message]) -> list[Message] | None:
@@ -183,13 +183,12 @@ class _Fold:
         self._last[key] = None
         return True
 
+    @property
+    def keys(self) -> Iterable[bytes]:
+        return self._last
+
     def deleted_keys(self) -> list[bytes]:
         return [key for key, message in self._last.items() if message is None or key in self._replaced]
-
-    def updated_keys(self) -> list[bytes]:
-        """Give the keys of rows that were there before, and are there still."""
-        inserted = self._made | self._replaced
-        return [key for key, message in self._last.items() if message is not None and key not in inserted]
 
     def rows(self) -> tuple[list[Message], list[Message]]:
         """Give the rows to update, and those to insert."""

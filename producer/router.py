@@ -194,7 +194,7 @@ class Router:
                             alike += 1
                             if alike == _ALIKE:
                                 last, at, ordinal = self._take_alike(data, at, key, lane, ordinal)
-                                last_change = last if last >= 0 else last_change
+                                last_change = max(last_change, last)
                                 alike = 0
                         else:
                             last_key, alike = key, 0

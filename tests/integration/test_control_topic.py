@@ -28,9 +28,8 @@ async def test_it_stays_small_however_often_a_position_is_recorded(kafka_bootstr
                     value = str(number).encode() + bytes(500_000)
                     await producer.send(settings.control_topic, value, key=POSITION, partition=0)
         async with asyncio.timeout(90):
-            while (
-                await records(settings) >= 16
-            ):  # it is compacted more than once, the first time perhaps while it is still written
+            # it is compacted more than once, the first time perhaps while it is still written
+            while await records(settings) >= 16:
                 await asyncio.sleep(1)
     finally:
         await delete_topics(settings)

@@ -30,7 +30,7 @@ def make_table(keys: tuple[int, ...] = (0,), *, identity: str = "") -> TargetTab
 
 
 def update(row: list[Value], *, binary: bool) -> bytes:
-    return b"U" + OID.to_bytes(4, "big") + b"N" + put_tuple(row, binary=binary)
+    return put_update(OID, row, binary=binary)
 
 
 rows = st.tuples(

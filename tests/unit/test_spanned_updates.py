@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-from dataclasses import replace
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,10 +17,7 @@ from live_migration.consumer.row_encoding import UNCHANGED, Value
 from live_migration.consumer.target_tables import Resolution, TargetTable
 from tests.support.messages import put_delete, put_insert, put_update
 from tests.unit.test_plain_changes import OID, joined, make_table
-
-RELATION = (
-    b"R" + struct.pack(">I", OID) + b"public\0t\0d" + struct.pack(">H", 1) + b"\1c0\0" + struct.pack(">Ii", 23, -1)
-)
+from tests.unit.test_router import put_begin, put_relation
 
 
 class OneTable:
@@ -38,8 +32,7 @@ class OneTable:
 
 def body_of(messages: list[bytes]) -> bytes:
     """Give a segment's body with one transaction of these messages."""
-    begin = b"B" + struct.pack(">QqI", 100, 0, 7)
-    frames = [begin_frame(begin, 0), frame(RELATION)]
+    frames = [begin_frame(put_begin(100), 0), frame(put_relation(OID))]
     return b"".join([*frames, *(frame(message, number) for number, message in enumerate(messages, 1))])
 
 
@@ -90,14 +83,9 @@ async def test_the_end_is_that_of_message_by_message(
     assert expected is not None
     assert (found.deletes, found.inserts) == ([], [])
     assert found.update_count == expected.update_count
-    assert sorted_rows(found) == sorted_rows(expected)
+    assert joined(found.updates) == joined(expected.updates)
     if distinct and any(count >= SHORTEST_SPAN for _, _, count in runs):
         assert spanned_updates(table, list(run.pieces())) is not None
-
-
-def sorted_rows(changes: PlainChanges) -> bytes:
-    """Give the rows; they are applied by one statement, in no order."""
-    return joined(changes.updates)
 
 
 async def test_most_of_a_run_is_in_spans() -> None:
@@ -156,6 +144,5 @@ async def test_a_key_that_is_null_is_left_to_the_messages() -> None:
 
 
 async def test_a_table_that_is_its_key_stages_no_whole_rows() -> None:
-    table = make_table((0, 1, 2))
-    run = await run_of(replace(table), updates(1, [5] * 100))
+    run = await run_of(make_table((0, 1, 2)), updates(1, [5] * 100))
     assert not isinstance(take_net_changes(run), PlainChanges)
