@@ -8,7 +8,7 @@ Rows hit must equal rows staged, each time: a plain insert never upserts, an upd
 from __future__ import annotations
 
 import struct
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from typing import NoReturn
 from zlib import crc32
 
@@ -23,11 +23,10 @@ from live_migration.consumer.decoder import Batch, TableRun, TruncateStep, all_r
 from live_migration.consumer.folding import NetEffect, NotFoldable, decode_change, fold_whole_rows
 from live_migration.consumer.hypertable_rows import HypertableRows, execute, row_count
 from live_migration.consumer.hypertables import HypertableInfo, session_settings
-from live_migration.consumer.layouts import Span
 from live_migration.consumer.net_changes import PlainDeletes, take_net_changes
 from live_migration.consumer.plain_changes import PlainChanges
 from live_migration.consumer.refusal import BatchRefused, hint_for, said
-from live_migration.consumer.row_code import copy_rows
+from live_migration.consumer.row_blocks import copy_rows
 from live_migration.consumer.row_encoding import (
     UNCHANGED,
     CopyRow,
@@ -118,7 +117,8 @@ class Applier:
         if not table.columns:
             await self._connection.execute(f"insert into {table.name.sql} select from generate_series(1, {run.count})")
         else:
-            rows, binary = _insert_rows(run)
+            binary = run.is_binary()
+            rows = copy_rows(run.pieces(), binary=binary)
             await self._copy(table.name, _names(table), rows, run.count, binary=binary)
 
     async def _copy_rows(self, table: TargetTable, rows: Sequence[Sequence[bytes | None]], *, binary: bool) -> None:
@@ -372,20 +372,6 @@ class Applier:
             reason=said(error),
             hint=hint_for(error),
         ) from error
-
-
-def _insert_rows(run: TableRun) -> tuple[Iterator[CopyRow], bool]:
-    """Give a run of inserts as rows of COPY, spans as blocks of rows, and whether they are binary."""
-    binary = run.is_binary()
-
-    def rows() -> Iterator[CopyRow]:
-        for piece in run.pieces():
-            if isinstance(piece, Span):
-                yield piece.rows()
-            else:
-                yield from copy_rows(run.table.relation, piece, binary=binary)
-
-    return rows(), binary
 
 
 def _staged_change(table: TargetTable, number: int, message: Message, *, binary: bool) -> list[bytes | None]:

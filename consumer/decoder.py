@@ -15,8 +15,8 @@ from live_migration.common.meeting import GATHER, SCATTER, decode_meeting
 from live_migration.common.relation import QualifiedName, Relation, ReplicaIdentity
 from live_migration.common.segment import FRAME, Position
 from live_migration.consumer.lane_meeting import LanesMeet
-from live_migration.consumer.layouts import SHORTEST_SPAN, Layouts, Span
 from live_migration.consumer.row_encoding import BIG_BYTES, Message, message_form
+from live_migration.consumer.spans import SHORTEST_SPAN, Span, find_span
 from live_migration.consumer.target_tables import ChunkChangedUnseen, RelationRefused, Resolution, TargetTable
 
 if TYPE_CHECKING:
@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 
 _BEGIN = struct.Struct(">BQqIQ")
 """A Begin message, and the base that the log puts behind it."""
-_NEW = ord("N")
-_ROW_HEAD = struct.Struct(">II5s")
-"""A frame's head, and the kind and relation that its message begins with."""
+_ROW_HEAD = struct.Struct(">II8s")
+"""A frame's head, and what its message begins with: kind, relation, the tuple's kind, how many values it has."""
+_CREDIT = 1024
+_WORTH_ROWS = 64
+"""Rows of a span that pay for the search. Where there are less too often, spans are given up until the next batch."""
 _TAKES_ROWS = frozenset((pgoutput.INSERT, pgoutput.UPDATE, pgoutput.DELETE))
 
 
@@ -71,14 +73,14 @@ class TableRun:
 
     def add_alike(self, body: bytes, start: int, at: int) -> int:
         """Add the frames from `at` on that are of the kind and relation of the one whose message stands at `start`; give where they end."""
-        unpack, prefix, end = _ROW_HEAD.unpack_from, body[start : start + 5], len(body)
+        unpack, prefix, end = _ROW_HEAD.unpack_from, body[start : start + 8], len(body)
         add_message, add_ordinal = self._messages.append, self._ordinals.append
         before, last_place = len(self._messages), end - _ROW_HEAD.size
         while at <= last_place:
             length, relative, found = unpack(body, at)
             start = at + 8
             following = start + length
-            if found != prefix or following > end or not 5 <= length < BIG_BYTES:
+            if found != prefix or following > end or not 8 <= length < BIG_BYTES:
                 break
             add_message(body[start:following])
             add_ordinal(relative)
@@ -87,17 +89,13 @@ class TableRun:
         return at
 
     def add_span(self, span: Span) -> None:
-        """Add inserts or updates of one layout."""
-        if span.row_count >= SHORTEST_SPAN:
-            self._pieces.append(span)
-            self._open_list()
-        else:
-            self._messages += span.messages()
-            self._ordinals += map(span.ordinal, range(span.row_count))
+        """Add messages that are of one kind and relation."""
+        self._pieces.append(span)
+        self._open_list()
         self.count += span.row_count
 
     def pieces(self) -> Iterator[Span | list[Message]]:
-        """Give the run as it came: spans of one layout, and other messages between them."""
+        """Give the run as it came: spans, and other messages between them."""
         for piece in self._pieces:
             if isinstance(piece, Span):
                 yield piece
@@ -105,11 +103,9 @@ class TableRun:
                 yield piece[0]
 
     def is_binary(self) -> bool:
-        """Tell whether the values are binary: a span's are, else by the first that is not NULL."""
+        """Tell whether the values are binary, by the first that is not NULL."""
         for piece in self.pieces():
-            if isinstance(piece, Span):
-                return True
-            for message in piece:
+            for message in piece.each() if isinstance(piece, Span) else piece:
                 if (form := message_form(message)) is not None:
                     return form
         return False
@@ -192,7 +188,7 @@ class _Known:
     """A relation of the stream: its message, its table or why there is none, and whether the present transaction's changes
     are in the table's copy."""
 
-    __slots__ = ("_table", "layouts", "message", "relation", "run", "serial", "skips", "snapshot", "step")
+    __slots__ = ("_credit", "_table", "message", "relation", "run", "serial", "skips", "snapshot", "step")
 
     def __init__(self, message: bytes, relation: Relation, found: Resolution | RelationRefused) -> None:
         self.message = message
@@ -201,9 +197,23 @@ class _Known:
         self.snapshot = found.snapshot
         self.serial = -1
         self.skips = False
-        self.run: TableRun | None = None
+        self.run: TableRun | None
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Begin a batch: let go of the one before, and look for spans again if that was given up."""
+        self.run = None
         self.step: object = None
-        self.layouts = Layouts()
+        self._credit = _CREDIT
+
+    def span(self, body: bytes, at: int) -> Span | None:
+        """Give the frames that begin with the one at byte `at`, None where they are few, or have been for too often."""
+        if self._credit < 0:
+            return None
+        span = find_span(body, at)
+        count = span.row_count if span is not None else 0
+        self._credit = min(self._credit + count - _WORTH_ROWS, _CREDIT)
+        return span if count >= SHORTEST_SPAN else None
 
     @property
     def table(self) -> TargetTable:
@@ -257,8 +267,7 @@ class LaneDecoder:
         """Let go of the batch before: a relation that falls quiet must not keep its last batch's messages alive."""
         self._batch = batch
         for known in self._known.values():
-            known.run = known.step = None
-            known.layouts.refresh()
+            known.refresh()
 
     async def _decode(self, body: bytes, batch: Batch) -> None:
         at, end = 0, len(body)
@@ -295,19 +304,12 @@ class LaneDecoder:
                     step = known.step
                 if kind != pgoutput.INSERT:
                     run.only_inserts = False
-                may_be_span = body[start + 5] == _NEW and not known.layouts.are_given_up
-                if (
-                    may_be_span
-                    and body[at + 8 : at + 13] == body[start : start + 5]  # one by itself is not worth it
-                    and (span := known.layouts.span(body, start - 8, at)) is not None
-                ):
+                before = run.count
+                if _are_alike(body, start, at) and (span := known.span(body, start - FRAME.size)) is not None:
                     run.add_span(span)
-                    batch.change_count += span.row_count
-                    at = start - 8 + span.row_count * span.layout.stride
-                    continue
-                run.add(body[start:at] if length < BIG_BYTES else memoryview(body)[start:at], relative)
-                before = run.count - 1
-                if not may_be_span:
+                    at = span.end
+                else:
+                    run.add(body[start:at] if length < BIG_BYTES else memoryview(body)[start:at], relative)
                     at = run.add_alike(body, start, at)
                 batch.change_count += run.count - before
             else:
@@ -414,6 +416,17 @@ class LaneDecoder:
             batch.barrier = content["id"]
         elif content.get("kind") == "call":
             batch.is_called = True
+
+
+def _are_alike(body: bytes, start: int, at: int) -> bool:
+    """Tell whether as many frames follow from byte `at` on as may be worth a search, which begin as the one whose message stands at `start`."""
+    prefix = body[start : start + 8]
+    for _ in range(SHORTEST_SPAN):
+        start = at + FRAME.size
+        if body[start : start + 8] != prefix:
+            return False
+        at = start + int.from_bytes(body[at : at + 4], "big")
+    return True
 
 
 def all_runs(step: dict[QualifiedName, list[TableRun]]) -> Iterator[TableRun]:

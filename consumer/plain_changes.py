@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from live_migration.common import pgoutput
 from live_migration.common.errors import FormatError
-from live_migration.consumer.layouts import Span
-from live_migration.consumer.row_code import copy_rows
+from live_migration.consumer.row_blocks import copy_rows
 from live_migration.consumer.row_encoding import CopyRow, Message, binary_row, text_row
+from live_migration.consumer.spans import Span
 from live_migration.consumer.target_tables import TargetTable
 
 _SIZE = Struct(">I")
@@ -58,9 +58,9 @@ def plain_changes(table: TargetTable, messages: Sequence[Message], *, binary: bo
     try:
         return PlainChanges(
             [_key_row(key, binary=binary) for key in deleted],
-            list(copy_rows(table.relation, updates, binary=binary)),
+            list(copy_rows([updates], binary=binary)),
             len(updates),
-            list(copy_rows(table.relation, inserts, binary=binary)),
+            list(copy_rows([inserts], binary=binary)),
             len(inserts),
         )
     except FormatError:  # a TOASTed value that was left alone
@@ -85,10 +85,8 @@ def spanned_updates(table: TargetTable, pieces: Sequence[Span | list[Message]]) 
         total += len(found)
         if len(keys) != total:
             return None
-    rows: list[CopyRow] = []
     try:
-        for piece in pieces:
-            rows += [piece.rows()] if isinstance(piece, Span) else copy_rows(table.relation, piece, binary=True)
+        rows = list(copy_rows(pieces, binary=True))
     except FormatError:  # a TOASTed value that was left alone
         return None
     return PlainChanges([], rows, total, [], 0)
@@ -101,7 +99,7 @@ def _has_leading_key(table: TargetTable) -> bool:
 
 
 def _span_keys(span: Span, count: int) -> list[bytes] | None:
-    return span.leading_values(count) if span.kind == pgoutput.UPDATE else None
+    return span.leading_values(count) if span.kind == pgoutput.UPDATE and span.tuple_kind == _NEW else None
 
 
 def _updated_keys(messages: Sequence[Message], count: int) -> list[bytes] | None:

@@ -1,7 +1,7 @@
 """Runs of nothing but deletes: their keys are staged without folding. A key that comes twice finds its row once, which the count tells.
 
 Messages whose keys have fixed sizes differ in nothing but the keys' bytes: the rows of COPY are put together for all of them at once, a byte
-position at a time, as in `layouts.py`.
+position at a time.
 Measured: 0.2 µs a row with a bigint key, where folding by values takes 6 µs.
 """
 
@@ -12,7 +12,6 @@ from struct import Struct
 from typing import NamedTuple
 
 from live_migration.common import pgoutput
-from live_migration.consumer.layouts import FIXED_SIZES
 from live_migration.consumer.row_encoding import CopyRow, Message, binary_row, text_row
 from live_migration.consumer.target_tables import TargetTable
 
@@ -24,6 +23,18 @@ _HEAD_BYTES = 5
 _OLD_TUPLES = b"KO"
 _NULL, _TEXT, _BINARY = b"ntb"
 _BLOCK_ROWS = 4096
+_FIXED_SIZES = {
+    **dict.fromkeys((16, 18), 1),  # bool, "char"
+    21: 2,  # int2
+    **dict.fromkeys((23, 26, 28, 700, 1082), 4),  # int4, oid, xid, float4, date
+    829: 6,  # macaddr
+    **dict.fromkeys(
+        (20, 701, 774, 790, 1083, 1114, 1184, 3220), 8
+    ),  # int8, float8, macaddr8, money, time, timestamps, pg_lsn
+    1266: 12,  # timetz
+    **dict.fromkeys((600, 1186, 2950), 16),  # point, interval, uuid
+}
+"""Built-in types whose binary values all have one size, by oid, in bytes."""
 
 
 class _Field(NamedTuple):
@@ -40,7 +51,7 @@ def plain_deletes(table: TargetTable, messages: Sequence[Message], *, binary: bo
     if not keys or any(type(each) is not bytes or each[0] != pgoutput.DELETE for each in messages):
         return None
     width = max(keys) + 1
-    if binary and all(table.relation.columns[i].type_oid in FIXED_SIZES for i in keys):
+    if binary and all(table.relation.columns[i].type_oid in _FIXED_SIZES for i in keys):
         blocks = [_alike(messages[at : at + _BLOCK_ROWS], keys) for at in range(0, len(messages), _BLOCK_ROWS)]
         if None not in blocks:
             return blocks  # type: ignore[return-value]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from typing import Final, Literal
 
@@ -50,11 +50,6 @@ _BINARY_NULL = b"\xff\xff\xff\xff"
 
 _VALUE_HEAD = struct.Struct(">I")
 _SPECIAL = re.compile(rb"[\\\t\n\r]")
-_TEXT_HEAD = re.compile(rb"t\x00...", re.DOTALL)
-"""What stands before a text value in a message below 16 MB. No text value holds a zero byte, so that a search from a tuple's
-start finds exactly the heads of its values: each match is skipped whole, and between them is no zero."""
-_TEXT_HEAD_WITH_SIZE = re.compile(rb"t\x00(...)", re.DOTALL)
-_BLOCK_ROWS = 256
 
 
 def decode_tuple(message: Message, at: int) -> tuple[list[Value], int]:
@@ -204,102 +199,9 @@ def insert_as_text_row(message: Message) -> CopyRow:
             at += 1
         else:
             raise FormatError("insert message: a value that is not text in a text stream")
+    if at != len(message):
+        raise FormatError(f"insert message of {len(message)} bytes is cut short, or has more than its values")
     return b"\t".join(parts) + b"\n"
-
-
-def in_blocks(messages: Sequence[Message], encode: Callable[[Message], CopyRow]) -> Iterator[CopyRow]:
-    """Encode messages, joining rows where many of them are small: what takes them then works by the block."""
-    for start in range(0, len(messages), _BLOCK_ROWS):
-        block = messages[start : start + _BLOCK_ROWS]
-        rows = map(encode, block)
-        if sum(map(len, block)) < _PIECE_BYTES:
-            yield b"".join(rows)  # type: ignore[arg-type]  # none is in pieces, for none is big
-        else:
-            yield from rows
-
-
-def insert_text_blocks(messages: Sequence[Message]) -> Iterator[CopyRow]:
-    """Give Insert messages with text values as rows of COPY's text format, many rows at a time where nothing in them needs care.
-
-    The result is that of `insert_as_text_row` for each; the work is done by searches that run in C: 0.15 µs a value instead of 0.5.
-    """
-    are_whole = True
-    for start in range(0, len(messages), _BLOCK_ROWS):
-        block = messages[start : start + _BLOCK_ROWS]
-        rows = _whole_rows(block) if are_whole else None
-        if rows is None:
-            are_whole = (
-                False  # where one block has NULLs, say, so have the next: a search in vain is a quarter of the work
-            )
-            rows = _plain_rows(block)
-        if rows is None:
-            yield from map(insert_as_text_row, block)
-        else:
-            yield rows
-
-
-def _whole_rows(messages: Sequence[Message]) -> bytes | None:
-    """Give rows of COPY's text format by one search over all of them; None where one has NULLs, or is not plain, or not of the first's relation.
-
-    Values hold no zero byte, and what stands before a tuple's first value holds one: so that is found nowhere else.
-    """
-    head = messages[0][:8]  # kind, relation, the tuple's kind, how many values
-    if {*map(type, messages)} != {bytes} or b"\0" not in head or b"t\0" in head:
-        return None
-    count, columns = len(messages), int.from_bytes(head[6:], "big")
-    rows, value_count = _TEXT_HEAD.subn(b"\t", b"".join(messages))
-    if value_count != count * columns:
-        return None
-    rows = rows.replace(bytes(head) + b"\t", b"\n")
-    is_plain = (
-        rows.count(b"\t") == count * (columns - 1)
-        and rows.count(b"\n") == count
-        and b"\\" not in rows
-        and b"\r" not in rows
-        and b"\0" not in rows
-    )
-    return rows[1:] + b"\n" if is_plain and columns else None
-
-
-def _plain_rows(messages: Sequence[Message]) -> bytes | None:
-    """Give rows of COPY's text format; None if a value has to be escaped, or a message is big or has more than a tuple's values."""
-    split = _TEXT_HEAD.split
-    count = int.from_bytes(messages[0][6:8], "big")
-    rows: list[bytes] = []
-    null_count = 0
-    for message in messages:
-        if type(message) is not bytes:
-            return None
-        values = split(message[8:])  # the first of them is what stands before the first value: nothing, but for NULLs
-        if len(values) != count + 1:
-            null_count += count + 1 - len(values)
-            values = _with_nulls(message[8:])
-            if len(values) != count + 1:
-                return None
-        rows.append(b"\t".join(values))
-    # a row is now a tab, values and tabs between them; a NULL is \\N
-    joined = b"\n".join(rows)
-    is_plain = (
-        joined.count(b"\t") == len(rows) * count
-        and joined.count(b"\n") == len(rows) - 1
-        and joined.count(b"\\") == null_count
-        and b"\r" not in joined
-    )
-    return joined[1:].replace(b"\n\t", b"\n") + b"\n" if is_plain and count else None
-
-
-def _with_nulls(values: bytes) -> list[bytes]:
-    """Split values some of which are NULL: what is left of a piece behind its value's size are the tags of NULLs."""
-    pieces = _TEXT_HEAD_WITH_SIZE.split(values)
-    found = [b"", *([b"\\N"] * pieces[0].count(b"n"))]
-    for size, piece in zip(pieces[1::2], pieces[2::2], strict=True):
-        if piece.endswith(b"n"):
-            end = int.from_bytes(size, "big")
-            found.append(piece[:end])
-            found += [b"\\N"] * piece.count(b"n", end)
-        else:
-            found.append(piece)
-    return found
 
 
 def _inserted(message: memoryview) -> list[bytes | None]:

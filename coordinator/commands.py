@@ -19,7 +19,6 @@ from live_migration.common.errors import LiveMigrationError, TargetError, UsageE
 from live_migration.common.memory import keep_collected
 from live_migration.common.settings import Settings, load_settings
 from live_migration.common.telemetry import configure_logging
-from live_migration.consumer.service import run_consumer
 from live_migration.coordinator import migrating, report
 from live_migration.coordinator.cutover import request_cutover
 from live_migration.coordinator.dead_letters import read_letters
@@ -30,7 +29,6 @@ from live_migration.coordinator.skip import parse_position, request_skip
 from live_migration.coordinator.status import StatusReader
 from live_migration.coordinator.tail import tail
 from live_migration.coordinator.verify import verify
-from live_migration.producer.service import run_producer
 
 T = TypeVar("T")
 
@@ -255,6 +253,8 @@ def producer_command(**options: Any) -> int:
     settings = _load(options, "info")
     settings.source_uri()
     settings.kafka_servers()
+    from live_migration.producer.service import run_producer  # here, for the others do without NumPy's memory
+
     _run(migrating.serve(run_producer, settings))
     return 0
 
@@ -267,6 +267,8 @@ def consumer_command(**options: Any) -> int:
     settings.source_uri()
     settings.target_uri()
     settings.kafka_servers()
+    from live_migration.consumer.service import run_consumer  # as above
+
     _run(migrating.serve(run_consumer, settings))
     return 0
 

@@ -24,7 +24,7 @@ from live_migration.producer.ack_tracker import AckTracker
 from live_migration.producer.batcher import BEGIN_FRAME_BYTES, LaneBuffer, Record, Route
 from live_migration.producer.homes import Homes
 from live_migration.producer.last_change import ChangeTail, LastChange
-from live_migration.producer.spans import BEFORE_MESSAGE_BYTES, SHORTEST_SPAN, SpanFinder, log_frames
+from live_migration.producer.spans import BEFORE_MESSAGE_BYTES, LARGEST_MESSAGE, SHORTEST_SPAN, find_span
 from live_migration.producer.splitting import Message, SplitRelation, SplitTable
 
 log = get_logger(__name__)
@@ -43,6 +43,9 @@ _SIZE_WITHOUT_MESSAGE = BEFORE_MESSAGE_BYTES - 1
 _ALIKE = 8
 """Messages of one relation after which a run is looked for."""
 _LONGEST_RUN = 64
+_CREDIT = 256
+_WORTH_ROWS = 64
+"""Messages of a span that pay for the search. Where there are less too often, spans are given up until the next read."""
 _COPY_DATA, _XLOG_DATA = ord("d"), ord("w")
 _KEEPALIVE = struct.Struct(">BQQB")
 _ROW_KINDS = (b"I", b"U", b"D")
@@ -106,7 +109,7 @@ class Router:
         self._ready_lanes: dict[bytes, LaneBuffer] = {}
         # The same, where the transaction's Begin may not stand there yet.
         self._described: dict[bytes, LaneBuffer] = {}
-        self._spans = SpanFinder()
+        self._span_credit = _CREDIT
         self._records: list[Record] = []
         self._begin = b""
         self._commit_lsn = 0
@@ -160,6 +163,7 @@ class Router:
                 self._tail.note(data, 0, len(data))
             self.pending_bytes = self.pending_bytes + len(data) if self.has_changes else 0
             return len(data)
+        self._span_credit = _CREDIT
         limit = self._segment_bytes
         ready_lanes, ready_splits = self._ready_lanes, self._ready_splits
         unpack, pack = _COPY_HEAD.unpack_from, FRAME.pack
@@ -265,7 +269,7 @@ class Router:
         return True
 
     def _take_alike(self, data: bytes, at: int, key: bytes, lane: LaneBuffer, ordinal: int) -> tuple[int, int, int]:
-        """Take messages of one relation that follow one another, all for this lane: many at a time where they have one size.
+        """Take messages of one relation that follow one another, all for this lane: many at a time where there are many.
 
         Args:
             key: the messages' type byte and relation.
@@ -273,20 +277,26 @@ class Router:
 
         Gives where the last one stands, -1 for none, where they end, and the last one's ordinal.
         """
-        count, message_bytes = self._spans.find(data, at)
-        frame_bytes = FRAME.size + message_bytes
-        count = min(count, (self._segment_bytes - lane.size) // frame_bytes)
-        if count < SHORTEST_SPAN or data[at + BEFORE_MESSAGE_BYTES : at + BEFORE_MESSAGE_BYTES + 5] != key:
+        room = self._segment_bytes - lane.size
+        start = at + BEFORE_MESSAGE_BYTES
+        message_bytes = int.from_bytes(data[at + 1 : at + _COPY_HEAD_BYTES], "big") - _SIZE_WITHOUT_MESSAGE
+        is_span = self._span_credit >= 0 and message_bytes <= LARGEST_MESSAGE and data[start : start + len(key)] == key
+        if not is_span or room <= 0:
             return self._take_run(data, at, key, lane, ordinal)
-        lane.parts.append(log_frames(data, at, count, message_bytes, ordinal + 1 - lane.base))
-        lane.size += count * frame_bytes
+        span = find_span(data, at, min(len(data), at + 2 * room)).within(room)
+        count = span.count
+        self._span_credit = min(self._span_credit + count - _WORTH_ROWS, _CREDIT)
+        if count < SHORTEST_SPAN:
+            return self._take_run(data, at, key, lane, ordinal)
+        frames = span.log_frames(ordinal + 1 - lane.base)
+        lane.parts.append(frames)
+        lane.size += len(frames)
         lane.change_count += count
         lane.ordinal = ordinal + count
-        stride = BEFORE_MESSAGE_BYTES + message_bytes
-        return at + (count - 1) * stride, at + count * stride, ordinal + count
+        return span.last, span.end, ordinal + count
 
     def _take_run(self, data: bytes, at: int, key: bytes, lane: LaneBuffer, ordinal: int) -> tuple[int, int, int]:
-        """Do what `_take_alike` does for messages of any size, so many that it is worth a look then whether they have one."""
+        """Do what `_take_alike` does one by one, up to so many that it is worth a look then whether there are more."""
         unpack, pack, append = _ROW_HEAD.unpack_from, FRAME.pack, lane.parts.append
         end, limit, base, size = len(data), self._segment_bytes - FRAME.size, lane.base, lane.size
         first, last, last_place = ordinal, -1, end - _ROW_HEAD.size

@@ -1,71 +1,86 @@
-"""Runs of messages of one size and relation, from the stream's frames to the change log's, many at a time.
+"""Row messages of one kind and relation that follow one another in the stream, as the change log's frames, many at a time.
 
-A bulk load into a table of numbers and times is a run of messages that are all of one size. A frame of the stream differs from
-one of the log in what stands before the message only; for a run the frames are put together a byte position at a time.
-Measured: 0.1 µs a row of 57 bytes, where a loop takes 0.6 µs.
+A frame of the stream differs from one of the log in what stands before the message only: a place for the log's head is in there, the
+rest is left out, for all of them at once.
+Measured: 0.1 µs a row of 60 bytes, where a loop takes 0.4 µs.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from struct import Struct, pack
+from struct import Struct
 
+import numpy as np
+
+from live_migration.common.arrays import Places, and_following, messages_alike
 from live_migration.common.segment import FRAME
 
 SHORTEST_SPAN = 16
-"""Messages below which a run is not worth its fixed costs."""
-LARGEST_MESSAGE = 256
-"""In bytes; above it the loop costs little beside the bytes themselves."""
-_MOST_PATTERNS = 256
+"""Messages below which a span is not worth its fixed costs."""
+LARGEST_MESSAGE = 512
+"""In bytes; above it the bytes themselves cost most, which are copied less often one by one."""
 
 _COPY_HEAD = Struct(">BI")
 _STREAM_BYTES = 25
 """What stands before the message in CopyData: 'w', start, end, clock."""
-_KEY_BYTES = 5
-"""Of a row message: its kind and relation."""
 BEFORE_MESSAGE_BYTES = _COPY_HEAD.size + _STREAM_BYTES
-
-_Match = Callable[[bytes, int], "re.Match[bytes] | None"]
-
-
-class SpanFinder:
-    """Tells how many frames of the stream follow one another that have the same size, kind and relation."""
-
-    def __init__(self) -> None:
-        self._patterns: dict[bytes, _Match] = {}
-
-    def find(self, data: bytes, at: int) -> tuple[int, int]:
-        """Give how many frames from byte `at` on are like the one that stands there, and the size of their messages."""
-        start = at + BEFORE_MESSAGE_BYTES
-        head = data[at : at + _COPY_HEAD.size + 1] + data[start : start + _KEY_BYTES]
-        if len(head) < _COPY_HEAD.size + 1 + _KEY_BYTES:
-            return 0, 0
-        message_bytes = _COPY_HEAD.unpack_from(head)[1] - 4 - _STREAM_BYTES
-        if not _KEY_BYTES <= message_bytes <= LARGEST_MESSAGE:
-            return 0, 0
-        match = self._patterns.get(head)
-        if match is None:
-            match = self._patterns[head] = self._pattern(head, message_bytes)
-        found = match(data, at)
-        return (found.end() - at) // (BEFORE_MESSAGE_BYTES + message_bytes) if found else 0, message_bytes
-
-    def _pattern(self, head: bytes, message_bytes: int) -> _Match:
-        if len(self._patterns) >= _MOST_PATTERNS:
-            self._patterns.clear()
-        before, key = re.escape(head[:-_KEY_BYTES]), re.escape(head[-_KEY_BYTES:])
-        pattern = rb"(?:%b.{%d}%b.{%d})*+" % (before, _STREAM_BYTES - 1, key, message_bytes - _KEY_BYTES)
-        return re.compile(pattern, re.DOTALL).match
+_COPY_DATA, _XLOG_DATA = b"dw"
 
 
-def log_frames(data: bytes, at: int, count: int, message_bytes: int, relative_ordinal: int) -> bytes:
-    """Give the change log's frames of `count` messages of one size, the first of which has this ordinal."""
-    stride, frame_bytes = BEFORE_MESSAGE_BYTES + message_bytes, FRAME.size + message_bytes
-    frames = bytearray((FRAME.pack(message_bytes, 0) + bytes(message_bytes)) * count)
-    ordinals = pack(f">{count}I", *range(relative_ordinal, relative_ordinal + count))
-    for byte in range(4):
-        frames[4 + byte :: frame_bytes] = ordinals[byte::4]
-    end = at + count * stride
-    for byte in range(message_bytes):
-        frames[FRAME.size + byte :: frame_bytes] = data[at + BEFORE_MESSAGE_BYTES + byte : end : stride]
-    return bytes(frames)
+class StreamSpan:
+    """Messages of the stream: where each starts and ends in `data`."""
+
+    __slots__ = ("data", "ends", "starts")
+
+    def __init__(self, data: bytes, starts: Places, ends: Places) -> None:
+        self.data = data
+        self.starts = starts
+        self.ends = ends
+
+    @property
+    def count(self) -> int:
+        """How many messages it has."""
+        return len(self.starts)
+
+    @property
+    def last(self) -> int:
+        """Where the last one's CopyData begins."""
+        return int(self.starts[-1]) - BEFORE_MESSAGE_BYTES
+
+    @property
+    def end(self) -> int:
+        """Where the last one ends."""
+        return int(self.ends[-1])
+
+    def within(self, limit_bytes: int) -> StreamSpan:
+        """Give as many of the first messages as have no more than so many bytes of frames."""
+        sizes = np.cumsum(self.ends - self.starts + FRAME.size)
+        count = int(np.searchsorted(sizes, limit_bytes, "right"))
+        return StreamSpan(self.data, self.starts[:count], self.ends[:count])
+
+    def log_frames(self, relative_ordinal: int) -> bytes:
+        """Give the change log's frames, the first of which has this ordinal."""
+        sizes = self.ends - self.starts
+        heads = np.empty((self.count, 2), ">u4")
+        heads[:, 0] = sizes
+        heads[:, 1] = np.arange(relative_ordinal, relative_ordinal + self.count)
+        head_bytes = heads.view(np.uint8)
+        begin, size = int(self.starts[0]) - FRAME.size, int(sizes[0])
+        if (sizes == size).all():
+            shape, strides = (self.count, FRAME.size + size), (BEFORE_MESSAGE_BYTES + size, 1)
+            alike = np.ndarray(shape, np.uint8, self.data, begin, strides).copy()
+            alike[:, : FRAME.size] = head_bytes
+            return alike.tobytes()
+        frames = np.frombuffer(self.data, np.uint8, self.end - begin, begin).copy()
+        frames[and_following(self.starts - begin - FRAME.size, FRAME.size)] = head_bytes.ravel()
+        stays = np.ones(len(frames), np.bool_)
+        stays[and_following(self.ends[:-1] - begin, BEFORE_MESSAGE_BYTES - FRAME.size)] = False
+        return frames[stays].tobytes()
+
+
+def find_span(data: bytes, at: int, end: int) -> StreamSpan:
+    """Give the messages, up to byte `end`, that begin as the one in the CopyData at byte `at` does; maybe none."""
+    starts, ends = messages_alike(data, at, end, BEFORE_MESSAGE_BYTES, 1, _STREAM_BYTES + 4)
+    bytes_ = np.frombuffer(data, np.uint8)
+    is_row = (bytes_[starts - BEFORE_MESSAGE_BYTES] == _COPY_DATA) & (bytes_[starts - _STREAM_BYTES] == _XLOG_DATA)
+    count = len(starts) if is_row.all() else int(is_row.argmin())
+    return StreamSpan(data, starts[:count], ends[:count])

@@ -338,9 +338,10 @@ def test_draining_takes_whole_messages_only() -> None:
 
 
 runs = st.lists(
-    st.tuples(st.sampled_from(OIDS), st.sampled_from((0, 1, 40, 41, 220, 300, None)), st.integers(1, 90)), max_size=8
+    st.tuples(st.sampled_from(OIDS), st.sampled_from((0, 1, 40, 41, 300, 600, None, -1)), st.integers(1, 90)),
+    max_size=8,
 )
-"""Relation, size of each row or None where each has another, how many rows."""
+"""Relation, size of each row or None where each has another, -1 where some look like messages of the stream, how many rows."""
 
 
 @settings(deadline=None, max_examples=60)
@@ -353,8 +354,11 @@ def test_runs_of_messages_of_one_relation_are_as_each_message_by_itself(
     for number, transaction in enumerate(transactions):
         messages.append(put_begin(100 * number + 100))
         for oid, size, count in transaction:
-            sizes = [rng.randrange(120) if size is None else size for _ in range(count)]
-            messages += [put_insert(oid, rng.randbytes(each)) for each in sizes]
+            for _ in range(count):
+                value = rng.randbytes(rng.randrange(120) if size is None else max(size, 0))
+                if size == -1 and rng.random() < 0.1:
+                    value = copy_data([put_insert(oid, b"value")] * rng.randrange(3))
+                messages.append(put_insert(oid, value))
         messages.append(put_commit(100 * number + 100))
     one_by_one, at_once = make_router(), make_router()
     for message in messages:

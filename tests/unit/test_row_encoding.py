@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,12 +13,11 @@ from live_migration.consumer.row_encoding import (
     decode_tuple,
     insert_as_binary_row,
     insert_as_text_row,
-    insert_text_blocks,
     is_binary,
     message_form,
     text_row,
 )
-from tests.support.messages import put_insert, put_update
+from tests.support.messages import put_insert
 
 values = st.lists(
     st.one_of(st.none(), st.binary(max_size=30), st.sampled_from([b"\t", b"\\N", b"\n", b"\r", b"\\."])), max_size=6
@@ -85,44 +82,6 @@ def test_a_view_of_a_message_gives_the_same_rows_in_pieces(row: list[bytes | Non
         chunks = list(copy_chunks([b"before", pieces, b"after"], binary=False))
         assert b"".join(chunks) == b"before" + expected + b"after"
         assert max(map(len, chunks)) < BIG_BYTES
-
-
-text_values = st.one_of(
-    st.none(),
-    st.text(alphabet="tnbuNI\\\t\n\r\x01aé", max_size=12).map(str.encode),
-    st.sampled_from([b"", b"t", b"n", b"nt", b"tn", b"\\N", b"x" * 300]),
-)
-
-
-@settings(deadline=None)
-@given(
-    st.integers(0, 5).flatmap(lambda n: st.lists(st.lists(text_values, min_size=n, max_size=n), max_size=300)),
-    st.lists(st.sampled_from([7, 0x74006E00, 0x6E740000, 0x41424344, 0x00090A0D, 0x5C4E7400]), min_size=1, max_size=2),
-)
-def test_blocks_of_text_rows_are_the_rows(rows: list[list[bytes | None]], oids: list[int]) -> None:
-    """Some of the oids look like the head of a value, or like what COPY escapes."""
-    messages = [put_insert(oids[number % len(oids)], row) for number, row in enumerate(rows)]
-    assert b"".join(insert_text_blocks(messages)) == b"".join(insert_as_text_row(message) for message in messages)  # type: ignore[arg-type]
-
-
-@settings(deadline=None)
-@given(
-    st.lists(st.tuples(*[st.text(alphabet="tnN\\\t I", max_size=4).map(str.encode)] * 3), min_size=1, max_size=300),
-    st.sampled_from([7, 0x74006E00, 0x6E740000, 0x41424344]),
-    st.sampled_from([put_insert, put_update]),
-)
-def test_blocks_of_text_rows_without_nulls_are_the_rows(
-    rows: list[tuple[bytes, ...]], oid: int, put: Callable[..., bytes]
-) -> None:
-    messages = [put(oid, row) for row in rows]
-    assert b"".join(insert_text_blocks(messages)) == b"".join(map(text_row, rows))  # type: ignore[arg-type]
-
-
-def test_blocks_of_text_rows_take_big_values_and_plain_rows_together() -> None:
-    big = b"x" * BIG_BYTES
-    rows = [[b"1", None, b"plain"], [b"2", big, b"tab\t"], [None, None, None]]
-    messages = [memoryview(put_insert(7, row)) if big in row else put_insert(7, row) for row in rows]
-    assert b"".join(copy_chunks(insert_text_blocks(messages), binary=False)) == b"".join(map(text_row, rows))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("old", [b"O", b"K"])

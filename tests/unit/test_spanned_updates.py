@@ -1,4 +1,4 @@
-"""Updates whose rows have one size: the same end as message by message, or left to that. Decoded from a segment as a lane does it."""
+"""Updates in spans: the same end as message by message, or left to that. Decoded from a segment as a lane does it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from live_migration.common.home import Home
 from live_migration.common.relation import Relation
 from live_migration.common.segment import begin_frame, frame
 from live_migration.consumer.decoder import Batch, LaneDecoder, TableRun, all_runs
-from live_migration.consumer.layouts import SHORTEST_SPAN, Span
 from live_migration.consumer.net_changes import take_net_changes
 from live_migration.consumer.plain_changes import PlainChanges, plain_changes, spanned_updates
 from live_migration.consumer.row_encoding import UNCHANGED, Value
+from live_migration.consumer.spans import SHORTEST_SPAN, Span
 from live_migration.consumer.target_tables import Resolution, TargetTable
 from tests.support.messages import put_delete, put_insert, put_update
 from tests.unit.test_plain_changes import OID, joined, make_table
@@ -84,15 +84,18 @@ async def test_the_end_is_that_of_message_by_message(
     assert (found.deletes, found.inserts) == ([], [])
     assert found.update_count == expected.update_count
     assert joined(found.updates) == joined(expected.updates)
-    if distinct and any(count >= SHORTEST_SPAN for _, _, count in runs):
+    are_keys_of_one_size = keys == (0,) or len({size for _, size, _ in runs}) == 1
+    if distinct and are_keys_of_one_size and len(messages) > SHORTEST_SPAN:
         assert spanned_updates(table, list(run.pieces())) is not None
 
 
-async def test_most_of_a_run_is_in_spans() -> None:
-    run = await run_of(make_table(), updates(1, [5] * 100 + [1, 2, 3] + [6] * 100))
+async def test_rows_of_all_sizes_are_in_spans_and_others_between_them() -> None:
+    other = put_update(OID, [key(300), b"x", b"y"], key=[key(300), None, None], binary=True)
+    messages = [*updates(1, [5, 6] * 50), *[other] * 3, *updates(201, [6] * 100)]
+    run = await run_of(make_table(), messages)
     pieces = list(run.pieces())
     assert [piece.row_count if isinstance(piece, Span) else len(piece) for piece in pieces] == [100, 3, 100]
-    found = spanned_updates(run.table, pieces)
+    found = spanned_updates(run.table, [pieces[0], updates(101, [1, 2, 3]), pieces[2]])
     assert found is not None
     assert found.update_count == 203
 
@@ -115,12 +118,25 @@ async def test_what_needs_care_is_left_to_the_messages(other: bytes) -> None:
     assert spanned_updates(run.table, list(run.pieces())) is None
 
 
-async def test_spans_that_were_given_up_are_looked_for_again_in_the_next_batch() -> None:
-    decoder, irregular, regular = LaneDecoder(OneTable(make_table()), ""), Batch(), Batch()
-    await decoder.decode(body_of(updates(1, [number % 50 for number in range(200)] + [7] * 100)), irregular)
-    await decoder.decode(body_of(updates(1, [7] * 100)), regular)
-    found = [[type(piece) for piece in run.pieces()] for batch in (irregular, regular) for run in runs_of(batch)]
-    assert found == [[list], [Span]]
+@pytest.mark.parametrize("before", [{"old": [key(900), b"z", b"y"]}, {"key": [key(900), None, None]}])
+async def test_spans_with_old_rows_are_left_to_the_messages(before: dict[str, list[Value]]) -> None:
+    messages = [put_update(OID, [key(number), b"x", b"y"], binary=True, **before) for number in range(100)]  # type: ignore[arg-type]
+    run = await run_of(make_table(), messages)
+    assert isinstance(next(run.pieces()), Span)
+    assert spanned_updates(run.table, list(run.pieces())) is None
+
+
+async def test_short_runs_are_not_searched_until_the_next_batch() -> None:
+    """A search costs as much as walking over some dozens of rows."""
+    short = [*updates(1, [7] * (SHORTEST_SPAN + 1)), put_insert(OID, [key(900), b"x", b"y"], binary=True)]
+    decoder, first, second = LaneDecoder(OneTable(make_table()), ""), Batch(), Batch()
+    await decoder.decode(body_of(short * 50 + updates(1, [7] * 100)), first)
+    await decoder.decode(body_of(updates(1, [7] * 100)), second)
+    found = [[type(piece) for piece in run.pieces()] for batch in (first, second) for run in runs_of(batch)]
+    assert found[0][0] is Span
+    assert found[0].count(Span) < 30
+    assert found[0][-1] is list
+    assert found[1] == [Span]
 
 
 async def test_runs_with_other_keys_than_the_first_columns_are_left_to_the_messages() -> None:

@@ -1,0 +1,60 @@
+"""Bytes seen through NumPy: what the loops over many rows are made of. Nothing of it is used but arrays of integers and of bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Places = NDArray[np.intp]
+"""Places in a buffer, in bytes."""
+Bytes = NDArray[np.uint8]
+
+
+def seen_from_each_byte(buffer: bytes, number: str, at: int, end: int) -> NDArray[np.generic]:
+    """Give the numbers that begin at each byte from `at` on and end before `end`. Nothing is copied.
+
+    Args:
+        buffer: what they are read from.
+        number: as NumPy names it, ">u4" say.
+        at: the first byte.
+        end: where the last one ends, at the latest.
+    """
+    size = np.dtype(number).itemsize
+    return np.ndarray((max(0, end - at - size + 1),), number, buffer, at, (1,))
+
+
+def and_following(places: Places, count: int) -> Places:
+    """Give each place and those that follow it, `count` in all."""
+    following: Places = (places[:, None] + np.arange(count)).ravel()
+    return following
+
+
+def messages_alike(buffer: bytes, at: int, end: int, head_bytes: int, size_at: int, rest: int) -> tuple[Places, Places]:
+    """Find messages that follow one another in frames of one form and begin with the same eight bytes.
+
+    Where these bytes stand is a search over all bytes, and the frames' sizes say which of the places are messages: each frame must
+    end where the next one begins. What stands in a message is never taken for one.
+
+    Args:
+        buffer: what holds the frames.
+        at: where the first frame begins.
+        end: where to stop; a message that ends behind it is not given.
+        head_bytes: what stands before a message in its frame.
+        size_at: where the size, four bytes, stands in that.
+        rest: what the message has less than the size says.
+
+    Gives where each message starts and ends, maybe none.
+    """
+    heads = seen_from_each_byte(buffer, "<u8", at, end)
+    if len(heads) <= head_bytes:
+        return np.empty(0, np.intp), np.empty(0, np.intp)
+    kinds = np.frombuffer(buffer, np.uint8, len(heads) - head_bytes, at + head_bytes)
+    places = np.flatnonzero(kinds == kinds[0]) + head_bytes
+    starts = places[heads[places] == heads[head_bytes]]
+    sizes = seen_from_each_byte(buffer, ">u4", at, end)
+    ends = starts + sizes[starts - head_bytes + size_at] - rest
+    follow = ends[:-1] + head_bytes == starts[1:]
+    count = len(starts) if follow.all() else int(follow.argmin()) + 1
+    if ends[count - 1] > end - at:
+        count -= 1
+    return starts[:count] + at, ends[:count] + at

@@ -1,0 +1,274 @@
+"""Row messages as rows of COPY, many at a time: the bytes that stay and those that go are told apart for a whole block at once.
+
+A message's values stand as COPY's binary format has them, but for a tag before each; its text format has a tab there, and no size. So a
+row of COPY is the message with some bytes left out or overwritten, and something put in for each NULL. Where the values stand is
+found column by column, each for all rows of the block.
+Measured, of a row: 0.15 to 0.3 µs with four columns, 2.6 µs with fifty, where a loop over the values takes 1.5 and 15 µs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from live_migration.common.arrays import Bytes, Places, and_following, seen_from_each_byte
+from live_migration.common.segment import FRAME
+from live_migration.consumer.row_encoding import CopyRow, Message, insert_as_binary_row, insert_as_text_row
+from live_migration.consumer.spans import Span
+
+Piece = Span | Sequence[Message]
+"""Some of a run's messages."""
+
+_TUPLE_AT = 6
+"""Where the tuple stands in a message: after kind, relation and the tuple's kind."""
+_COUNT_BYTES = 2
+_SIZE_BYTES = 4
+_PAD = bytes(8)
+"""What is read at once of a value's head reaches beyond it."""
+_FEWEST_ROWS = 16
+"""Messages below which a block is not worth its fixed costs."""
+_BLOCK_BYTES = 512 << 10
+"""A block's messages; it takes about four times as much while it is made."""
+_NULL, _TEXT, _BINARY = b"ntb"
+_TAB, _NEWLINE = b"\t\n"
+_BINARY_NULL, _TEXT_NULL = b"\xff\xff\xff\xff", b"\\N"
+_ESCAPES = (b"\\", b"\\\\"), (b"\t", b"\\t"), (b"\n", b"\\n"), (b"\r", b"\\r")
+"""In their order."""
+
+
+def copy_rows(pieces: Iterable[Piece], *, binary: bool) -> Iterator[CopyRow]:
+    """Give messages whose tuple stands where an Insert's does as rows of COPY, joined or not: all columns of the relation.
+
+    Raises:
+        FormatError: a value is not in the stream, or of the other form.
+    """
+    spans: list[Span] = []
+    size = 0
+    for piece in pieces:
+        if isinstance(piece, Span):
+            spans.append(piece)
+            size += piece.end - piece.begin
+            if size < _BLOCK_BYTES:
+                continue
+        if spans:
+            yield from _span_rows(spans, binary=binary)
+            spans, size = [], 0
+        if not isinstance(piece, Span):
+            yield from _message_rows(piece, binary=binary)
+    if spans:
+        yield from _span_rows(spans, binary=binary)
+
+
+def _span_rows(spans: Sequence[Span], *, binary: bool) -> Iterator[CopyRow]:
+    at = 0
+    ends: list[Places] = []
+    for span in spans:
+        ends.append(span.ends + (at - span.begin))
+        at += span.end - span.begin
+    frames = b"".join([*(span.body[span.begin : span.end] for span in spans), _PAD])
+    rows = _Block(frames, np.concatenate(ends), FRAME.size + _TUPLE_AT).rows(binary=binary)
+    if rows is not None:
+        yield rows
+        return
+    for span in spans:
+        yield from _one_by_one(span.messages(), binary=binary)
+
+
+def _message_rows(messages: Sequence[Message], *, binary: bool) -> Iterator[CopyRow]:
+    sizes = np.fromiter(map(len, messages), np.intp, len(messages))
+    blocks = np.cumsum(sizes) // _BLOCK_BYTES
+    borders = [0, *(np.flatnonzero(blocks[1:] != blocks[:-1]) + 1).tolist(), len(messages)]
+    for start, end in pairwise(borders):
+        block = messages[start:end]
+        rows = None
+        if end - start >= _FEWEST_ROWS and {*map(type, block)} == {bytes}:
+            rows = _Block(b"".join([*block, _PAD]), np.cumsum(sizes[start:end]), _TUPLE_AT).rows(binary=binary)
+        if rows is None:
+            yield from _one_by_one(block, binary=binary)
+        else:
+            yield rows
+
+
+def _one_by_one(messages: Sequence[Message], *, binary: bool) -> Iterator[CopyRow]:
+    return map(insert_as_binary_row if binary else insert_as_text_row, messages)
+
+
+class _Block:
+    """Messages one behind the other, each with what goes before its tuple: `tuple_at` bytes. Behind all is `_PAD`."""
+
+    def __init__(self, buffer: bytes, ends: Places, tuple_at: int) -> None:
+        self._buffer = buffer
+        self._end = len(buffer) - len(_PAD)
+        self._ends = ends
+        self._begins = np.concatenate(([0], ends[:-1]))
+        self._tuple_at = tuple_at
+        self._column_count = int.from_bytes(buffer[tuple_at : tuple_at + _COUNT_BYTES], "big")
+
+    def rows(self, *, binary: bool) -> bytes | None:
+        """Give the rows of COPY; None where they have to be made one by one."""
+        if not self._column_count or self._end < len(self._ends) * (self._tuple_at + _COUNT_BYTES + self._column_count):
+            return None
+        if not binary:
+            return self._text()
+        alike = self._alike() if (self._ends == np.arange(1, len(self._ends) + 1) * self._ends[0]).all() else None
+        return self._binary() if alike is None else alike
+
+    def _alike(self) -> bytes | None:
+        """Give binary rows of one size that have all their values at the same places; None where they have not."""
+        stride = int(self._ends[0])
+        messages = np.frombuffer(self._buffer, np.uint8, self._end).reshape(-1, stride)
+        fields = _fields(self._buffer[:stride], self._tuple_at, self._column_count)
+        if fields is None:
+            return None
+        heads = [*range(self._tuple_at, self._tuple_at + _COUNT_BYTES)]
+        row = [self._buffer[self._tuple_at : self._tuple_at + _COUNT_BYTES]]
+        moves: list[tuple[int, int, int]] = []
+        to = _COUNT_BYTES
+        for at, size in fields:
+            if size < 0:
+                heads.append(at)
+                row.append(_BINARY_NULL)
+            else:
+                value = at + 1 + _SIZE_BYTES
+                heads += range(at, value)
+                row += [self._buffer[at + 1 : value], bytes(size)]
+                moves.append((value, to + _SIZE_BYTES, size))
+            to += _SIZE_BYTES + max(size, 0)
+        found = messages[:, heads]
+        if (found != found[0]).any():
+            return None
+        rows = np.empty((len(messages), to), np.uint8)
+        rows[:] = np.frombuffer(b"".join(row), np.uint8)
+        for source, target, size in moves:
+            rows[:, target : target + size] = messages[:, source : source + size]
+        return rows.tobytes()
+
+    def _fields(self, tag: int) -> tuple[Places, NDArray[np.bool_]] | None:
+        """Give where each value stands and whether it is NULL, both by column and row; None where one is neither NULL nor of this tag."""
+        words = seen_from_each_byte(self._buffer, ">u8", 0, len(self._buffer))
+        shape = self._column_count, len(self._ends)
+        places, nulls = np.empty(shape, np.intp), np.zeros(shape, np.bool_)
+        at = self._begins + self._tuple_at
+        if ((words[at] >> 48) != self._column_count).any():
+            return None
+        at += _COUNT_BYTES
+        for number in range(self._column_count):
+            if int(at.max()) >= self._end:
+                return None
+            places[number] = at
+            head = words[at].astype(np.uint64)
+            size = ((head >> 24) & 0xFFFFFFFF).astype(np.intp)
+            is_null = (head >> 56) != tag
+            if is_null.any():
+                if ((head >> 56)[is_null] != _NULL).any():
+                    return None
+                nulls[number] = is_null
+                size[is_null] = -_SIZE_BYTES
+            at = at + 1 + _SIZE_BYTES + size
+        return (places, nulls) if (at == self._ends).all() else None
+
+    def _binary(self) -> bytes | None:
+        fields = self._fields(_BINARY)
+        if fields is None:
+            return None
+        places, nulls = fields
+        messages = np.frombuffer(self._buffer, np.uint8, self._end)
+        stays = np.ones(self._end, np.bool_)
+        stays[and_following(self._begins, self._tuple_at)] = False
+        stays[places.ravel()] = False
+        if not nulls.any():
+            return messages[stays].tobytes()
+        origin = self._begins + self._tuple_at
+        return _with_nulls(messages[stays], _BINARY_NULL, _Gaps(places - origin, self._ends - origin, nulls, 1, 4))
+
+    def _text(self) -> bytes | None:
+        fields = self._fields(_TEXT)
+        if fields is None:
+            return None
+        places, nulls = fields
+        messages = np.frombuffer(self._buffer, np.uint8, self._end + 1).copy()
+        # no text value holds a zero byte: for now it stands for all that is not a value's
+        messages[places[1:].ravel()] = 0
+        messages[self._ends] = 0  # where the next message begins, or the pad
+        stays = np.ones(self._end + 1, np.bool_)
+        stays[and_following(self._begins + 1, self._tuple_at + _COUNT_BYTES - 1)] = False
+        stays[0] = False
+        stays[places[0]] = False
+        stays[and_following(places[~nulls] + 1, _SIZE_BYTES)] = False
+        values = messages[stays]
+        if nulls.any():
+            origin = self._begins + (self._tuple_at + _COUNT_BYTES)
+            gaps = _Gaps(places - origin, self._ends - origin, nulls, 4, 6)
+            rows = _with_nulls(values, _TEXT_NULL.replace(b"\\", b"\0"), gaps)
+        else:
+            rows = values.tobytes()
+        for special, escaped in _ESCAPES:
+            if special in rows:
+                rows = rows.replace(special, escaped)
+        return _punctuated(rows, nulls)
+
+
+class _Gaps(NamedTuple):
+    """Where NULLs go, by column and row.
+
+    places, ends: where values, and each row, stand and end in the messages, from the row's first byte that counts.
+    nulls: which values are NULL.
+    less: bytes that a column before has less in a row of COPY than in a message.
+    more: bytes that it has more where it is NULL than where it is not, both compared with the message.
+    """
+
+    places: Places
+    ends: Places
+    nulls: NDArray[np.bool_]
+    less: int
+    more: int
+
+
+def _with_nulls(rows: Bytes, null: bytes, gaps: _Gaps) -> bytes:
+    """Put NULLs into rows that lack nothing else."""
+    nulls = gaps.nulls
+    until = np.cumsum(nulls, axis=0)
+    number = np.arange(len(nulls))[:, None]
+    in_row = gaps.places - gaps.less * number + gaps.more * (until - 1)
+    row_ends = np.cumsum(gaps.ends - gaps.less * len(nulls) + gaps.more * until[-1])
+    starts = (in_row + np.concatenate(([0], row_ends[:-1])))[nulls]
+    whole = np.empty(int(row_ends[-1]), np.uint8)
+    is_given = np.ones(len(whole), np.bool_)
+    for offset, byte in enumerate(null):
+        whole[starts + offset] = byte
+        is_given[starts + offset] = False
+    whole[is_given] = rows
+    return whole.tobytes()
+
+
+def _punctuated(rows: bytes, nulls: NDArray[np.bool_]) -> bytes | None:
+    """Put tabs, newlines and what NULLs begin with in place of zero bytes; None where there are others."""
+    text = np.frombuffer(rows, np.uint8).copy()
+    zeros = np.flatnonzero(text == 0)
+    are_null = nulls.T.ravel()
+    separators = np.arange(len(are_null)) + np.cumsum(are_null)  # a NULL's stands before its separator
+    if len(zeros) != len(are_null) + int(are_null.sum()):
+        return None
+    by_row = zeros[separators].reshape(nulls.T.shape)
+    text[by_row[:, :-1].ravel()] = _TAB
+    text[by_row[:, -1]] = _NEWLINE
+    text[zeros[separators[are_null] - 1]] = _TEXT_NULL[0]
+    return text.tobytes()
+
+
+def _fields(message: bytes, tuple_at: int, column_count: int) -> list[tuple[int, int]] | None:
+    """Give where each value of a binary tuple stands, and its size, -1 for NULL; None where it has another value, or is cut short."""
+    fields: list[tuple[int, int]] = []
+    at = tuple_at + _COUNT_BYTES
+    for _ in range(column_count):
+        tag = message[at : at + 1]
+        size = int.from_bytes(message[at + 1 : at + 1 + _SIZE_BYTES], "big") if tag == b"b" else -1
+        if tag not in (b"b", b"n"):
+            return None
+        fields.append((at, size))
+        at += 1 if size < 0 else 1 + _SIZE_BYTES + size
+    return fields if at == len(message) else None
