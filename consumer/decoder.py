@@ -16,7 +16,7 @@ from live_migration.common.relation import QualifiedName, Relation, ReplicaIdent
 from live_migration.common.segment import FRAME, Position
 from live_migration.consumer.lane_meeting import LanesMeet
 from live_migration.consumer.row_encoding import BIG_BYTES, Message, message_form
-from live_migration.consumer.spans import SHORTEST_SPAN, Span, find_span
+from live_migration.consumer.spans import SHORTEST_SPAN, Span, find_span, messages_of
 from live_migration.consumer.target_tables import ChunkChangedUnseen, RelationRefused, Resolution, TargetTable
 
 if TYPE_CHECKING:
@@ -104,18 +104,12 @@ class TableRun:
 
     def is_binary(self) -> bool:
         """Tell whether the values are binary, by the first that is not NULL."""
-        for piece in self.pieces():
-            for message in piece.each() if isinstance(piece, Span) else piece:
-                if (form := message_form(message)) is not None:
-                    return form
-        return False
+        forms = map(message_form, messages_of(self.pieces()))
+        return next((form for form in forms if form is not None), False)
 
     def messages(self) -> list[Message]:
         """Give all messages."""
-        messages: list[Message] = []
-        for piece in self.pieces():
-            messages += piece.messages() if isinstance(piece, Span) else piece
-        return messages
+        return list(messages_of(self.pieces()))
 
     def ordinals(self) -> list[int]:
         """Give each message's ordinal, less the base of the mark before it."""

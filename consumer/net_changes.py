@@ -70,13 +70,13 @@ def work_ahead(runs: Sequence[TableRun]) -> None:
 
 def _plain(run: TableRun) -> Plain | NotPlain:
     table = run.table
-    if _stages_whole_rows(table) and (updates := spanned_updates(table, list(run.pieces()))) is not None:
+    pieces, binary = list(run.pieces()), run.is_binary()
+    if _stages_whole_rows(table) and (updates := spanned_updates(table, pieces)) is not None:
         return updates
-    messages, binary = run.messages(), run.is_binary()
-    deletes = plain_deletes(table, messages, binary=binary)
+    deletes = plain_deletes(table, pieces, binary=binary)
     if deletes is not None:
-        return PlainDeletes(deletes, len(messages))
-    changes = plain_changes(table, messages, binary=binary) if _stages_whole_rows(table) else None
+        return PlainDeletes(deletes, run.count)
+    changes = plain_changes(table, run.messages(), binary=binary) if _stages_whole_rows(table) else None
     return changes or NotPlain.NOT_PLAIN
 
 

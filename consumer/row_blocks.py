@@ -15,13 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from live_migration.common.arrays import Bytes, Places, and_following, seen_from_each_byte
+from live_migration.common.arrays import Bytes, Places, leave_out, seen_from_each_byte
 from live_migration.common.segment import FRAME
 from live_migration.consumer.row_encoding import CopyRow, Message, insert_as_binary_row, insert_as_text_row
-from live_migration.consumer.spans import Span
-
-Piece = Span | Sequence[Message]
-"""Some of a run's messages."""
+from live_migration.consumer.spans import Piece, Span
 
 _TUPLE_AT = 6
 """Where the tuple stands in a message: after kind, relation and the tuple's kind."""
@@ -46,6 +43,31 @@ def copy_rows(pieces: Iterable[Piece], *, binary: bool) -> Iterator[CopyRow]:
     Raises:
         FormatError: a value is not in the stream, or of the other form.
     """
+    encode = insert_as_binary_row if binary else insert_as_text_row
+    for block in _blocks(pieces):
+        rows = block.rows(binary=binary) if isinstance(block, _Block) else None
+        if rows is not None:
+            yield rows
+        else:
+            yield from map(encode, block.messages() if isinstance(block, _Block) else block)
+
+
+def alike_rows(pieces: Iterable[Piece], columns: Sequence[int]) -> list[CopyRow] | None:
+    """Give some columns of messages with binary values as rows of COPY, joined.
+
+    None where the messages differ in more than their values' bytes, above all in what kind they are, or one of the columns is NULL.
+    """
+    found: list[CopyRow] = []
+    for block in _blocks(pieces):
+        rows = block.alike(columns, may_be_null=False) if isinstance(block, _Block) else None
+        if rows is None:
+            return None
+        found.append(rows)
+    return found
+
+
+def _blocks(pieces: Iterable[Piece]) -> Iterator[_Block | Sequence[Message]]:
+    """Give the messages in blocks, and those that are too few or too big for one as they are."""
     spans: list[Span] = []
     size = 0
     for piece in pieces:
@@ -55,90 +77,88 @@ def copy_rows(pieces: Iterable[Piece], *, binary: bool) -> Iterator[CopyRow]:
             if size < _BLOCK_BYTES:
                 continue
         if spans:
-            yield from _span_rows(spans, binary=binary)
+            yield _block_of_spans(spans)
             spans, size = [], 0
         if not isinstance(piece, Span):
-            yield from _message_rows(piece, binary=binary)
+            yield from _blocks_of_messages(piece)
     if spans:
-        yield from _span_rows(spans, binary=binary)
+        yield _block_of_spans(spans)
 
 
-def _span_rows(spans: Sequence[Span], *, binary: bool) -> Iterator[CopyRow]:
+def _block_of_spans(spans: Sequence[Span]) -> _Block:
     at = 0
     ends: list[Places] = []
     for span in spans:
         ends.append(span.ends + (at - span.begin))
         at += span.end - span.begin
     frames = b"".join([*(span.body[span.begin : span.end] for span in spans), _PAD])
-    rows = _Block(frames, np.concatenate(ends), FRAME.size + _TUPLE_AT).rows(binary=binary)
-    if rows is not None:
-        yield rows
-        return
-    for span in spans:
-        yield from _one_by_one(span.messages(), binary=binary)
+    return _Block(frames, np.concatenate(ends), FRAME.size)
 
 
-def _message_rows(messages: Sequence[Message], *, binary: bool) -> Iterator[CopyRow]:
+def _blocks_of_messages(messages: Sequence[Message]) -> Iterator[_Block | Sequence[Message]]:
     sizes = np.fromiter(map(len, messages), np.intp, len(messages))
     blocks = np.cumsum(sizes) // _BLOCK_BYTES
     borders = [0, *(np.flatnonzero(blocks[1:] != blocks[:-1]) + 1).tolist(), len(messages)]
     for start, end in pairwise(borders):
         block = messages[start:end]
-        rows = None
         if end - start >= _FEWEST_ROWS and {*map(type, block)} == {bytes}:
-            rows = _Block(b"".join([*block, _PAD]), np.cumsum(sizes[start:end]), _TUPLE_AT).rows(binary=binary)
-        if rows is None:
-            yield from _one_by_one(block, binary=binary)
+            yield _Block(b"".join([*block, _PAD]), np.cumsum(sizes[start:end]), 0)
         else:
-            yield rows
-
-
-def _one_by_one(messages: Sequence[Message], *, binary: bool) -> Iterator[CopyRow]:
-    return map(insert_as_binary_row if binary else insert_as_text_row, messages)
+            yield block
 
 
 class _Block:
-    """Messages one behind the other, each with what goes before its tuple: `tuple_at` bytes. Behind all is `_PAD`."""
+    """Messages one behind the other, before each what its frame has. Behind all is `_PAD`."""
 
-    def __init__(self, buffer: bytes, ends: Places, tuple_at: int) -> None:
+    def __init__(self, buffer: bytes, ends: Places, frame_bytes: int) -> None:
         self._buffer = buffer
         self._end = len(buffer) - len(_PAD)
         self._ends = ends
         self._begins = np.concatenate(([0], ends[:-1]))
-        self._tuple_at = tuple_at
+        self._frame_bytes = frame_bytes
+        self._tuple_at = tuple_at = frame_bytes + _TUPLE_AT
         self._column_count = int.from_bytes(buffer[tuple_at : tuple_at + _COUNT_BYTES], "big")
+
+    def messages(self) -> list[bytes]:
+        """Give the messages."""
+        starts = self._begins + self._frame_bytes
+        return [self._buffer[start:end] for start, end in zip(starts.tolist(), self._ends.tolist(), strict=True)]
 
     def rows(self, *, binary: bool) -> bytes | None:
         """Give the rows of COPY; None where they have to be made one by one."""
-        if not self._column_count or self._end < len(self._ends) * (self._tuple_at + _COUNT_BYTES + self._column_count):
+        if not self._column_count:
             return None
         if not binary:
             return self._text()
-        alike = self._alike() if (self._ends == np.arange(1, len(self._ends) + 1) * self._ends[0]).all() else None
+        alike = self.alike(range(self._column_count), may_be_null=True)
         return self._binary() if alike is None else alike
 
-    def _alike(self) -> bytes | None:
-        """Give binary rows of one size that have all their values at the same places; None where they have not."""
+    def alike(self, columns: Sequence[int], *, may_be_null: bool) -> bytes | None:
+        """Give some columns of binary rows that differ in nothing but relations and their values' bytes; None where they do in more."""
         stride = int(self._ends[0])
-        messages = np.frombuffer(self._buffer, np.uint8, self._end).reshape(-1, stride)
-        fields = _fields(self._buffer[:stride], self._tuple_at, self._column_count)
-        if fields is None:
+        if (self._ends != np.arange(1, len(self._ends) + 1) * stride).any():
             return None
-        heads = [*range(self._tuple_at, self._tuple_at + _COUNT_BYTES)]
-        row = [self._buffer[self._tuple_at : self._tuple_at + _COUNT_BYTES]]
+        fields = _fields(self._buffer[:stride], self._tuple_at, self._column_count)
+        if fields is None or len(fields) <= max(columns):
+            return None
+        row = [len(columns).to_bytes(_COUNT_BYTES, "big")]
         moves: list[tuple[int, int, int]] = []
         to = _COUNT_BYTES
-        for at, size in fields:
+        for at, size in (fields[column] for column in columns):
             if size < 0:
-                heads.append(at)
+                if not may_be_null:
+                    return None
                 row.append(_BINARY_NULL)
             else:
                 value = at + 1 + _SIZE_BYTES
-                heads += range(at, value)
                 row += [self._buffer[at + 1 : value], bytes(size)]
                 moves.append((value, to + _SIZE_BYTES, size))
             to += _SIZE_BYTES + max(size, 0)
-        found = messages[:, heads]
+        same = [self._frame_bytes, *range(self._tuple_at - 1, self._tuple_at + _COUNT_BYTES)]
+        for at, size in fields:
+            same += range(at, at + 1 if size < 0 else at + 1 + _SIZE_BYTES)
+        messages = np.frombuffer(self._buffer, np.uint8, self._end).reshape(-1, stride)
+        found = messages[:, same]
         if (found != found[0]).any():
             return None
         rows = np.empty((len(messages), to), np.uint8)
@@ -178,7 +198,7 @@ class _Block:
         places, nulls = fields
         messages = np.frombuffer(self._buffer, np.uint8, self._end)
         stays = np.ones(self._end, np.bool_)
-        stays[and_following(self._begins, self._tuple_at)] = False
+        leave_out(stays, self._begins, self._tuple_at)
         stays[places.ravel()] = False
         if not nulls.any():
             return messages[stays].tobytes()
@@ -191,16 +211,17 @@ class _Block:
             return None
         places, nulls = fields
         messages = np.frombuffer(self._buffer, np.uint8, self._end + 1).copy()
+        has_nulls = bool(nulls.any())
         # no text value holds a zero byte: for now it stands for all that is not a value's
         messages[places[1:].ravel()] = 0
         messages[self._ends] = 0  # where the next message begins, or the pad
         stays = np.ones(self._end + 1, np.bool_)
-        stays[and_following(self._begins + 1, self._tuple_at + _COUNT_BYTES - 1)] = False
+        leave_out(stays, self._begins + 1, self._tuple_at + _COUNT_BYTES - 1)
         stays[0] = False
         stays[places[0]] = False
-        stays[and_following(places[~nulls] + 1, _SIZE_BYTES)] = False
+        leave_out(stays, (places[~nulls] if has_nulls else places.ravel()) + 1, _SIZE_BYTES)
         values = messages[stays]
-        if nulls.any():
+        if has_nulls:
             origin = self._begins + (self._tuple_at + _COUNT_BYTES)
             gaps = _Gaps(places - origin, self._ends - origin, nulls, 4, 6)
             rows = _with_nulls(values, _TEXT_NULL.replace(b"\\", b"\0"), gaps)
@@ -238,9 +259,8 @@ def _with_nulls(rows: Bytes, null: bytes, gaps: _Gaps) -> bytes:
     starts = (in_row + np.concatenate(([0], row_ends[:-1])))[nulls]
     whole = np.empty(int(row_ends[-1]), np.uint8)
     is_given = np.ones(len(whole), np.bool_)
-    for offset, byte in enumerate(null):
-        whole[starts + offset] = byte
-        is_given[starts + offset] = False
+    leave_out(is_given, starts, len(null))
+    seen_from_each_byte(whole, f"V{len(null)}", 0, len(whole))[starts] = np.void(null)
     whole[is_given] = rows
     return whole.tobytes()
 
@@ -249,14 +269,17 @@ def _punctuated(rows: bytes, nulls: NDArray[np.bool_]) -> bytes | None:
     """Put tabs, newlines and what NULLs begin with in place of zero bytes; None where there are others."""
     text = np.frombuffer(rows, np.uint8).copy()
     zeros = np.flatnonzero(text == 0)
-    are_null = nulls.T.ravel()
-    separators = np.arange(len(are_null)) + np.cumsum(are_null)  # a NULL's stands before its separator
-    if len(zeros) != len(are_null) + int(are_null.sum()):
+    by_row = nulls.T
+    null_count = int(nulls.sum())
+    if len(zeros) != nulls.size + null_count:
         return None
-    by_row = zeros[separators].reshape(nulls.T.shape)
-    text[by_row[:, :-1].ravel()] = _TAB
-    text[by_row[:, -1]] = _NEWLINE
-    text[zeros[separators[are_null] - 1]] = _TEXT_NULL[0]
+    if null_count:  # each has one before its separator
+        separators = np.arange(nulls.size) + np.cumsum(by_row)
+        text[zeros[separators[by_row.ravel()] - 1]] = _TEXT_NULL[0]
+        zeros = zeros[separators]
+    ends = zeros.reshape(by_row.shape)
+    text[ends[:, :-1].ravel()] = _TAB
+    text[ends[:, -1]] = _NEWLINE
     return text.tobytes()
 
 

@@ -7,12 +7,14 @@ Measured: 0.03 µs a row of 60 bytes, where walking from frame to frame and cutt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from live_migration.common.arrays import Places, messages_alike, seen_from_each_byte
 from live_migration.common.segment import FRAME
+from live_migration.consumer.row_encoding import Message
 
 SHORTEST_SPAN = 16
 """Frames below which a span is not worth its fixed costs."""
@@ -21,7 +23,7 @@ _HEAD_BYTES = 8
 _TUPLE_KIND_AT = 5
 _WINDOW_BYTES = 1 << 20
 """A search goes no further; it takes some 20 bytes for each that is like the messages' kind, at worst."""
-_FIELD_HEAD_BYTES = 5
+FIELD_HEAD_BYTES = 5
 """Of a value: its tag and size."""
 _BINARY = ord("b")
 
@@ -75,20 +77,30 @@ class Span:
         _, relative = FRAME.unpack_from(self.body, int(self.starts[index]) - FRAME.size)
         return int(relative)
 
-    def leading_values(self, count: int) -> list[bytes] | None:
+    def leading_values(self, count: int) -> NDArray[np.void] | None:
         """Give each row's first values as they stand in the messages, with tags and sizes; None where they are not binary or not of one size."""
         body, starts = self.body, self.starts
         tags = np.frombuffer(body, np.uint8)
         sizes = seen_from_each_byte(body, ">u4", 0, len(body))
-        begin = at = _HEAD_BYTES
+        at = _HEAD_BYTES
         for _ in range(count):
             found = sizes[starts + (at + 1)]
             if (tags[starts + at] != _BINARY).any() or (found != found[0]).any():
                 return None
-            at += _FIELD_HEAD_BYTES + int(found[0])
+            at += FIELD_HEAD_BYTES + int(found[0])
         if (starts + at > self.ends).any():
             return None
-        return [body[start + begin : start + at] for start in starts.tolist()]
+        return seen_from_each_byte(body, f"V{at - _HEAD_BYTES}", 0, len(body))[starts + _HEAD_BYTES]
+
+
+Piece = Span | Sequence[Message]
+"""Some of a run's messages."""
+
+
+def messages_of(pieces: Iterable[Piece]) -> Iterator[Message]:
+    """Give the messages of all, one by one."""
+    for piece in pieces:
+        yield from piece.each() if isinstance(piece, Span) else piece
 
 
 def find_span(body: bytes, at: int) -> Span | None:

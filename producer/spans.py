@@ -11,12 +11,12 @@ from struct import Struct
 
 import numpy as np
 
-from live_migration.common.arrays import Places, and_following, messages_alike
+from live_migration.common.arrays import Places, leave_out, messages_alike, seen_from_each_byte
 from live_migration.common.segment import FRAME
 
 SHORTEST_SPAN = 16
 """Messages below which a span is not worth its fixed costs."""
-LARGEST_MESSAGE = 512
+LARGEST_MESSAGE = 1024
 """In bytes; above it the bytes themselves cost most, which are copied less often one by one."""
 
 _COPY_HEAD = Struct(">BI")
@@ -53,6 +53,8 @@ class StreamSpan:
 
     def within(self, limit_bytes: int) -> StreamSpan:
         """Give as many of the first messages as have no more than so many bytes of frames."""
+        if self.end - int(self.starts[0]) + FRAME.size <= limit_bytes if self.count else True:
+            return self
         sizes = np.cumsum(self.ends - self.starts + FRAME.size)
         count = int(np.searchsorted(sizes, limit_bytes, "right"))
         return StreamSpan(self.data, self.starts[:count], self.ends[:count])
@@ -71,9 +73,10 @@ class StreamSpan:
             alike[:, : FRAME.size] = head_bytes
             return alike.tobytes()
         frames = np.frombuffer(self.data, np.uint8, self.end - begin, begin).copy()
-        frames[and_following(self.starts - begin - FRAME.size, FRAME.size)] = head_bytes.ravel()
+        heads_at = seen_from_each_byte(frames, f"V{FRAME.size}", 0, len(frames))
+        heads_at[self.starts - begin - FRAME.size] = head_bytes.view(f"V{FRAME.size}").ravel()
         stays = np.ones(len(frames), np.bool_)
-        stays[and_following(self.ends[:-1] - begin, BEFORE_MESSAGE_BYTES - FRAME.size)] = False
+        leave_out(stays, self.ends[:-1] - begin, BEFORE_MESSAGE_BYTES - FRAME.size)
         return frames[stays].tobytes()
 
 

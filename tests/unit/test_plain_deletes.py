@@ -14,6 +14,7 @@ from live_migration.consumer.plain_deletes import plain_deletes
 from live_migration.consumer.row_encoding import Message, Value, binary_row, text_row
 from live_migration.consumer.target_tables import KeyColumn, TargetTable
 from tests.support.messages import put_insert, put_tuple
+from tests.unit.test_row_blocks import span_of
 
 OID = 9
 INT8, TEXT = 20, 25
@@ -55,18 +56,22 @@ def test_the_rows_are_those_of_folding(
     messages = [delete(list(row), kind=kind, binary=binary) for row in shown]
     encode = binary_row if binary else text_row
     expected = joined(map(encode, fold(messages, list(keys)).deletes))
-    found = plain_deletes(table, messages, binary=binary)
+    found = plain_deletes(table, [messages], binary=binary)
     assert found is not None
     assert joined(found) == expected
 
 
 def test_many_alike_are_put_together_in_blocks() -> None:
     table = make_table((INT8, TEXT), (0,))
-    messages = [delete([number.to_bytes(8, "big"), None]) for number in range(10_000)]
-    found = plain_deletes(table, messages, binary=True)
-    assert found is not None
-    assert len(found) == 3
-    assert joined(found) == joined(binary_row([number.to_bytes(8, "big")]) for number in range(10_000))
+    messages = [delete([number.to_bytes(8, "big"), None]) for number in range(100_000)]
+    for pieces in (
+        [messages],
+        [span_of(messages[:20_000]), messages[20_000:30_000], span_of(messages[30_000:60_000]), messages[60_000:]],
+    ):
+        found = plain_deletes(table, pieces, binary=True)
+        assert found is not None
+        assert len(found) < 12
+        assert joined(found) == joined(binary_row([number.to_bytes(8, "big")]) for number in range(100_000))
 
 
 def test_one_that_differs_in_what_is_no_value_is_not_taken_for_alike() -> None:
@@ -76,9 +81,28 @@ def test_one_that_differs_in_what_is_no_value_is_not_taken_for_alike() -> None:
     other = b"D" + OID.to_bytes(4, "big") + b"O" + (2).to_bytes(2, "big") + b"b" + (9).to_bytes(4, "big") + bytes(9)
     other += b"b" + (4).to_bytes(4, "big") + b"1234"
     assert len(other) == len(alike[0])
-    found = plain_deletes(table, [*alike, other], binary=True)
+    found = plain_deletes(table, [[*alike, other]], binary=True)
     assert found is not None
     assert joined(found) == joined([*(binary_row([n.to_bytes(8, "big")]) for n in range(20)), binary_row([bytes(9)])])
+
+
+@pytest.mark.parametrize("keys", [(0,), (1,)])
+def test_a_key_that_is_null_in_all_of_them_is_left_to_folding(keys: tuple[int, ...]) -> None:
+    messages = [delete([bytes(8) if keys == (1,) else None, None]) for _ in range(100)]
+    for pieces in ([messages], [span_of(messages)]):
+        assert plain_deletes(make_table((INT8, TEXT), keys), pieces, binary=True) is None
+
+
+def test_updates_that_look_like_deletes_are_left_alone() -> None:
+    messages = [b"U" + cast(bytes, delete([number.to_bytes(8, "big"), None]))[1:] for number in range(100)]
+    deletes = [delete([number.to_bytes(8, "big"), None]) for number in range(100, 200)]
+    for pieces in (
+        [messages],
+        [span_of(messages)],
+        [[*deletes, *messages]],
+        [span_of(cast(list[bytes], deletes)), span_of(messages)],
+    ):
+        assert plain_deletes(make_table((INT8, TEXT), (0,)), pieces, binary=True) is None
 
 
 @pytest.mark.parametrize(
@@ -91,8 +115,8 @@ def test_one_that_differs_in_what_is_no_value_is_not_taken_for_alike() -> None:
     ],
 )
 def test_what_has_to_be_folded_is_left_alone(messages: list[Message]) -> None:
-    assert plain_deletes(make_table((INT8, TEXT), (0,)), messages, binary=True) is None
+    assert plain_deletes(make_table((INT8, TEXT), (0,)), [messages], binary=True) is None
 
 
 def test_a_table_without_key_is_left_alone() -> None:
-    assert plain_deletes(make_table((INT8,), ()), [delete([bytes(8)], kind=b"O")], binary=True) is None
+    assert plain_deletes(make_table((INT8,), ()), [[delete([bytes(8)], kind=b"O")]], binary=True) is None

@@ -99,7 +99,8 @@ def test_a_search_has_an_end() -> None:
 
 def test_leading_values_are_those_of_one_size() -> None:
     def keys(rows: list[list[bytes | None]], count: int) -> list[bytes] | None:
-        return found(body_of([put_update(9, row, binary=True) for row in rows])).leading_values(count)
+        values = found(body_of([put_update(9, row, binary=True) for row in rows])).leading_values(count)
+        return None if values is None else [bytes(value) for value in values]
 
     assert keys([[b"1234", b"x"], [b"5678", b"yz"]], 1) == [b"b\0\0\0\x041234", b"b\0\0\0\x045678"]
     assert keys([[b"1234", b"x"], [b"5678", b"y"]], 2) == [b"b\0\0\0\x041234b\0\0\0\1x", b"b\0\0\0\x045678b\0\0\0\1y"]
