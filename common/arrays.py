@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 Places = NDArray[np.intp]
 """Places in a buffer, in bytes."""
 Bytes = NDArray[np.uint8]
+_FEW_SIZES = 12
+"""Of pieces, that are worth to be taken together."""
 
 
 def seen_from_each_byte(buffer: bytes | NDArray[Any], number: str, at: int, end: int) -> NDArray[Any]:
@@ -28,6 +30,39 @@ def seen_from_each_byte(buffer: bytes | NDArray[Any], number: str, at: int, end:
 def leave_out(stays: NDArray[np.bool_], places: Places, count: int) -> None:
     """Mark `count` bytes from each place on as those that go. Measured: 4 ns a place, however many bytes."""
     seen_from_each_byte(stays, f"V{count}", 0, len(stays))[places] = np.zeros((), f"V{count}")
+
+
+def joined(buffer: Bytes, starts: Places, sizes: Places) -> bytes:
+    """Give some pieces of a buffer, one behind the other: those of a size together, or by the gaps between them, where these have few sizes."""
+    ends = starts + sizes
+    distinct = np.unique(sizes).tolist()
+    if len(distinct) <= _FEW_SIZES:
+        to = np.cumsum(sizes)
+        pieces = np.empty(int(to[-1]), np.uint8)
+        for size in distinct:
+            are_of_size = sizes == size
+            found = seen_from_each_byte(buffer, f"V{size}", 0, len(buffer))[starts[are_of_size]]
+            seen_from_each_byte(pieces, f"V{size}", 0, len(pieces))[to[are_of_size] - size] = found
+        return pieces.tobytes()
+    gaps = starts[1:] - ends[:-1]
+    distinct = np.unique(gaps).tolist()
+    if len(distinct) <= _FEW_SIZES:
+        stays = np.ones(len(buffer), np.bool_)
+        for gap in filter(None, distinct):
+            leave_out(stays, ends[:-1][gaps == gap], gap)
+        first, end = int(starts[0]), int(ends[-1])
+        return buffer[first:end][stays[first:end]].tobytes()
+    borders = np.zeros(len(buffer) + 1, np.int8)
+    borders[starts] = 1
+    borders[ends] = -1
+    return buffer[np.cumsum(borders[:-1], dtype=np.int8).view(np.bool_)].tobytes()
+
+
+def following(starts: Places, ends: Places, gap: int, end: int) -> int:
+    """Give how many places, from the first on, follow one another with a gap of so many bytes, and end before `end`. There is one at least."""
+    follow = ends[:-1] + gap == starts[1:]
+    count = len(starts) if follow.all() else int(follow.argmin()) + 1
+    return count if ends[count - 1] <= end else count - 1
 
 
 def messages_alike(buffer: bytes, at: int, end: int, head_bytes: int, size_at: int, rest: int) -> tuple[Places, Places]:
@@ -54,8 +89,5 @@ def messages_alike(buffer: bytes, at: int, end: int, head_bytes: int, size_at: i
     starts = places[heads[places] == heads[head_bytes]]
     sizes = seen_from_each_byte(buffer, ">u4", at, end)
     ends = starts + sizes[starts - head_bytes + size_at] - rest
-    follow = ends[:-1] + head_bytes == starts[1:]
-    count = len(starts) if follow.all() else int(follow.argmin()) + 1
-    if ends[count - 1] > end - at:
-        count -= 1
+    count = following(starts, ends, head_bytes, end - at)
     return starts[:count] + at, ends[:count] + at

@@ -18,6 +18,7 @@ from live_migration.consumer.lane_meeting import LanesMeet
 from live_migration.consumer.row_encoding import BIG_BYTES, Message, message_form
 from live_migration.consumer.spans import SHORTEST_SPAN, Span, find_span, messages_of
 from live_migration.consumer.target_tables import ChunkChangedUnseen, RelationRefused, Resolution, TargetTable
+from live_migration.consumer.transactions import Marks, TableRows, find_transactions
 
 if TYPE_CHECKING:
     from live_migration.consumer.net_changes import NotPlain, Plain
@@ -29,6 +30,10 @@ _ROW_HEAD = struct.Struct(">II8s")
 _CREDIT = 1024
 _WORTH_ROWS = 64
 """Rows of a span that pay for the search. Where there are less too often, spans are given up until the next batch."""
+_TRANSACTIONS_BYTES = 1024
+"""What must be there for a look whether there are small transactions."""
+_LOOKS = 2
+"""In a segment, in vain."""
 _TAKES_ROWS = frozenset((pgoutput.INSERT, pgoutput.UPDATE, pgoutput.DELETE))
 
 
@@ -39,6 +44,14 @@ class Decoded(NamedTuple):
     xid: int
 
 
+class Mark(NamedTuple):
+    """Where in a run a transaction begins: which message, its commit LSN, what its ordinals count from."""
+
+    row: int
+    commit_lsn: int
+    base: int
+
+
 class RelationResolver(Protocol):
     """Finds the target's table of a relation."""
 
@@ -46,14 +59,14 @@ class RelationResolver(Protocol):
 
 
 class TableRun:
-    """Row messages of one table, of one shape, in source order. `marks`: where transactions begin: index, commit LSN, base ordinal."""
+    """Row messages of one table, of one shape, in source order."""
 
-    __slots__ = ("_messages", "_ordinals", "_pieces", "count", "marks", "net", "only_inserts", "table")
+    __slots__ = ("_marks", "_messages", "_ordinals", "_pieces", "count", "net", "only_inserts", "table")
 
     def __init__(self, table: TargetTable) -> None:
         self.table = table
         self.count = 0
-        self.marks: list[tuple[int, int, int]] = []
+        self._marks: list[Mark | Marks] = []
         self.only_inserts = True
         self.net: Plain | NotPlain | None = None
         """What `net_changes.work_ahead` found, until it is taken."""
@@ -64,6 +77,18 @@ class TableRun:
         self._messages: list[Message] = []
         self._ordinals: list[int] = []  # less the base of the mark before
         self._pieces.append((self._messages, self._ordinals))
+
+    def mark(self, commit_lsn: int, base: int) -> None:
+        """Note that the next message is a transaction's first. `base`: what its ordinals count from."""
+        self._marks.append(Mark(self.count, commit_lsn, base))
+
+    def marks(self) -> Iterator[Mark]:
+        """Give where transactions begin."""
+        for each in self._marks:
+            if isinstance(each, Mark):
+                yield each
+            else:
+                yield from map(Mark, each.rows.tolist(), each.commit_lsns.tolist(), each.bases.tolist())
 
     def add(self, message: Message, relative_ordinal: int) -> None:
         """Add a message. `relative_ordinal` counts from the base of the newest mark."""
@@ -94,6 +119,18 @@ class TableRun:
         self._open_list()
         self.count += span.row_count
 
+    def add_rows(self, rows: TableRows) -> None:
+        """Add rows of whole transactions."""
+        self._marks.append(rows.marks(self.count))
+        self.only_inserts &= rows.are_inserts
+        span = rows.span()
+        if span is not None:
+            self.add_span(span)
+            return
+        self._messages += rows.messages()
+        self._ordinals += rows.ordinals()
+        self.count += rows.count
+
     def pieces(self) -> Iterator[Span | list[Message]]:
         """Give the run as it came: spans, and other messages between them."""
         for piece in self._pieces:
@@ -121,7 +158,7 @@ class TableRun:
     def position(self, index: int) -> Position:
         """Give the position of the run's message number `index`."""
         commit_lsn, base = 0, 0
-        for start, mark_lsn, mark_base in self.marks:
+        for start, mark_lsn, mark_base in self.marks():
             if start > index:
                 break
             commit_lsn, base = mark_lsn, mark_base
@@ -209,6 +246,12 @@ class _Known:
         self._credit = min(self._credit + count - _WORTH_ROWS, _CREDIT)
         return span if count >= SHORTEST_SPAN else None
 
+    def takes_all_from(self, commit_lsn: int) -> bool:
+        """Tell whether the target takes the rows of all transactions from a commit LSN on, none being in the table's copy."""
+        return not isinstance(self._table, RelationRefused) and (
+            self.snapshot is None or commit_lsn >= self.snapshot.horizon
+        )
+
     @property
     def table(self) -> TargetTable:
         """The target's table. Raises RelationRefused where it cannot take the rows, which only counts for those not in the copy."""
@@ -226,6 +269,7 @@ class LaneDecoder:
         self._migration_id = migration_id
         self._known: dict[int, _Known] = {}
         self._homes: dict[int, Home] = {}
+        self._here: set[int] = set()  # relations of the present segment, by oid
         self._serial = 0
         self._commit_lsn = self._xid = self._base = 0
         self._inside = False
@@ -268,6 +312,8 @@ class LaneDecoder:
         batch.byte_count += end
         unpack, from_bytes = FRAME.unpack_from, int.from_bytes
         step: object = batch.steps[-1] if batch.steps else None
+        looks, self._here = _LOOKS, set()
+        has_commit = False  # before it a segment has relations among its rows
         while at < end:
             if at + 8 > end:
                 raise FormatError(f"segment ends within a frame at byte {at}")
@@ -278,12 +324,19 @@ class LaneDecoder:
                 raise FormatError(f"segment ends within a frame at byte {start}")
             kind = body[start]
             if kind == pgoutput.BEGIN and length == _BEGIN.size:  # here, for there may be one for each change
+                if has_commit and looks and end - start >= _TRANSACTIONS_BYTES:
+                    looks, before = looks - 1, batch.change_count
+                    if taken := self._take_transactions(body, start - FRAME.size, batch):
+                        looks = _LOOKS if batch.change_count - before >= SHORTEST_SPAN else looks
+                        at = taken
+                        step = batch.steps[-1] if batch.steps else None
+                        continue
                 _, commit_lsn, batch.commit_time, self._xid, self._base = _BEGIN.unpack_from(body, start)
                 self._commit_lsn = commit_lsn
                 self._serial += 1
                 self._inside = True
             elif kind == pgoutput.COMMIT:
-                self._inside = False
+                self._inside, has_commit = False, True
             elif kind in _TAKES_ROWS:
                 known = self._known.get(from_bytes(body[start + 1 : start + 5], "big"))
                 if known is None:
@@ -311,16 +364,49 @@ class LaneDecoder:
                 step = batch.steps[-1] if batch.steps else None
         batch.is_inside_transaction = self._inside
 
+    def _take_transactions(self, body: bytes, at: int, batch: Batch) -> int:
+        """Take the whole transactions from the Begin on that stands at byte `at`, where all of them are rows that the target takes.
+
+        Gives where the last one ends; 0 where the first one is for the loop.
+        """
+        found = find_transactions(body, at, self._here)
+        if found is None:
+            return 0
+        oids = found.relations()
+        known = [self._known[oid] for oid in oids]
+        first_lsn = int(found.commit_lsns[0])
+        if not all(each.takes_all_from(first_lsn) for each in known):
+            return 0
+        runs: dict[int, tuple[TableRun, list[int]]] = {}
+        for oid, each in zip(oids, known, strict=True):
+            run = self._run(each, batch)
+            runs.setdefault(id(run), (run, []))[1].append(oid)
+        for run, of_run in runs.values():
+            rows = found.of_relations(of_run)
+            run.add_rows(rows)
+            batch.change_count += rows.count
+        self._serial += 1
+        _, self._commit_lsn, batch.commit_time, self._xid, self._base = _BEGIN.unpack(found.last_begin())
+        return found.end
+
     def _enter(self, known: _Known) -> None:
         """Note that a relation's next changes are of the present transaction."""
         known.serial = self._serial
         snapshot = known.snapshot
         known.skips = snapshot is not None and snapshot.includes(self._commit_lsn, self._xid)
         if known.run is not None:
-            known.run.marks.append((known.run.count, self._commit_lsn, self._base))
+            known.run.mark(self._commit_lsn, self._base)
 
     def _open_run(self, known: _Known, batch: Batch) -> TableRun:
+        """Give the run of the batch's last step that a relation's changes go into, those of the present transaction first."""
+        run = self._run(known, batch)
+        run.mark(self._commit_lsn, self._base)
+        return run
+
+    def _run(self, known: _Known, batch: Batch) -> TableRun:
         """Give the run of the batch's last step that a relation's changes go into."""
+        if known.run is not None and batch.steps and known.step is batch.steps[-1]:
+            return known.run
         table = known.table
         runs = batch.runs()
         table_runs = runs.setdefault(table.name, [])
@@ -328,7 +414,6 @@ class LaneDecoder:
             table_runs.append(TableRun(table))
             batch.run_count += 1
         run = table_runs[-1]
-        run.marks.append((run.count, self._commit_lsn, self._base))
         known.run, known.step = run, runs
         if table.is_deferrable:
             batch.must_end_at_commit = True
@@ -368,6 +453,7 @@ class LaneDecoder:
             except RelationRefused as refusal:
                 found = refusal
             known = self._known[oid] = _Known(message, relation, found)
+        self._here.add(oid)
         home = self._homes.get(oid)
         if home is not None and home.is_compressed and known.relation.identity is not ReplicaIdentity.FULL:
             # Rows that were compressed at once, say: those are copied, but what is deleted of them from here on is not told yet.

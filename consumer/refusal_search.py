@@ -10,7 +10,7 @@ import asyncpg
 from live_migration.common import pgoutput
 from live_migration.common.segment import Position
 from live_migration.consumer.applier import Applier
-from live_migration.consumer.decoder import Batch, TableRun, TruncateStep, all_runs
+from live_migration.consumer.decoder import Batch, Mark, TableRun, TruncateStep, all_runs
 from live_migration.consumer.refusal import OPERATIONS, BatchRefused, ChangeRefused, Place, describe_key, is_of_a_change
 from live_migration.consumer.row_encoding import Message
 
@@ -97,7 +97,7 @@ def flatten(batch: Batch) -> list[BatchedChange]:
 
 
 def _changes(run: TableRun) -> Iterator[BatchedChange]:
-    marks = iter([*run.marks, (run.count + 1, 0, 0)])
+    marks = iter([*run.marks(), Mark(run.count + 1, 0, 0)])
     commit_lsn, base = 0, 0
     start, next_lsn, next_base = next(marks)
     for index, (message, ordinal) in enumerate(zip(run.messages(), run.ordinals(), strict=True)):
@@ -118,7 +118,7 @@ def rebuild(changes: Sequence[BatchedChange]) -> Batch:
         if not runs or runs[-1].table is not of.table:
             runs.append(TableRun(of.table))
         run = runs[-1]
-        run.marks.append((run.count, position.commit_lsn, 0))
+        run.mark(position.commit_lsn, 0)
         run.add(message, position.ordinal)
         run.only_inserts &= message[0] == pgoutput.INSERT
     return batch

@@ -18,6 +18,7 @@ from live_migration.common.segment import (
     frame,
 )
 from live_migration.producer.splitting import Message, SplitRelation
+from live_migration.producer.transactions import LaneFrames
 
 BEGIN_FRAME_BYTES = FRAME.size + 21 + BASE.size
 """Size of a framed Begin message."""
@@ -133,6 +134,13 @@ class LaneBuffer:
         self._append(framed)
         self.ordinal = COMMIT_ORDINAL
         self.has_begin = False
+
+    def append_transactions(self, given: LaneFrames) -> None:
+        """Append whole transactions, after the end of another."""
+        self.parts.append(given.frames)
+        self.size += len(given.frames)
+        self.change_count += given.change_count
+        self.commit_lsn, self.ordinal = given.commit_lsn, COMMIT_ORDINAL
 
     def cut(self) -> Record:
         """Make a segment of all that was appended."""

@@ -20,20 +20,20 @@ from live_migration.common.lsn import Lsn
 from live_migration.common.relation import QualifiedName, Relation, ReplicaIdentity
 from live_migration.common.segment import COMMIT_ORDINAL, FRAME, START, Position, frame
 from live_migration.common.telemetry import get_logger
+from live_migration.common.transactions import BEGIN_BYTES, COMMIT_BYTES
 from live_migration.producer.ack_tracker import AckTracker
 from live_migration.producer.batcher import BEGIN_FRAME_BYTES, LaneBuffer, Record, Route
 from live_migration.producer.homes import Homes
 from live_migration.producer.last_change import ChangeTail, LastChange
 from live_migration.producer.spans import BEFORE_MESSAGE_BYTES, LARGEST_MESSAGE, SHORTEST_SPAN, find_span
 from live_migration.producer.splitting import Message, SplitRelation, SplitTable
+from live_migration.producer.transactions import find_transactions, lanes_in, rooms
 
 log = get_logger(__name__)
 
 XLOG_DATA_BYTES = 25
 """Size of what stands before a message in the stream: 'w', start, end, clock."""
 
-_BEGIN_BYTES = 21
-_COMMIT_BYTES = 26
 _COPY_HEAD = struct.Struct(">BIB")
 _COPY_HEAD_BYTES = 5
 _ROW_HEAD = struct.Struct(">BIB24x5s")
@@ -43,6 +43,10 @@ _SIZE_WITHOUT_MESSAGE = BEFORE_MESSAGE_BYTES - 1
 _ALIKE = 8
 """Messages of one relation after which a run is looked for."""
 _LONGEST_RUN = 64
+_TRANSACTIONS_BYTES = 1024
+"""What must be there for a look whether there are small transactions."""
+_WORTH_TRANSACTIONS = 16
+"""Small ones that pay for the look. Where there are less too often, it is only looked every other read."""
 _CREDIT = 256
 _WORTH_ROWS = 64
 """Messages of a span that pay for the search. Where there are less too often, spans are given up until the next read."""
@@ -109,7 +113,7 @@ class Router:
         self._ready_lanes: dict[bytes, LaneBuffer] = {}
         # The same, where the transaction's Begin may not stand there yet.
         self._described: dict[bytes, LaneBuffer] = {}
-        self._span_credit = _CREDIT
+        self._span_credit = self._transactions_credit = _CREDIT
         self._records: list[Record] = []
         self._begin = b""
         self._commit_lsn = 0
@@ -164,6 +168,7 @@ class Router:
             self.pending_bytes = self.pending_bytes + len(data) if self.has_changes else 0
             return len(data)
         self._span_credit = _CREDIT
+        self._transactions_credit = min(self._transactions_credit + _WORTH_TRANSACTIONS // 2, _CREDIT)
         limit = self._segment_bytes
         ready_lanes, ready_splits = self._ready_lanes, self._ready_splits
         unpack, pack = _COPY_HEAD.unpack_from, FRAME.pack
@@ -211,6 +216,10 @@ class Router:
                         at = following
                         continue
                 self._ordinal = ordinal
+                if key[:1] == b"B" and (taken := self._take_transactions(data, at)):
+                    at = since = taken
+                    last_change, last_key, ordinal = -1, b"", self._ordinal
+                    continue
                 if stream_kind == _XLOG_DATA and following > start:
                     if self._held is not None:
                         self._lsn = int.from_bytes(data[at + _COPY_HEAD_BYTES + 1 : at + _COPY_HEAD_BYTES + 9], "big")
@@ -251,6 +260,40 @@ class Router:
             self.has_changes = True
         self._ready_lanes[key] = lane
         return lane
+
+    def _take_transactions(self, data: bytes, at: int) -> int:
+        """Take the whole transactions from the Begin on that stands at byte `at`, which their lanes have room for, and whose tables stand there.
+
+        Gives where the last one ends; 0 where the first one is for the loop.
+        """
+        if self._held is not None or self._transactions_credit < 0 or len(data) - at < _TRANSACTIONS_BYTES:
+            return 0
+        self._transactions_credit -= _WORTH_TRANSACTIONS
+        found = find_transactions(data, at)
+        if found is None:
+            return 0
+        lanes = found.lanes(self._lane_number)
+        count = min(found.known(lanes), rooms(found, lanes, lambda lane: self._segment_bytes - self._lanes[lane].size))
+        if not count:
+            return 0
+        found = found.until(count)
+        commit_lsns, lanes = found.commit_lsns, lanes[: found.message_count]
+        used = [(self._lanes[number], lanes == number) for number in lanes_in(lanes)]
+        is_new = commit_lsns[0] > max((lane.commit_lsn for lane, _ in used), default=0)
+        if not is_new or (commit_lsns[1:] <= commit_lsns[:-1]).any():
+            return 0
+        for lane, mine in used:
+            lane.append_transactions(found.lane_frames(mine))
+            self.has_changes = True
+        self._begin, self._commit_lsn, self._ordinal = found.last_begin, int(commit_lsns[-1]), found.last_change_count
+        self._moves = 0
+        self._acks.commit(found.last_end_lsn)
+        self._transactions_credit = min(self._transactions_credit + count, _CREDIT)
+        return found.end
+
+    def _lane_number(self, key: bytes) -> int:
+        lane = self._described.get(key)
+        return -1 if lane is None else lane.lane
 
     def _take_split(self, split: SplitRelation, message: bytes, ordinal: int) -> bool:
         """Put a row of a split table into the lane of its key; False where something must be done first."""
@@ -355,7 +398,7 @@ class Router:
 
     def _begin_transaction(self, message: bytes) -> None:
         self._begin = message
-        if len(message) != _BEGIN_BYTES:
+        if len(message) != BEGIN_BYTES:
             raise FormatError(f"begin message of {len(message)} bytes after {self._where()}")
         self._commit_lsn = int.from_bytes(message[1:9], "big")
         self._ordinal = 0
@@ -401,7 +444,7 @@ class Router:
         self._is_held = False
 
     def _commit(self, message: bytes) -> None:
-        if len(message) != _COMMIT_BYTES:
+        if len(message) != COMMIT_BYTES:
             raise FormatError(f"commit message of {len(message)} bytes after {self._where()}")
         if self._is_held:
             self._go_on()

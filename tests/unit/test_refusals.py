@@ -126,7 +126,7 @@ def test_a_batch_is_put_into_source_order_and_together_again() -> None:
             runs = batch.runs().setdefault(each.name, [])
             if not runs or runs[-1].table is not each:
                 runs.append(TableRun(each))
-            runs[-1].marks.append((runs[-1].count, lsn, 10))
+            runs[-1].mark(lsn, 10)
         for ordinal in range(1, rng.randrange(1, 6)):
             each = rng.choice(tables[:2])
             run = batch.runs()[each.name][-1]
