@@ -385,7 +385,6 @@ class LaneDecoder:
             rows = found.of_relations(of_run)
             run.add_rows(rows)
             batch.change_count += rows.count
-        self._serial += 1
         _, self._commit_lsn, batch.commit_time, self._xid, self._base = _BEGIN.unpack(found.last_begin())
         return found.end
 

@@ -217,8 +217,7 @@ class Router:
                         continue
                 self._ordinal = ordinal
                 if key[:1] == b"B" and (taken := self._take_transactions(data, at)):
-                    at = since = taken
-                    last_change, last_key, ordinal = -1, b"", self._ordinal
+                    at, last_key = taken, b""
                     continue
                 if stream_kind == _XLOG_DATA and following > start:
                     if self._held is not None:
@@ -285,8 +284,7 @@ class Router:
         for lane, mine in used:
             lane.append_transactions(found.lane_frames(mine))
             self.has_changes = True
-        self._begin, self._commit_lsn, self._ordinal = found.last_begin, int(commit_lsns[-1]), found.last_change_count
-        self._moves = 0
+        self._commit_lsn = int(commit_lsns[-1])
         self._acks.commit(found.last_end_lsn)
         self._transactions_credit = min(self._transactions_credit + count, _CREDIT)
         return found.end

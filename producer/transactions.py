@@ -39,17 +39,6 @@ class StreamTransactions(Transactions):
     """Such of the stream."""
 
     @property
-    def last_begin(self) -> bytes:
-        """The last one's Begin message."""
-        start = int(self.starts[self.begins[-1]])
-        return self.buffer[start : start + BEGIN_BYTES]
-
-    @property
-    def last_change_count(self) -> int:
-        """How many changes the last one has."""
-        return int(self.commits[-1] - self.begins[-1]) - 1
-
-    @property
     def last_end_lsn(self) -> int:
         """Where the last one ends in the WAL."""
         return int(self.words(self.starts[self.commits[-1:]] + 10)[0])

@@ -76,6 +76,8 @@ def content(batch: Batch) -> list[object]:
     runs = [run for step in batch.steps if not isinstance(step, TruncateStep) for run in all_runs(step)]
     changes = [(change.position, change.message) for change in flatten(batch)]
     by_run = [(run.table.name, run.count, run.only_inserts, run.messages(), run.ordinals()) for run in runs]
+    spans = [piece for run in runs for piece in run.pieces() if isinstance(piece, Span)]
+    assert all(len({message[:8] for message in span.messages()}) == 1 for span in spans)
     numbers = (batch.change_count, batch.byte_count, batch.run_count, batch.commit_time, batch.is_inside_transaction)
     return [
         changes,
@@ -106,6 +108,19 @@ async def test_the_batch_is_that_of_frame_by_frame(
         patch.setattr(decoder_module, "find_transactions", lambda body, at, oids: None)
         expected = await decoded(bodies, tables, segments_a_batch)
     assert await decoded(bodies, tables, segments_a_batch) == expected
+
+
+async def test_rows_that_the_target_refuses_do_not_take_those_before_along() -> None:
+    """Below the horizon they are in the copy, and nobody minds."""
+    messages = [put_relation(OIDS[0]), put_relation(OIDS[1])]
+    for number in range(1, 101):
+        oid = OIDS[1] if number in (1, 95) else OIDS[0]
+        messages += [put_begin(100 * number), put_insert(oid, b"%d" % number), put_commit(100 * number)]
+    (body,) = bodies_of(messages, 1 << 20)
+    batch = Batch()
+    with pytest.raises(RelationRefused):
+        await LaneDecoder(Tables(horizon=300, refused=OIDS[1]), MIGRATION).decode(body, batch)
+    assert batch.change_count == 92
 
 
 async def test_most_small_transactions_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
