@@ -53,7 +53,9 @@ def start_anew() -> None:
 
 def main() -> None:
     """Run the command line."""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's: it starts a thread a processor, for what nobody asks here
+    os.environ.setdefault(
+        "OPENBLAS_NUM_THREADS", "1"
+    )  # NumPy's: it starts a thread a processor, for what nobody asks here
     try:
         start_anew()
         from live_migration.coordinator.commands import run  # takes its time, during which secrets could be seen

@@ -126,6 +126,8 @@ class Router:
         """Whether there is something to take."""
         self.change_count = 0
         """Changes put into lanes since the session began."""
+        self.is_caught_up = False
+        """Whether the walsender said, behind the last transaction, that it has sent all that there was."""
         self.is_reply_requested = False
         """Whether the walsender wants a status reply at once; whoever sends one sets it back."""
 
@@ -285,6 +287,7 @@ class Router:
             lane.append_transactions(found.lane_frames(mine))
             self.has_changes = True
         self._commit_lsn = int(commit_lsns[-1])
+        self.is_caught_up = False
         self._acks.commit(found.last_end_lsn)
         self._transactions_credit = min(self._transactions_credit + count, _CREDIT)
         return found.end
@@ -402,6 +405,7 @@ class Router:
         self._ordinal = 0
         self._moves = 0
         self._begins = True
+        self.is_caught_up = False
         self._tail.restart()
         if self._held is not None:
             self._resume(self._held)
@@ -701,6 +705,7 @@ class Router:
         if kind != ord("k"):
             raise FormatError(f"unknown replication message {chr(kind)!r} after {self._where()}")
         self._acks.keepalive(wal_end)
+        self.is_caught_up = not self._acks.in_transaction
         if wants_reply:
             self.is_reply_requested = True
 

@@ -78,7 +78,12 @@ class Session:
         )
         self._failure: LiveMigrationError | None = None
         self._in_flight_bytes = self._flushed_bytes = 0
-        self._pause = FlushPause(settings.flush_interval, settings.flush_bytes, lambda: stream.received_bytes)
+        self._pause = FlushPause(
+            settings.flush_interval,
+            settings.flush_bytes,
+            lambda: stream.received_bytes,
+            lambda: self._router.is_caught_up,
+        )
         self._published_changes = 0
         self._has_changes = asyncio.Event()
         self._is_full = asyncio.Event()
@@ -145,7 +150,9 @@ class Session:
                     self._reply_due.set()
                 if router.has_changes:
                     self._has_changes.set()
-                    if router.pending_bytes >= self._pause.enough_bytes:
+                    if router.pending_bytes >= self._pause.enough_bytes or (
+                        self._pause.is_long and router.is_caught_up
+                    ):
                         self._is_full.set()
                 while router.pending_bytes + self._in_flight_bytes >= limit:
                     self._has_space.clear()

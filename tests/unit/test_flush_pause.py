@@ -49,6 +49,8 @@ async def test_the_first_of_a_backlog_goes_at_once_and_later_ones_when_they_are_
     await pause.wait(asyncio.Event(), 0)
     assert pause.enough_bytes == BACKLOG_BYTES
     await pause.wait(asyncio.Event(), BACKLOG_BYTES)
+    assert pause.enough_bytes == 4 * BACKLOG_BYTES
+    await pause.wait(asyncio.Event(), BACKLOG_BYTES)
     assert pause.enough_bytes == MOST
     await pause.wait(asyncio.Event(), 0)
     assert pause.enough_bytes == BACKLOG_BYTES
@@ -63,3 +65,25 @@ async def test_enough_is_enough() -> None:
     assert not waiting.done()
     full.set()
     assert await waiting == 0
+
+
+async def test_once_all_is_received_a_backlog_waits_no_second_interval() -> None:
+    is_caught_up = False
+    pause = FlushPause(INTERVAL, MOST, Flow(INTERVAL_BYTES).received, lambda: is_caught_up)
+    for _ in range(3):
+        await pause.wait(asyncio.Event(), BACKLOG_BYTES)
+    is_caught_up = True
+    assert await pause.wait(asyncio.Event(), BACKLOG_BYTES) == 1
+
+
+async def test_it_is_said_that_more_than_an_interval_was_waited() -> None:
+    pause = FlushPause(INTERVAL, MOST, Flow(INTERVAL_BYTES).received)
+    full = asyncio.Event()
+    waiting = asyncio.ensure_future(pause.wait(full, BACKLOG_BYTES))
+    await asyncio.sleep(0)
+    assert not pause.is_long
+    while not pause.is_long:
+        await asyncio.sleep(0)
+    full.set()
+    assert await waiting == 1
+    assert not pause.is_long

@@ -405,3 +405,19 @@ def test_what_the_protocol_does_not_know_is_refused(message: bytes) -> None:
     router = make_router()
     with pytest.raises(FormatError):
         router.drain(copy_data([message]))
+
+
+def test_a_keepalive_behind_the_last_transaction_tells_that_all_is_received() -> None:
+    router = make_router()
+    transaction = [put_begin(50), put_relation(OIDS[0]), put_insert(OIDS[0], b"x"), put_commit(50)]
+    feed(router, [*transaction, keepalive(58)])
+    assert router.is_caught_up
+    feed(router, transaction[:3])
+    assert not router.is_caught_up
+    feed(router, [keepalive(58)])
+    assert not router.is_caught_up
+    feed(router, [put_commit(50), keepalive(58)])
+    assert router.is_caught_up
+    again = [[put_begin(lsn), put_insert(OIDS[0], b"y" * 100), put_commit(lsn)] for lsn in range(100, 2000, 100)]
+    feed(router, [message for each in again for message in each])
+    assert not router.is_caught_up
