@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 Places = NDArray[np.intp]
 """Places in a buffer, in bytes."""
 Bytes = NDArray[np.uint8]
+_WORTH_MESSAGES = 64
+"""Of one size, with which a search for others is not worth it."""
 _FEW_SIZES = 12
 """Of pieces, that are worth to be taken together."""
 
@@ -84,10 +86,25 @@ def messages_alike(buffer: bytes, at: int, end: int, head_bytes: int, size_at: i
     heads = seen_from_each_byte(buffer, "<u8", at, end)
     if len(heads) <= head_bytes:
         return np.empty(0, np.intp), np.empty(0, np.intp)
+    sizes = seen_from_each_byte(buffer, ">u4", at, end)
+    size = int(sizes[size_at]) - rest
+    count = _of_one_size(heads, sizes, head_bytes, size_at, head_bytes + size)
+    if count >= _WORTH_MESSAGES:
+        starts = np.arange(at + head_bytes, at + head_bytes + count * (head_bytes + size), head_bytes + size)
+        return starts, starts + size
     kinds = np.frombuffer(buffer, np.uint8, len(heads) - head_bytes, at + head_bytes)
     places = np.flatnonzero(kinds == kinds[0]) + head_bytes
     starts = places[heads[places] == heads[head_bytes]]
-    sizes = seen_from_each_byte(buffer, ">u4", at, end)
     ends = starts + sizes[starts - head_bytes + size_at] - rest
     count = following(starts, ends, head_bytes, end - at)
     return starts[:count] + at, ends[:count] + at
+
+
+def _of_one_size(
+    heads: NDArray[np.generic], sizes: NDArray[np.generic], head_bytes: int, size_at: int, stride: int
+) -> int:
+    """Give how many whole frames, the first included, follow one another whose messages begin alike and have one size."""
+    most = (len(sizes) + 3) // stride if stride > head_bytes else 0
+    heads, sizes = heads[head_bytes::stride][:most], sizes[size_at::stride][:most]
+    are_alike = (heads == heads[:1]) & (sizes == sizes[:1])
+    return len(are_alike) if are_alike.all() else int(are_alike.argmin())

@@ -37,6 +37,19 @@ def span_of(messages: Sequence[bytes]) -> Span:
     return span
 
 
+def spans_of(messages: Sequence[bytes]) -> list[Span]:
+    body = b"".join(frame(message, 1) for message in messages)
+    spans: list[Span] = []
+    at = 0
+    while at < len(body):
+        span = find_span(body, at)
+        assert span is not None
+        spans.append(span)
+        at = span.end
+    assert [message for span in spans for message in span.messages()] == messages
+    return spans
+
+
 def made(pieces: Sequence[Span | Sequence[Message]], *, binary: bool) -> bytes:
     return b"".join(copy_chunks(copy_rows(pieces, binary=binary), binary=False))
 
@@ -134,7 +147,7 @@ def test_what_is_no_whole_row_of_that_form_is_refused(binary: bool, at: int) -> 
             made([messages], binary=binary)
     toasted = [plain] * at + [others[0]] + [plain] * (99 - at)
     with pytest.raises(FormatError):
-        made([span_of(toasted)], binary=binary)
+        made(spans_of(toasted), binary=binary)
 
 
 @pytest.mark.parametrize("cut", [1, 3, 6])

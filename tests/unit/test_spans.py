@@ -74,6 +74,21 @@ def test_a_span_ends_at_another_relation_kind_or_number_of_values() -> None:
         assert (span.kind, span.tuple_kind, span.messages()) == (ord("I"), ord("N"), run), other
 
 
+def test_many_of_one_size_are_a_span_of_their_own() -> None:
+    """They are found without a search."""
+    run = [put_insert(9, [number.to_bytes(8, "big")], binary=True) for number in range(100)]
+    others = [put_insert(9, [bytes(size)], binary=True) for size in range(20)]
+    body = body_of([*run, *others])
+    first = found(body)
+    assert first.messages() == run
+    assert found(body, first.end).messages() == others
+    for cut in (1, 5, 20, 30):
+        assert found(body_of(run)[:-cut]).row_count == 100 - 1 - (cut > 29)
+    odd = [put_insert(8, [bytes(8)], binary=True), put_insert(9, [None] * 13, binary=True), b"C" + bytes(20)]
+    for other in odd:
+        assert found(body_of([*run, other, *run])).messages() == run
+
+
 def test_a_value_that_looks_like_a_frame_ends_a_span_at_most() -> None:
     plain = put_insert(9, [bytes(8)], binary=True)
     tricky = put_insert(9, [frame(plain, 7) * 3], binary=True)
