@@ -86,7 +86,7 @@ def spanned_updates(table: TargetTable, pieces: Sequence[Span | list[Message]]) 
             return None
         keys.append(found)
     every_key = np.concatenate(keys)
-    if not _are_distinct(every_key, has_one_column=count == 1):
+    if not _are_distinct(every_key):
         return None
     try:
         rows = list(copy_rows(pieces, binary=True))
@@ -117,11 +117,12 @@ def _updated_keys(messages: Sequence[Message], count: int) -> NDArray[np.void] |
     return np.frombuffer(b"".join(keys), f"V{len(keys[0])}")
 
 
-def _are_distinct(keys: NDArray[np.void], *, has_one_column: bool) -> bool:
+def _are_distinct(keys: NDArray[np.void]) -> bool:
+    """Tell whether no key comes twice; those that differ in how long the first of several columns is may be taken for one."""
     size = keys.dtype.itemsize - _HEAD_BYTES
-    if not has_one_column or size not in _NUMBER_SIZES:
+    if size not in _NUMBER_SIZES:
         return len({*keys.tolist()}) == len(keys)
-    values = keys.view(np.uint8).reshape(len(keys), -1)[:, _HEAD_BYTES:]  # tags and sizes are the same in all
+    values = keys.view(np.uint8).reshape(len(keys), -1)[:, _HEAD_BYTES:]
     numbers = np.sort(np.ascontiguousarray(values).view(f"u{size}").ravel())
     return not (numbers[1:] == numbers[:-1]).any()
 

@@ -131,6 +131,11 @@ def test_big_messages_are_taken_in_pieces_beside_others(binary: bool) -> None:
         for row in rows
     ]
     assert made([messages], binary=binary) == expected(rows, binary=binary)
+    small = [put_insert(7, rows[0], binary=binary)] * 50
+    beside = list(copy_rows([[*small, messages[1], *small]], binary=binary))
+    chunks = list(copy_chunks(beside, binary=False))
+    assert b"".join(chunks) == expected([*[rows[0]] * 50, rows[1], *[rows[0]] * 50], binary=binary)
+    assert max(map(len, chunks)) < BIG_BYTES
 
 
 @pytest.mark.parametrize("binary", [True, False])
@@ -153,6 +158,10 @@ def test_what_is_no_whole_row_of_that_form_is_refused(binary: bool, at: int) -> 
 @pytest.mark.parametrize("cut", [1, 3, 6])
 def test_messages_that_are_cut_short_or_go_on_are_refused(cut: int) -> None:
     plain = put_insert(7, [b"1", b"two"], binary=True)
+    for all_odd in ([plain[:-cut]] * 40, [plain + bytes(cut)] * 40):
+        for pieces in ([all_odd], spans_of(all_odd)):
+            with pytest.raises((FormatError, IndexError, struct.error)):
+                made(pieces, binary=True)
     text = put_insert(7, [b"1", b"two"])
     for odd in (text[:-cut], text + bytes(cut)):
         with pytest.raises((FormatError, IndexError)):
