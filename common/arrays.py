@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 Places = NDArray[np.intp]
 """Places in a buffer, in bytes."""
 Bytes = NDArray[np.uint8]
+_HEAD_BYTES = 8
+"""That messages of one form begin with."""
 _WORTH_MESSAGES = 64
 """Of one size, with which a search for others is not worth it."""
 _FEW_SIZES = 12
@@ -35,8 +37,7 @@ def leave_out(stays: NDArray[np.bool_], places: Places, count: int) -> None:
 
 
 def joined(buffer: Bytes, starts: Places, sizes: Places) -> bytes:
-    """Give some pieces of a buffer, one behind the other: those of a size together, or by the gaps between them, where these have few sizes."""
-    ends = starts + sizes
+    """Give some pieces of a buffer, one behind the other: those of a size together, where there are few sizes."""
     distinct = np.unique(sizes).tolist()
     if len(distinct) <= _FEW_SIZES:
         to = np.cumsum(sizes)
@@ -46,18 +47,8 @@ def joined(buffer: Bytes, starts: Places, sizes: Places) -> bytes:
             found = seen_from_each_byte(buffer, f"V{size}", 0, len(buffer))[starts[are_of_size]]
             seen_from_each_byte(pieces, f"V{size}", 0, len(pieces))[to[are_of_size] - size] = found
         return pieces.tobytes()
-    gaps = starts[1:] - ends[:-1]
-    distinct = np.unique(gaps).tolist()
-    if len(distinct) <= _FEW_SIZES:
-        stays = np.ones(len(buffer), np.bool_)
-        for gap in filter(None, distinct):
-            leave_out(stays, ends[:-1][gaps == gap], gap)
-        first, end = int(starts[0]), int(ends[-1])
-        return buffer[first:end][stays[first:end]].tobytes()
-    borders = np.zeros(len(buffer) + 1, np.int8)
-    borders[starts] = 1
-    borders[ends] = -1
-    return buffer[np.cumsum(borders[:-1], dtype=np.int8).view(np.bool_)].tobytes()
+    view = memoryview(buffer)
+    return b"".join([view[start:end] for start, end in zip(starts.tolist(), (starts + sizes).tolist(), strict=True)])
 
 
 def following(starts: Places, ends: Places, gap: int, end: int) -> int:
@@ -104,7 +95,7 @@ def _of_one_size(
     heads: NDArray[np.generic], sizes: NDArray[np.generic], head_bytes: int, size_at: int, stride: int
 ) -> int:
     """Give how many whole frames, the first included, follow one another whose messages begin alike and have one size."""
-    most = (len(sizes) + 3) // stride if stride > head_bytes else 0
+    most = (len(sizes) + 3) // stride if stride >= head_bytes + _HEAD_BYTES else 0
     heads, sizes = heads[head_bytes::stride][:most], sizes[size_at::stride][:most]
     are_alike = (heads == heads[:1]) & (sizes == sizes[:1])
     return len(are_alike) if are_alike.all() else int(are_alike.argmin())

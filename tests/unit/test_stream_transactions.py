@@ -60,6 +60,10 @@ def random_stream(rng: random.Random, count: int, oids: list[int], others: float
     messages: list[bytes] = []
     lsn = 0
     described: set[int] = set()
+    sizes = rng.choice(
+        ((0, 4, 4, 4, 40, 41, 300), range(60))
+    )  # few pieces of one size are put together otherwise than many
+    kinds = rng.choice(((b"I", b"I", b"U", b"D"), (b"I",), (b"D",)))
     for _ in range(count):
         lsn += rng.randrange(1, 1 << 20)
         messages.append(put_begin(lsn))
@@ -68,10 +72,10 @@ def random_stream(rng: random.Random, count: int, oids: list[int], others: float
             if oid not in described or rng.random() < others / 3:
                 described.add(oid)
                 messages.append(put_relation(oid, f"t{oid}"))
-            value = rng.randbytes(rng.choice((0, 4, 4, 4, 40, 41, 300)))
+            value = rng.randbytes(rng.choice(sizes))
             if rng.random() < others:
                 value = copy_data([put_begin(5), put_row(b"I", oid, b"x"), put_commit(5)])
-            messages.append(put_row(rng.choice((b"I", b"I", b"U", b"D")), oid, value))
+            messages.append(put_row(rng.choice(kinds), oid, value))
             if rng.random() < others:
                 messages.append(
                     rng.choice(
