@@ -16,6 +16,23 @@ _WORTH_MESSAGES = 64
 """Of one size, with which a search for others is not worth it."""
 _FEW_SIZES = 12
 """Of pieces, that are worth to be taken together."""
+_FEW_PIECES = 64
+"""Which are sooner put together one by one."""
+_LEAST_REACH, _MOST_REACH = 8 << 10, 1 << 20
+"""A search takes some 20 bytes for each that is like the messages' kind, at worst."""
+
+
+class Reach:
+    """How far a search goes, in bytes: twice as far as the last one was of use, so that searches cost little more than they save."""
+
+    __slots__ = ("_least", "bytes")
+
+    def __init__(self, least: int = _LEAST_REACH) -> None:
+        self.bytes = self._least = least
+
+    def note(self, used: int) -> None:
+        """Take note how many bytes the last search was of use for."""
+        self.bytes = min(max(self._least, 2 * used), _MOST_REACH)
 
 
 def seen_from_each_byte(buffer: bytes | NDArray[Any], number: str, at: int, end: int) -> NDArray[Any]:
@@ -38,8 +55,8 @@ def leave_out(stays: NDArray[np.bool_], places: Places, count: int) -> None:
 
 def joined(buffer: Bytes, starts: Places, sizes: Places) -> bytes:
     """Give some pieces of a buffer, one behind the other: those of a size together, where there are few sizes."""
-    distinct = np.unique(sizes).tolist()
-    if len(distinct) <= _FEW_SIZES:
+    distinct = np.unique(sizes).tolist() if len(sizes) > _FEW_PIECES else ()
+    if 0 < len(distinct) <= _FEW_SIZES:
         to = np.cumsum(sizes)
         pieces = np.empty(int(to[-1]), np.uint8)
         for size in distinct:
@@ -47,7 +64,7 @@ def joined(buffer: Bytes, starts: Places, sizes: Places) -> bytes:
             found = seen_from_each_byte(buffer, f"V{size}", 0, len(buffer))[starts[are_of_size]]
             seen_from_each_byte(pieces, f"V{size}", 0, len(pieces))[to[are_of_size] - size] = found
         return pieces.tobytes()
-    view = memoryview(buffer)
+    view = buffer.data
     return b"".join([view[start:end] for start, end in zip(starts.tolist(), (starts + sizes).tolist(), strict=True)])
 
 
@@ -58,7 +75,9 @@ def following(starts: Places, ends: Places, gap: int, end: int) -> int:
     return count if ends[count - 1] <= end else count - 1
 
 
-def messages_alike(buffer: bytes, at: int, end: int, head_bytes: int, size_at: int, rest: int) -> tuple[Places, Places]:
+def messages_alike(
+    buffer: bytes, at: int, end: int, head_bytes: int, size_at: int, rest: int, largest: int
+) -> tuple[Places, Places]:
     """Find messages that follow one another in frames of one form and begin with the same eight bytes.
 
     Where these bytes stand is a search over all bytes, and the frames' sizes say which of the places are messages: each frame must
@@ -71,6 +90,7 @@ def messages_alike(buffer: bytes, at: int, end: int, head_bytes: int, size_at: i
         head_bytes: what stands before a message in its frame.
         size_at: where the size, four bytes, stands in that.
         rest: what the message has less than the size says.
+        largest: size of the first message up to which those of other sizes are searched for.
 
     Gives where each message starts and ends, maybe none.
     """
@@ -80,7 +100,7 @@ def messages_alike(buffer: bytes, at: int, end: int, head_bytes: int, size_at: i
     sizes = seen_from_each_byte(buffer, ">u4", at, end)
     size = int(sizes[size_at]) - rest
     count = _of_one_size(heads, sizes, head_bytes, size_at, head_bytes + size)
-    if count >= _WORTH_MESSAGES:
+    if count >= _WORTH_MESSAGES or size > largest:
         starts = np.arange(at + head_bytes, at + head_bytes + count * (head_bytes + size), head_bytes + size)
         return starts, starts + size
     kinds = np.frombuffer(buffer, np.uint8, len(heads) - head_bytes, at + head_bytes)

@@ -14,6 +14,8 @@ from live_migration.common.arrays import Bytes, Places, seen_from_each_byte
 from live_migration.common.pgoutput import BEGIN, COMMIT, DELETE, INSERT, UPDATE
 
 BEGIN_BYTES, COMMIT_BYTES = 21, 26
+LEAST_REACH = 32 << 10
+"""How far a search for transactions goes at least, in bytes."""
 _LEAST_ROW_BYTES = 8
 _KEY_SHIFT = np.uint64(24)
 
@@ -45,6 +47,11 @@ class Transactions:
         return len(self.starts)
 
     @property
+    def row_count(self) -> int:
+        """How many rows."""
+        return len(self.starts) - 2 * len(self.begins)
+
+    @property
     def end(self) -> int:
         """Where the last one ends."""
         return int(self.ends[-1])
@@ -66,8 +73,8 @@ class Transactions:
         return keys
 
     def until(self, count: int) -> Self:
-        """Give the first `count` transactions, one at least."""
-        end = int(self.commits[count - 1]) + 1
+        """Give the first `count` transactions."""
+        end = int(self.commits[count - 1]) + 1 if count else 0
         return type(self)(self.buffer, self.starts[:end], self.ends[:end], self.kinds[:end])
 
 

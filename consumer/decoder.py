@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import orjson
 
 from live_migration.common import control, pgoutput
+from live_migration.common.arrays import Reach
 from live_migration.common.errors import FormatError
 from live_migration.common.home import HOME, SUSPECT, Home, decode_home, decode_suspect
 from live_migration.common.meeting import GATHER, SCATTER, decode_meeting
 from live_migration.common.relation import QualifiedName, Relation, ReplicaIdentity
 from live_migration.common.segment import FRAME, Position
+from live_migration.common.transactions import LEAST_REACH
 from live_migration.consumer.lane_meeting import LanesMeet
 from live_migration.consumer.row_encoding import BIG_BYTES, Message, message_form
 from live_migration.consumer.spans import SHORTEST_SPAN, Span, find_span, messages_of
@@ -29,9 +31,11 @@ _ROW_HEAD = struct.Struct(">II8s")
 """A frame's head, and what its message begins with: kind, relation, the tuple's kind, how many values it has."""
 _CREDIT = 1024
 _WORTH_ROWS = 64
-"""Rows of a span that pay for the search. Where there are less too often, spans are given up until the next batch."""
+"""Rows that pay for a search, of a span or of transactions. Where there are less too often, spans are given up until the next batch."""
 _TRANSACTIONS_BYTES = 1024
 """What must be there for a look whether there are small transactions."""
+_WORTH_ROWS_A_TABLE = 16
+"""Of small transactions, with which the work for each table pays."""
 _LOOKS = 2
 """In a segment, in vain."""
 _TAKES_ROWS = frozenset((pgoutput.INSERT, pgoutput.UPDATE, pgoutput.DELETE))
@@ -219,7 +223,7 @@ class _Known:
     """A relation of the stream: its message, its table or why there is none, and whether the present transaction's changes
     are in the table's copy."""
 
-    __slots__ = ("_credit", "_table", "message", "relation", "run", "serial", "skips", "snapshot", "step")
+    __slots__ = ("_credit", "_reach", "_table", "message", "relation", "run", "serial", "skips", "snapshot", "step")
 
     def __init__(self, message: bytes, relation: Relation, found: Resolution | RelationRefused) -> None:
         self.message = message
@@ -229,6 +233,7 @@ class _Known:
         self.serial = -1
         self.skips = False
         self.run: TableRun | None
+        self._reach = Reach()
         self.refresh()
 
     def refresh(self) -> None:
@@ -241,7 +246,8 @@ class _Known:
         """Give the frames that begin with the one at byte `at`, None where they are few, or have been for too often."""
         if self._credit < 0:
             return None
-        span = find_span(body, at)
+        span = find_span(body, at, at + self._reach.bytes)
+        self._reach.note(span.end - at if span is not None else 0)
         count = span.row_count if span is not None else 0
         self._credit = min(self._credit + count - _WORTH_ROWS, _CREDIT)
         return span if count >= SHORTEST_SPAN else None
@@ -271,6 +277,7 @@ class LaneDecoder:
         self._homes: dict[int, Home] = {}
         self._here: set[int] = set()  # relations of the present segment, by oid
         self._serial = 0
+        self._reach = Reach(LEAST_REACH)
         self._commit_lsn = self._xid = self._base = 0
         self._inside = False
         self._batch: Batch | None = None
@@ -327,7 +334,7 @@ class LaneDecoder:
                 if has_commit and looks and end - start >= _TRANSACTIONS_BYTES:
                     looks, before = looks - 1, batch.change_count
                     if taken := self._take_transactions(body, start - FRAME.size, batch):
-                        looks = _LOOKS if batch.change_count - before >= SHORTEST_SPAN else looks
+                        looks = _LOOKS if batch.change_count - before >= _WORTH_ROWS else looks
                         at = taken
                         step = batch.steps[-1] if batch.steps else None
                         continue
@@ -369,21 +376,21 @@ class LaneDecoder:
 
         Gives where the last one ends; 0 where the first one is for the loop.
         """
-        found = find_transactions(body, at, self._here)
+        found = find_transactions(body, at, at + self._reach.bytes, self._here)
+        self._reach.note(found.end - at if found is not None else 0)
         if found is None:
             return 0
         oids = found.relations()
+        if found.row_count < _WORTH_ROWS_A_TABLE * len(oids):
+            return 0
         known = [self._known[oid] for oid in oids]
         first_lsn = int(found.commit_lsns[0])
         if not all(each.takes_all_from(first_lsn) for each in known):
             return 0
-        runs: dict[int, tuple[TableRun, list[int]]] = {}
-        for oid, each in zip(oids, known, strict=True):
-            run = self._run(each, batch)
-            runs.setdefault(id(run), (run, []))[1].append(oid)
-        for run, of_run in runs.values():
-            rows = found.of_relations(of_run)
-            run.add_rows(rows)
+        runs = [self._run(each, batch) for each in known]
+        numbers = {id(run): number for number, run in enumerate(runs)}
+        for number, rows in found.by_table({oid: numbers[id(run)] for oid, run in zip(oids, runs, strict=True)}):
+            runs[number].add_rows(rows)
             batch.change_count += rows.count
         _, self._commit_lsn, batch.commit_time, self._xid, self._base = _BEGIN.unpack(found.last_begin())
         return found.end

@@ -27,9 +27,13 @@ _SIZE_BYTES = 4
 _PAD = bytes(8)
 """What is read at once of a value's head reaches beyond it."""
 _FEWEST_ROWS = 16
-"""Messages below which a block is not worth its fixed costs."""
+"""Messages below which a block is not made."""
+_WORTH_ROWS = 64
+"""Rows below which COPY's are sooner made one by one: a block has fixed costs of some 9 µs a column."""
 _BLOCK_BYTES = 512 << 10
 """A block's messages; it takes about four times as much while it is made."""
+_BLOCK_VALUES = 128 << 10
+"""A block's values at most, each of which takes some 80 bytes while it is made."""
 _NULL, _TEXT, _BINARY = b"ntb"
 _TAB, _NEWLINE = b"\t\n"
 _BINARY_NULL, _TEXT_NULL = b"\xff\xff\xff\xff", b"\\N"
@@ -45,7 +49,7 @@ def copy_rows(pieces: Iterable[Piece], *, binary: bool) -> Iterator[CopyRow]:
     """
     encode = insert_as_binary_row if binary else insert_as_text_row
     for block in _blocks(pieces):
-        rows = block.rows(binary=binary) if isinstance(block, _Block) else None
+        rows = block.rows(binary=binary) if isinstance(block, _Block) and block.row_count >= _WORTH_ROWS else None
         if rows is not None:
             yield rows
         else:
@@ -69,20 +73,38 @@ def alike_rows(pieces: Iterable[Piece], columns: Sequence[int]) -> list[CopyRow]
 def _blocks(pieces: Iterable[Piece]) -> Iterator[_Block | Sequence[Message]]:
     """Give the messages in blocks, and those that are too few or too big for one as they are."""
     spans: list[Span] = []
-    size = 0
+    size = rows = 0
     for piece in pieces:
-        if isinstance(piece, Span):
-            spans.append(piece)
-            size += piece.end - piece.begin
-            if size < _BLOCK_BYTES:
-                continue
-        if spans:
-            yield _block_of_spans(spans)
-            spans, size = [], 0
+        for span in _cut(piece) if isinstance(piece, Span) else ():
+            if rows and rows + span.row_count > _rows_at_most(span.body, span.begin + FRAME.size):
+                yield _block_of_spans(spans)
+                spans, size, rows = [], 0, 0
+            spans.append(span)
+            size += span.end - span.begin
+            rows += span.row_count
+            if size >= _BLOCK_BYTES:
+                yield _block_of_spans(spans)
+                spans, size, rows = [], 0, 0
         if not isinstance(piece, Span):
+            if spans:
+                yield _block_of_spans(spans)
+                spans, size, rows = [], 0, 0
             yield from _blocks_of_messages(piece)
     if spans:
         yield _block_of_spans(spans)
+
+
+def _rows_at_most(buffer: Message, at: int) -> int:
+    """Give how many rows a block may have that begins with the message at byte `at`."""
+    column_count = int.from_bytes(buffer[at + _TUPLE_AT : at + _TUPLE_AT + _COUNT_BYTES], "big")
+    return max(_FEWEST_ROWS, _BLOCK_VALUES // max(1, column_count))
+
+
+def _cut(span: Span) -> Iterator[Span]:
+    """Give a span in such as a block may have."""
+    most = _rows_at_most(span.body, span.begin + FRAME.size)
+    for first in range(0, span.row_count, most):
+        yield Span(span.body, span.starts[first : first + most], span.ends[first : first + most])
 
 
 def _block_of_spans(spans: Sequence[Span]) -> _Block:
@@ -97,7 +119,8 @@ def _block_of_spans(spans: Sequence[Span]) -> _Block:
 
 def _blocks_of_messages(messages: Sequence[Message]) -> Iterator[_Block | Sequence[Message]]:
     sizes = np.fromiter(map(len, messages), np.intp, len(messages))
-    blocks = np.cumsum(sizes) // _BLOCK_BYTES
+    most = _rows_at_most(messages[0], 0) if messages else 1
+    blocks = np.cumsum(sizes) // _BLOCK_BYTES + np.arange(len(messages)) // most * (1 << 40)
     borders = [0, *(np.flatnonzero(blocks[1:] != blocks[:-1]) + 1).tolist(), len(messages)]
     for start, end in pairwise(borders):
         block = messages[start:end]
@@ -118,6 +141,11 @@ class _Block:
         self._frame_bytes = frame_bytes
         self._tuple_at = tuple_at = frame_bytes + _TUPLE_AT
         self._column_count = int.from_bytes(buffer[tuple_at : tuple_at + _COUNT_BYTES], "big")
+
+    @property
+    def row_count(self) -> int:
+        """How many messages."""
+        return len(self._ends)
 
     def messages(self) -> list[bytes]:
         """Give the messages."""

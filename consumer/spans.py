@@ -21,8 +21,6 @@ SHORTEST_SPAN = 16
 _HEAD_BYTES = 8
 """What messages of a span have in common: kind, relation, the tuple's kind, how many values it has."""
 _TUPLE_KIND_AT = 5
-_WINDOW_BYTES = 1 << 20
-"""A search goes no further; it takes some 20 bytes for each that is like the messages' kind, at worst."""
 FIELD_HEAD_BYTES = 5
 """Of a value: its tag and size."""
 _BINARY = ord("b")
@@ -103,7 +101,7 @@ def messages_of(pieces: Iterable[Piece]) -> Iterator[Message]:
         yield from piece.each() if isinstance(piece, Span) else piece
 
 
-def find_span(body: bytes, at: int) -> Span | None:
-    """Give the frames from the one at byte `at` on that begin as its message does; None where it is cut short or has no eight bytes."""
-    starts, ends = messages_alike(body, at, min(len(body), at + _WINDOW_BYTES), FRAME.size, 0, 0)
+def find_span(body: bytes, at: int, end: int) -> Span | None:
+    """Give the frames from the one at byte `at` on, up to byte `end`, that begin as its message does; None where it is cut short or has no eight bytes."""
+    starts, ends = messages_alike(body, at, min(len(body), end), FRAME.size, 0, 0, end)
     return Span(body, starts, ends) if len(starts) else None

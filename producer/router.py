@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pydantic import ValidationError
 
 from live_migration.common import pgoutput
+from live_migration.common.arrays import Reach
 from live_migration.common.control import MESSAGE_PREFIX, WalMessage
 from live_migration.common.errors import FormatError
 from live_migration.common.home import encode_home, encode_suspect
@@ -20,14 +21,20 @@ from live_migration.common.lsn import Lsn
 from live_migration.common.relation import QualifiedName, Relation, ReplicaIdentity
 from live_migration.common.segment import COMMIT_ORDINAL, FRAME, START, Position, frame
 from live_migration.common.telemetry import get_logger
-from live_migration.common.transactions import BEGIN_BYTES, COMMIT_BYTES
+from live_migration.common.transactions import BEGIN_BYTES, COMMIT_BYTES, LEAST_REACH
 from live_migration.producer.ack_tracker import AckTracker
 from live_migration.producer.batcher import BEGIN_FRAME_BYTES, LaneBuffer, Record, Route
 from live_migration.producer.homes import Homes
 from live_migration.producer.last_change import ChangeTail, LastChange
-from live_migration.producer.spans import BEFORE_MESSAGE_BYTES, LARGEST_MESSAGE, SHORTEST_SPAN, find_span
+from live_migration.producer.spans import (
+    BEFORE_MESSAGE_BYTES,
+    LARGEST_MESSAGE,
+    LARGEST_OF_MANY,
+    SHORTEST_SPAN,
+    find_span,
+)
 from live_migration.producer.splitting import Message, SplitRelation, SplitTable
-from live_migration.producer.transactions import find_transactions, lanes_in, rooms
+from live_migration.producer.transactions import Shares, StreamTransactions, find_transactions
 
 log = get_logger(__name__)
 
@@ -48,8 +55,10 @@ _TRANSACTIONS_BYTES = 1024
 _WORTH_TRANSACTIONS = 16
 """Small ones that pay for the look. Where there are less too often, it is only looked every other read."""
 _CREDIT = 256
-_WORTH_ROWS = 64
-"""Messages of a span that pay for the search. Where there are less too often, spans are given up until the next read."""
+_FIRST_KEY_AT = BEFORE_MESSAGE_BYTES + BEGIN_BYTES + BEFORE_MESSAGE_BYTES
+"""Where the kind and relation stand of the first row behind a Begin."""
+_WORTH_ROWS = 128
+"""Messages of a span that pay for the search. Where there are less too often, it is only looked once or twice a read."""
 _COPY_DATA, _XLOG_DATA = ord("d"), ord("w")
 _KEEPALIVE = struct.Struct(">BQQB")
 _ROW_KINDS = (b"I", b"U", b"D")
@@ -114,6 +123,8 @@ class Router:
         # The same, where the transaction's Begin may not stand there yet.
         self._described: dict[bytes, LaneBuffer] = {}
         self._span_credit = self._transactions_credit = _CREDIT
+        self._look_at = 0  # the byte before which transactions are not worth to be taken together
+        self._span_reach, self._transactions_reach = Reach(), Reach(LEAST_REACH)
         self._records: list[Record] = []
         self._begin = b""
         self._commit_lsn = 0
@@ -169,7 +180,8 @@ class Router:
                 self._tail.note(data, 0, len(data))
             self.pending_bytes = self.pending_bytes + len(data) if self.has_changes else 0
             return len(data)
-        self._span_credit = _CREDIT
+        self._look_at = 0
+        self._span_credit = min(self._span_credit + _WORTH_ROWS, _CREDIT)
         self._transactions_credit = min(self._transactions_credit + _WORTH_TRANSACTIONS // 2, _CREDIT)
         limit = self._segment_bytes
         ready_lanes, ready_splits = self._ready_lanes, self._ready_splits
@@ -269,22 +281,34 @@ class Router:
         """
         if self._held is not None or self._transactions_credit < 0 or len(data) - at < _TRANSACTIONS_BYTES:
             return 0
+        if at < self._look_at:
+            return 0
+        first = data[at + _FIRST_KEY_AT : at + _FIRST_KEY_AT + 5]
+        if first[:1] != b"C" and first not in self._described:
+            return 0
         self._transactions_credit -= _WORTH_TRANSACTIONS
-        found = find_transactions(data, at)
+        found = find_transactions(data, at, at + self._transactions_reach.bytes)
+        self._transactions_reach.note(found.end - at if found is not None else 0)
         if found is None:
             return 0
         lanes = found.lanes(self._lane_number)
-        count = min(found.known(lanes), rooms(found, lanes, lambda lane: self._segment_bytes - self._lanes[lane].size))
+        found = found.until(found.known(lanes))
+        shares = Shares(found, lanes)
+        if not _are_worth(found, shares.lane_count):
+            self._look_at = found.end if found.count else at
+            return 0
+        count = shares.fitting(lambda lane: self._segment_bytes - self._lanes[lane].size)
+        if count < found.count:
+            found = found.until(count)
+            shares = Shares(found, lanes)
         if not count:
             return 0
-        found = found.until(count)
-        commit_lsns, lanes = found.commit_lsns, lanes[: found.message_count]
-        used = [(self._lanes[number], lanes == number) for number in lanes_in(lanes)]
-        is_new = commit_lsns[0] > max((lane.commit_lsn for lane, _ in used), default=0)
+        commit_lsns = found.commit_lsns
+        is_new = commit_lsns[0] > max((self._lanes[lane].commit_lsn for lane in shares.lanes), default=0)
         if not is_new or (commit_lsns[1:] <= commit_lsns[:-1]).any():
             return 0
-        for lane, mine in used:
-            lane.append_transactions(found.lane_frames(mine))
+        for given in shares.frames():
+            self._lanes[given.lane].append_transactions(given)
             self.has_changes = True
         self._commit_lsn = int(commit_lsns[-1])
         self.is_caught_up = False
@@ -325,9 +349,13 @@ class Router:
         start = at + BEFORE_MESSAGE_BYTES
         message_bytes = int.from_bytes(data[at + 1 : at + _COPY_HEAD_BYTES], "big") - _SIZE_WITHOUT_MESSAGE
         is_span = self._span_credit >= 0 and message_bytes <= LARGEST_MESSAGE and data[start : start + len(key)] == key
+        if is_span and message_bytes > LARGEST_OF_MANY:  # the next one would have to be of this size, too
+            following = start + message_bytes
+            is_span = data[at : at + _COPY_HEAD_BYTES] == data[following : following + _COPY_HEAD_BYTES]
         if not is_span or room <= 0:
             return self._take_run(data, at, key, lane, ordinal)
-        span = find_span(data, at, min(len(data), at + 2 * room)).within(room)
+        span = find_span(data, at, min(len(data), at + 2 * room, at + self._span_reach.bytes)).within(room)
+        self._span_reach.note(span.end - at if span.count else 0)
         count = span.count
         self._span_credit = min(self._span_credit + count - _WORTH_ROWS, _CREDIT)
         if count < SHORTEST_SPAN:
@@ -711,3 +739,8 @@ class Router:
 
     def _where(self) -> str:
         return f"transaction {Lsn(self._commit_lsn)}, change {self._ordinal}"
+
+
+def _are_worth(found: StreamTransactions, lanes: int) -> bool:
+    """Tell whether transactions are taken together in less time than one by one: measured, 1.5 µs less for each and 0.5 for each row, 60 more and 25 a lane."""
+    return 3 * found.count + found.row_count >= 120 + 50 * lanes

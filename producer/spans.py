@@ -18,6 +18,8 @@ SHORTEST_SPAN = 16
 """Messages below which a span is not worth its fixed costs."""
 LARGEST_MESSAGE = 1024
 """In bytes; above it the bytes themselves cost most, which are copied less often one by one."""
+LARGEST_OF_MANY = 160
+"""The same, where sizes differ: each byte is looked at then."""
 
 _COPY_HEAD = Struct(">BI")
 _STREAM_BYTES = 25
@@ -82,7 +84,7 @@ class StreamSpan:
 
 def find_span(data: bytes, at: int, end: int) -> StreamSpan:
     """Give the messages, up to byte `end`, that begin as the one in the CopyData at byte `at` does; maybe none."""
-    starts, ends = messages_alike(data, at, end, BEFORE_MESSAGE_BYTES, 1, _STREAM_BYTES + 4)
+    starts, ends = messages_alike(data, at, end, BEFORE_MESSAGE_BYTES, 1, _STREAM_BYTES + 4, LARGEST_OF_MANY)
     bytes_ = np.frombuffer(data, np.uint8)
     is_row = (bytes_[starts - BEFORE_MESSAGE_BYTES] == _COPY_DATA) & (bytes_[starts - _STREAM_BYTES] == _XLOG_DATA)
     count = len(starts) if is_row.all() else int(is_row.argmin())

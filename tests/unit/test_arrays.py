@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from live_migration.common.arrays import joined, messages_alike
+from live_migration.common.arrays import Reach, joined, messages_alike
 
 SIZES = (1, 3, 13, 40)
 """Of the choices that sizes and gaps have: few of them go another way than many."""
@@ -31,9 +31,17 @@ def test_pieces_are_joined_as_they_stand(seed: int, count: int, sizes: int, gaps
 def test_messages_of_one_size_are_told_apart_however_short(size: int, count: int) -> None:
     message = b"IABCDEFGHIJKL"[:size]
     body = b"".join(size.to_bytes(4, "big") + bytes(4) + message for _ in range(count))
-    starts, ends = messages_alike(body, 0, len(body), 8, 0, 0)
+    starts, ends = messages_alike(body, 0, len(body), 8, 0, 0, 1 << 20)
     found = [body[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
     assert found == [message] * len(found)
     assert len(found) <= count
     if size >= 8:
         assert len(found) == count
+
+
+def test_a_search_goes_as_far_as_it_is_of_use() -> None:
+    reach = Reach()
+    assert reach.bytes == 8 << 10
+    for used, expected in ((8 << 10, 16), (16 << 10, 32), (5 << 10, 10), (0, 8), (1 << 20, 1024), (1 << 21, 1024)):
+        reach.note(used)
+        assert reach.bytes == expected << 10

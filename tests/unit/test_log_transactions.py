@@ -14,7 +14,7 @@ from live_migration.common.relation import Relation
 from live_migration.common.segment import HEADER, SEGMENT, begin_frame, decode_header, frame
 from live_migration.common.visibility import CopySnapshot
 from live_migration.consumer import decoder as decoder_module
-from live_migration.consumer.decoder import Batch, LaneDecoder, TruncateStep, all_runs
+from live_migration.consumer.decoder import Batch, LaneDecoder, TableRun, TruncateStep, all_runs
 from live_migration.consumer.refusal_search import flatten
 from live_migration.consumer.spans import Span
 from live_migration.consumer.target_tables import LaneStopped, RelationRefused, Resolution, TargetTable
@@ -31,6 +31,12 @@ from tests.unit.test_router import (
     put_truncate,
 )
 from tests.unit.test_stream_transactions import new_router, put_row, random_stream
+
+
+@pytest.fixture(autouse=True)
+def always_worth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few are taken together, too, which would not be worth it."""
+    monkeypatch.setattr(decoder_module, "_WORTH_ROWS_A_TABLE", 0)
 
 
 class Tables:
@@ -105,7 +111,7 @@ async def test_the_batch_is_that_of_frame_by_frame(
     bodies = bodies_of(messages, segment_bytes)
     tables = Tables(horizon, refused)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder_module, "find_transactions", lambda body, at, oids: None)
+        patch.setattr(decoder_module, "find_transactions", lambda body, at, end, oids: None)
         expected = await decoded(bodies, tables, segments_a_batch)
     assert await decoded(bodies, tables, segments_a_batch) == expected
 
@@ -126,8 +132,8 @@ async def test_rows_that_the_target_refuses_do_not_take_those_before_along() -> 
 async def test_most_small_transactions_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
 
-    def watched(body: bytes, at: int, oids: set[int]) -> LogTransactions | None:
-        found = find_transactions(body, at, oids)
+    def watched(body: bytes, at: int, end: int, oids: set[int]) -> LogTransactions | None:
+        found = find_transactions(body, at, end, oids)
         taken.append(found.count if found else 0)
         return found
 
@@ -138,16 +144,17 @@ async def test_most_small_transactions_are_taken_at_once(monkeypatch: pytest.Mon
     (body,) = bodies_of(messages, 1 << 20)
     batch = Batch()
     await LaneDecoder(Tables(), MIGRATION).decode(body, batch)
-    assert taken == [999]
+    assert sum(taken) == 999
+    assert len(taken) < 8
     (step,) = batch.steps
     assert isinstance(step, dict)
     (run,) = all_runs(step)
-    assert [piece.row_count if isinstance(piece, Span) else len(piece) for piece in run.pieces()] == [1, 999]
+    assert sum(piece.row_count for piece in run.pieces() if isinstance(piece, Span)) == 999
 
 
 async def test_where_none_can_be_taken_it_is_not_tried_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
     tries = []
-    monkeypatch.setattr(decoder_module, "find_transactions", lambda body, at, oids: tries.append(at))
+    monkeypatch.setattr(decoder_module, "find_transactions", lambda body, at, end, oids: tries.append(at))
     messages = [put_relation(OIDS[0])]
     for number in range(1, 300):
         messages += [put_begin(100 * number), put_insert(OIDS[0], b"1"), put_commit(100 * number)]
@@ -164,7 +171,7 @@ def test_what_is_no_whole_transaction_of_known_rows_ends_them() -> None:
     whole = [put_begin(100), put_insert(OIDS[0], b"x"), put_row(b"D", OIDS[1], b""), put_commit(100)]
 
     def found_in(messages: list[bytes]) -> int:
-        found = find_transactions(b"ahead" + framed(messages), 5, set(OIDS[:2]))
+        found = find_transactions(b"ahead" + framed(messages), 5, 1 << 20, set(OIDS[:2]))
         return found.count if found else 0
 
     assert found_in(whole * 3) == 3
@@ -183,8 +190,30 @@ def test_what_is_no_whole_transaction_of_known_rows_ends_them() -> None:
         assert found_in([*odd, *whole * 2]) == 0, odd
     body = framed(whole * 2)
     for cut in range(1, len(body) // 2):
-        found = find_transactions(body[:-cut], 0, set(OIDS[:2]))
+        found = find_transactions(body[:-cut], 0, 1 << 20, set(OIDS[:2]))
         assert found is not None
         assert (found.count, found.end) == (1, len(body) // 2)
     for cut in range(len(body) // 2 + 1, len(body) + 1):
-        assert find_transactions(body[: len(body) - cut], 0, set(OIDS[:2])) is None
+        assert find_transactions(body[: len(body) - cut], 0, 1 << 20, set(OIDS[:2])) is None
+
+
+@pytest.mark.parametrize(("per_table", "is_taken"), [(8, False), (40, True)])
+async def test_few_rows_of_many_tables_are_left_to_the_loop(
+    per_table: int, is_taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    messages = [
+        put_begin(1),
+        *[m for oid in OIDS[:4] for m in (put_relation(oid), put_insert(oid, b"x"))],
+        put_commit(1),
+    ]
+    for number in range(2, 4 * per_table + 2):
+        messages += [put_begin(100 * number), put_insert(OIDS[number % 4], b"x" * 20), put_commit(100 * number)]
+    (body,) = bodies_of(messages, 1 << 20)
+    taken: list[int] = []
+    real = TableRun.add_rows
+    monkeypatch.setattr(TableRun, "add_rows", lambda run, rows: taken.append(rows.count) or real(run, rows))
+    batch = Batch()
+    await LaneDecoder(Tables(), MIGRATION).decode(body, batch)
+    assert batch.change_count == 4 * per_table + 4
+    assert bool(taken) == is_taken

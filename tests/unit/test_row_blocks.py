@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -30,8 +31,14 @@ from tests.support.messages import put_insert, put_update
 Row = Sequence[bytes | None]
 
 
+@pytest.fixture(autouse=True)
+def always_worth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows are made together, too, which would not be worth it."""
+    monkeypatch.setattr(row_blocks, "_WORTH_ROWS", 1)
+
+
 def span_of(messages: Sequence[bytes]) -> Span:
-    span = find_span(b"before" + b"".join(frame(message, 1) for message in messages) + b"behind", 6)
+    span = find_span(b"before" + b"".join(frame(message, 1) for message in messages) + b"behind", 6, 1 << 20)
     assert span is not None
     assert span.messages() == messages
     return span
@@ -42,7 +49,7 @@ def spans_of(messages: Sequence[bytes]) -> list[Span]:
     spans: list[Span] = []
     at = 0
     while at < len(body):
-        span = find_span(body, at)
+        span = find_span(body, at, len(body))
         assert span is not None
         spans.append(span)
         at = span.end
@@ -110,8 +117,9 @@ def test_binary_rows_of_one_size(sizes: list[int | None], count: int, data: st.D
 
 
 @pytest.mark.parametrize("binary", [True, False])
-def test_many_blocks_are_the_rows(binary: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_blocks, "_BLOCK_BYTES", 3000)
+@pytest.mark.parametrize(("limit", "most"), [("_BLOCK_BYTES", 3000), ("_BLOCK_VALUES", 300)])
+def test_many_blocks_are_the_rows(binary: bool, limit: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_blocks, limit, most)
     rows: list[list[bytes | None]] = [[b"%d" % number, None, b"y" * (number % 70)] for number in range(1000)]
     messages = [put_insert(7, row, binary=binary) for row in rows]
     spans = [span_of(messages[start : start + 30]) for start in range(0, 1000, 30)]
@@ -186,3 +194,24 @@ def test_a_zero_byte_in_text_changes_nothing() -> None:
     rows: list[list[bytes | None]] = [[b"1", b"a\0b"], [b"2", None]] * 20
     messages = [put_insert(7, row) for row in rows]
     assert made([messages], binary=False) == expected(rows, binary=False)
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_many_columns_of_nulls_take_little_memory(binary: bool) -> None:
+    """Each takes a byte in a message, and there is much to be known of it."""
+    messages = [put_insert(7, [None] * 1599 + [b"x" * (number % 9)], binary=binary) for number in range(650)]
+    for pieces in (spans_of(messages), [messages]):
+        tracemalloc.start()
+        try:
+            for _ in copy_rows(pieces, binary=binary):
+                pass
+            assert tracemalloc.get_traced_memory()[1] < 16 << 20
+        finally:
+            tracemalloc.stop()
+
+
+def test_few_rows_are_made_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    messages = [put_insert(7, [b"x"], binary=True)] * 63
+    assert len(list(copy_rows([span_of(messages)], binary=True))) == 63
+    assert len(list(copy_rows([span_of([*messages, messages[0]])], binary=True))) == 1

@@ -14,6 +14,7 @@ from live_migration.common.relation import QualifiedName
 from live_migration.common.segment import START, Position
 from live_migration.producer import router as router_module
 from live_migration.producer.ack_tracker import AckTracker
+from live_migration.producer.batcher import LaneBuffer
 from live_migration.producer.last_change import LastChange
 from live_migration.producer.router import Router
 from live_migration.producer.transactions import StreamTransactions, find_transactions
@@ -49,6 +50,12 @@ def new_router(
         held=held,
     )
     return router, acks
+
+
+@pytest.fixture(autouse=True)
+def always_worth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few are taken together, too, which would not be worth it."""
+    monkeypatch.setattr(router_module, "_are_worth", lambda found, lanes: True)
 
 
 def put_row(kind: bytes, oid: int, value: bytes) -> bytes:
@@ -156,8 +163,8 @@ def test_most_small_transactions_are_taken_at_once(monkeypatch: pytest.MonkeyPat
     data = copy_data(random_stream(rng, 500, list(OIDS[:4]), 0.0))
     taken = []
 
-    def watched(data: bytes, at: int) -> StreamTransactions | None:
-        found = find_transactions(data, at)
+    def watched(data: bytes, at: int, end: int) -> StreamTransactions | None:
+        found = find_transactions(data, at, end)
         taken.append(found.count if found else 0)
         return found
 
@@ -169,25 +176,26 @@ def test_most_small_transactions_are_taken_at_once(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_where_none_can_be_taken_it_is_not_tried_for_each(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    messages = [put_relation(OIDS[5])]
+    messages = [put_relation(OIDS[0]), put_relation(OIDS[5])]
+    known = put_insert(OIDS[0], b"x")
     for number in range(1, 300):
         row = put_insert(OIDS[5], struct.pack(">I", number))  # a table of several lanes
-        messages += [put_begin(number * 100), *[row] * rows, put_commit(number * 100)]
+        messages += [put_begin(number * 100), known, *[row] * rows, put_commit(number * 100)]
     tries = []
-    monkeypatch.setattr(router_module, "find_transactions", lambda data, at: tries.append(at))
+    monkeypatch.setattr(router_module, "find_transactions", lambda data, at, end: tries.append(at))
     data = copy_data(messages)
     router, _ = new_router(1, 1 << 20)
     assert router.drain(data) == len(data)
     begun = len(tries)
     assert begun < 20
-    messages = [put_begin(100_000), *[put_insert(OIDS[5], bytes(4))] * rows, put_commit(100_000)] * 50
+    messages = [put_begin(100_000), known, *[put_insert(OIDS[5], bytes(4))] * rows, put_commit(100_000)] * 50
     for _ in range(20):
         router.drain(copy_data(messages))
     assert 5 < len(tries) - begun < 15
 
 
 def found_in(messages: list[bytes]) -> int:
-    found = find_transactions(copy_data(messages), 0)
+    found = find_transactions(copy_data(messages), 0, 1 << 20)
     return found.count if found else 0
 
 
@@ -216,11 +224,11 @@ def test_a_transaction_that_is_not_whole_is_left() -> None:
     whole = [put_begin(100), put_insert(OIDS[0], b"x"), put_commit(100)]
     data = copy_data(whole * 2)
     for cut in range(1, len(data) // 2):
-        found = find_transactions(data[:-cut], 0)
+        found = find_transactions(data[:-cut], 0, 1 << 20)
         assert found is not None
         assert (found.count, found.end) == (1, len(data) // 2)
     for cut in range(len(data) // 2 + 1, len(data) + 1):
-        assert find_transactions(data[: len(data) - cut], 0) is None
+        assert find_transactions(data[: len(data) - cut], 0, 1 << 20) is None
 
 
 def test_transactions_that_go_back_in_the_wal_are_left_to_the_loop() -> None:
@@ -233,3 +241,29 @@ def test_transactions_that_go_back_in_the_wal_are_left_to_the_loop() -> None:
         one_by_one[0].drain(copy_data([message]))
     at_once[0].drain(copy_data(messages))
     assert [list(record.values) for record in at_once[0].take()] == [list(r.values) for r in one_by_one[0].take()]
+
+
+def test_a_row_that_nothing_is_known_of_is_no_reason_to_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[int] = []
+    monkeypatch.setattr(router_module, "find_transactions", lambda data, at, end: tries.append(at))
+    messages = [put_relation(OIDS[5])]
+    for number in range(1, 100):
+        messages += [put_begin(number * 100), put_insert(OIDS[5], struct.pack(">I", number)), put_commit(number * 100)]
+    new_router(1, 1 << 20)[0].drain(copy_data(messages))
+    assert not tries
+
+
+@pytest.mark.parametrize(("count", "is_taken"), [(20, False), (60, True)])
+def test_few_transactions_are_left_to_the_loop(count: int, is_taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is to be done for each lane costs more than it saves."""
+    monkeypatch.undo()
+    messages = [put_begin(100), put_relation(OIDS[0]), put_insert(OIDS[0], b"x"), put_commit(100)]
+    for number in range(2, count + 2):
+        messages += [put_begin(number * 100), put_insert(OIDS[0], b"x"), put_commit(number * 100)]
+    taken: list[int] = []
+    real = LaneBuffer.append_transactions
+    monkeypatch.setattr(
+        LaneBuffer, "append_transactions", lambda lane, given: taken.append(given.change_count) or real(lane, given)
+    )
+    new_router(1, 1 << 20)[0].drain(copy_data(messages))
+    assert taken == ([count] if is_taken else [])
