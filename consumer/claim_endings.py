@@ -235,17 +235,6 @@ async def finish_shared_table(connection: asyncpg.Connection, claim: TableClaim,
     return status == "UPDATE 1"
 
 
-async def finish_first_step(connection: asyncpg.Connection, claim: IndexClaim, owner: str) -> None:
-    """Leave the rest of a key to whoever claims it next, in the transaction that built its index. Raises Fenced when the claim is not ours any more."""
-    status = await connection.execute(
-        f"""update _live_migration.indexes set state = 'pending', is_built = true, error = null, retry_at = null, {_FREE}
-            where oid = $1 and owner = $2 and state = 'building'""",
-        claim.oid,
-        owner,
-    )
-    _require_one(status, claim)
-
-
 async def finish_index(connection: asyncpg.Connection, claim: IndexClaim, owner: str) -> None:
     """Mark an index done, in the transaction that made it; its table is ready with the last one.
 

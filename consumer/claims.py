@@ -64,23 +64,13 @@ class PartClaim:
 
 @dataclass(frozen=True, slots=True)
 class IndexClaim:
-    """An index or constraint to be made, or one of a key's two steps: its index, and then the constraint.
-
-    `planned`: what makes the whole of it. `statements`: what is to be run now. `is_built`: the first step is done.
-    """
+    """An index or constraint to be made."""
 
     oid: int
     table_oid: int
     table: QualifiedName
     name: str
-    planned: tuple[str, ...]
     statements: tuple[str, ...]
-    is_built: bool = False
-
-    @property
-    def is_first_step(self) -> bool:
-        """Whether something is left to do when `statements` were run."""
-        return not self.is_built and self.statements != self.planned
 
     def __str__(self) -> str:
         return f"index {self.name} of {self.table}"
@@ -224,15 +214,14 @@ async def claim_part(connection: asyncpg.Connection, who: Claimant) -> PartClaim
 async def claim_index(connection: asyncpg.Connection, who: Claimant) -> IndexClaim | None:
     """Claim an index of a copied table: primary keys first, then unique ones, then the biggest.
 
-    What locks its table (a constraint, where its index is not built first) is never claimed beside another of the same table: claims wait for one another, in a
+    What locks its table (a constraint) is never claimed beside another of the same table: claims wait for one another, in a
     function, since a consumer that is stopped between two statements would keep that lock and hold up everybody.
     """
     row = await connection.fetchrow(_CLAIM_INDEX, *_fields(who))
     if row is None:
         return None
     table = QualifiedName(row["schema_name"], row["table_name"])
-    planned, statements = tuple(row["statements"]), tuple(row["step_statements"])
-    return IndexClaim(row["oid"], row["table_oid"], table, row["name"], planned, statements, row["is_built"])
+    return IndexClaim(row["oid"], row["table_oid"], table, row["name"], tuple(row["statements"]))
 
 
 def _fields(who: Claimant) -> tuple[object, ...]:

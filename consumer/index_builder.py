@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from live_migration.common.errors import Fenced, LiveMigrationError, Retry
 from live_migration.common.postgres import set_lock_timeout
-from live_migration.common.relation import QualifiedName, quote_literal
+from live_migration.common.relation import quote_literal
 from live_migration.common.state import record_event
 from live_migration.common.telemetry import get_logger
-from live_migration.consumer.claim_endings import finish_first_step, finish_index, give_index_back
+from live_migration.consumer.claim_endings import finish_index, give_index_back
 from live_migration.consumer.claims import IndexClaim, claim_index
 from live_migration.consumer.copy_context import CopyContext
 from live_migration.consumer.copy_errors import CopyEnded, TableStopped, server_errors
@@ -58,11 +58,9 @@ class IndexBuilder:
         return True
 
     async def _build(self, lease: Lease[IndexClaim], target: CopySession) -> None:
-        claim, said, finish = lease.claim, None, finish_index
+        claim, said = lease.claim, None
         try:
             await self._make(target, claim, claim.statements)
-            if claim.is_first_step:
-                finish = finish_first_step
         except TableStopped as refusal:
             with server_errors("target", f"building {claim}"):
                 await target.connection.execute("rollback")
@@ -71,9 +69,9 @@ class IndexBuilder:
         with server_errors("target", f"finishing {claim}"):
             if said:
                 await record_event(target.connection, "warning", said)
-            await finish(target.connection, claim, self._context.owner)
+            await finish_index(target.connection, claim, self._context.owner)
             await target.connection.execute("commit")
-        log.info("index built", index=claim.name, table=str(claim.table), is_whole=finish is finish_index)
+        log.info("index built", index=claim.name, table=str(claim.table))
         self._context.bell.ring()
 
     async def _make(self, target: CopySession, claim: IndexClaim, statements: Sequence[str]) -> None:
@@ -85,29 +83,22 @@ class IndexBuilder:
             for statement in statements:
                 await target.connection.execute(statement)
 
-    async def _make_as_it_is_now(self, target: CopySession, claim: IndexClaim, refusal: TableStopped) -> str | None:
+    async def _make_as_it_is_now(self, target: CopySession, claim: IndexClaim, refusal: TableStopped) -> str:
         """Make what the target refused as the source has it by now, and give what is said of it; nothing of one that is gone.
-
-        A key whose index stands already is made anew from its beginning.
 
         Raises:
             TableStopped: it is as it was, or how it is cannot be told; or the target refuses that, too.
         """
-        index = QualifiedName(claim.table.schema, claim.name)
-        first = (f"drop index if exists {index.sql}",) if claim.is_built else ()
         try:
             now = await self._look_at_source(claim)
         except LiveMigrationError:
             raise refusal from None
         if now is None:
-            await self._make(target, claim, first)
+            await self._make(target, claim, ())
             return f"{claim} is left out, which the source has no more: {refusal.message}"
-        if is_as_planned(now, claim.planned):
-            if not claim.is_built:
-                raise refusal
-            await self._make(target, claim, (*first, *claim.planned))
-            return None
-        await self._make(target, claim, (*first, *now))
+        if is_as_planned(now, claim.statements):
+            raise refusal
+        await self._make(target, claim, now)
         return f"{claim} is built as the source has it by now: {now[0]}"
 
     async def _look_at_source(self, claim: IndexClaim) -> tuple[str, ...] | None:
@@ -117,7 +108,7 @@ class IndexBuilder:
                 await source.connection.execute(set_lock_timeout(self._context.settings.lock_timeout))
                 if await source.connection.fetchval(_TABLE, claim.table.sql) != claim.table_oid:
                     raise TableStopped(f"the source has no table {claim.table}")
-                return await read_now(source.connection, claim.oid, claim.table.schema, claim.name, claim.planned)
+                return await read_now(source.connection, claim.oid, claim.table.schema, claim.name, claim.statements)
 
     async def _set_back(self, lease: Lease[IndexClaim], error: LiveMigrationError) -> None:
         if error.retry is Retry.STOP and not isinstance(error, Fenced):

@@ -57,7 +57,7 @@ _ON_TARGET = """
     where c.relkind = 'r'
 """
 _INDEXES = """
-    select oid, case when is_built then two_steps[2:2] else statements end as statements from _live_migration.indexes
+    select oid, statements from _live_migration.indexes
     where table_oid = any($1::oid[]) and state = 'pending'
     order by is_primary desc, is_unique desc, oid
 """

@@ -100,7 +100,7 @@ _BUILT = """
     left join pg_class c on c.relnamespace = n.oid and c.relname = i.name and c.relkind = 'i'
     left join pg_index x on x.indexrelid = c.oid and x.indrelid = r.oid
     left join pg_constraint k on k.conindid = x.indexrelid and k.conrelid = x.indrelid and k.contype in ('p', 'u', 'x')
-    where i.state = 'done' or i.is_built
+    where i.state = 'done'
     order by i.is_primary, i.oid
 """
 
@@ -204,9 +204,7 @@ async def drop_built_indexes(run: Run) -> None:
             if row["exists"] and not await _drop(target, row):
                 run.reporter.note(f"index {row['name']} is kept, for something depends on it")
                 continue
-            await target.execute(
-                "update _live_migration.indexes set state = 'pending', is_built = false where oid = $1", row["oid"]
-            )
+            await target.execute("update _live_migration.indexes set state = 'pending' where oid = $1", row["oid"])
 
 
 async def _drop(target: asyncpg.Connection, row: asyncpg.Record) -> bool:

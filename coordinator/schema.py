@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +50,6 @@ from live_migration.coordinator.statistics import STATISTICS
 from live_migration.coordinator.timescale_catalog import ARCHIVE as CATALOG_ARCHIVE
 from live_migration.coordinator.timescale_catalog import Catalog, begin_restoring, read_catalog, restore_catalog
 from live_migration.coordinator.timescale_source import can_watch_compressed
-from live_migration.coordinator.two_step_constraints import split_key
 from live_migration.producer.publication import published_tables
 from live_migration.producer.slot import await_older_transactions
 
@@ -139,12 +137,6 @@ class SourceSchema:
             return {t.oid: t.oid for t in self.followed if t.part != "chunk" and t.name not in hidden}
         own = {table.oid: table.oid for table in self.followed}
         return own | {table.compressed: table.oid for table in self.followed if table.compressed is not None}
-
-    @property
-    def plain_tables(self) -> frozenset[int]:
-        """The tables that are no hypertables on the target, nor part of one: those take no ADD CONSTRAINT USING INDEX."""
-        roots = self.made.roots if self.made else ()
-        return frozenset(table.oid for table in self.tables if table.part == "table" and table.name not in roots)
 
 
 async def restore_schema(run: Run) -> None:
@@ -322,9 +314,9 @@ async def _save_plan(
             await target.execute(f"delete from _live_migration.{name}")
         await target.executemany(INSERT_TABLE, rows)
         await target.executemany(
-            """insert into _live_migration.indexes (oid, table_oid, name, is_primary, is_unique, size_bytes, statements, two_steps)
-               values ($1, $2, $3, $4, $5, $6, $7, $8)""",
-            plan_indexes(wanted, post_data, owners, schema.plain_tables),
+            """insert into _live_migration.indexes (oid, table_oid, name, is_primary, is_unique, size_bytes, statements)
+               values ($1, $2, $3, $4, $5, $6, $7)""",
+            plan_indexes(wanted, post_data, owners),
         )
         await target.execute(_READY_WITHOUT_INDEX)
         await target.executemany(
@@ -405,15 +397,12 @@ async def read_post_data(run: Run) -> PostData:
 
 
 def plan_indexes(
-    indexes: Sequence[asyncpg.Record], post_data: Sequence[Entry], owners: Mapping[int, int], plain: Collection[int]
+    indexes: Sequence[asyncpg.Record], post_data: Sequence[Entry], owners: Mapping[int, int]
 ) -> list[tuple[object, ...]]:
     """Give rows for the indexes of migrated tables, each with the statements that pg_dump gives for it.
 
-    Args:
-        owners: whose indexes in the plan those of a table are, by oid.
-        plain: tables whose keys may be made in two steps, by oid; which is of use where there are other indexes.
+    `owners`: whose indexes in the plan those of a table are, by oid.
     """
-    counts = Counter(index["table_oid"] for index in indexes)
     entries = {(entry.catalog, entry.oid): entry for entry in post_data}
     rows: list[tuple[object, ...]] = []
     for index in indexes:
@@ -422,9 +411,7 @@ def plan_indexes(
         # Without an entry it is an invalid index, which pg_dump leaves out, too.
         if entry is not None and (owner := owners.get(index["table_oid"])) is not None:
             fields = ("name", "is_primary", "is_unique", "size_bytes")
-            may_split = index["constraint_oid"] and index["table_oid"] in plain and counts[index["table_oid"]] > 1
-            two_steps = split_key(entry.statements) if may_split else None
-            rows.append((index["oid"], owner, *(index[field] for field in fields), [entry.statements], two_steps))
+            rows.append((index["oid"], owner, *(index[field] for field in fields), [entry.statements]))
     return rows
 
 

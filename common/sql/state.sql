@@ -117,8 +117,6 @@ create table _live_migration.indexes (
     table_oid oid not null,
     name text not null,
     statements text[] not null,             -- run in one transaction
-    two_steps text[],                       -- of a key: the statement that builds its index, then, in another transaction, those that make this the constraint
-    is_built boolean not null default false,    -- the first of the two is done
     is_primary boolean not null,
     is_unique boolean not null,
     size_bytes bigint not null default 0,
@@ -252,14 +250,9 @@ create function _live_migration.is_exclusive(statements text[]) returns boolean 
     select exists (select from unnest(statements) s where s !~* '^\s*create\s+(unique\s+)?index\s')
 $function$;
 
--- What is run next for an index, in one transaction.
-create function _live_migration.next_statements(i _live_migration.indexes) returns text[] language sql immutable as $function$
-    select case when i.two_steps is null then i.statements when i.is_built then i.two_steps[2:2] else i.two_steps[1:1] end
-$function$;
-
 -- Claims one after the other; the lock is taken and let go within one statement, whatever becomes of who claims.
 create function _live_migration.claim_index(text, integer, timestamptz, double precision)
-returns table (oid oid, table_oid oid, schema_name text, table_name text, name text, statements text[], step_statements text[], is_built boolean)
+returns table (oid oid, table_oid oid, schema_name text, table_name text, name text, statements text[])
 language plpgsql set lock_timeout = '2s' as $function$
 #variable_conflict use_column
 begin
@@ -273,8 +266,7 @@ begin
                               where c.hypertable_oid = t.oid and c.copies_to_root and c.state not in ('copied', 'ready'))
               and not exists (select from _live_migration.indexes o
                               where o.table_oid = i.table_oid and o.state = 'building'
-                                and (_live_migration.is_exclusive(_live_migration.next_statements(o))
-                                     or _live_migration.is_exclusive(_live_migration.next_statements(i))))
+                                and (_live_migration.is_exclusive(o.statements) or _live_migration.is_exclusive(i.statements)))
             order by i.is_primary desc, i.is_unique desc, i.size_bytes desc, i.oid
             limit 1 for update of i skip locked
         )
@@ -282,6 +274,6 @@ begin
         set state = 'building', retry_at = null, owner = $1, backend_pid = $2, backend_start = $3,
             lease_until = clock_timestamp() + make_interval(secs => $4)
         from candidate c, _live_migration.tables t where i.oid = c.oid and t.oid = i.table_oid
-        returning i.oid, i.table_oid, t.schema_name, t.table_name, i.name, i.statements, _live_migration.next_statements(i), i.is_built;
+        returning i.oid, i.table_oid, t.schema_name, t.table_name, i.name, i.statements;
 end
 $function$;

@@ -19,7 +19,6 @@ from live_migration.common.catalog import list_tables
 from live_migration.common.postgres import session
 from live_migration.common.settings import Settings, load_settings
 from live_migration.consumer.copy_phase import run_copy_phase
-from live_migration.coordinator.two_step_constraints import split_key
 from live_migration.producer.slot import identify_system
 
 PROGRAM = """
@@ -35,9 +34,9 @@ _INDEXES = """
     select i.indexrelid as oid, i.indrelid as table_oid, c.relname as name, i.indisprimary as is_primary,
            i.indisunique as is_unique, pg_relation_size(i.indexrelid) as size_bytes,
            case when k.oid is null then pg_get_indexdef(i.indexrelid)
-                else format('ALTER TABLE ONLY %I.%I ADD CONSTRAINT %I %s', t.relnamespace::regnamespace, t.relname, k.conname, pg_get_constraintdef(k.oid))
+                else format('alter table %s add constraint %I %s', i.indrelid::regclass, k.conname, pg_get_constraintdef(k.oid))
            end as statement
-    from pg_index i join pg_class c on c.oid = i.indexrelid join pg_class t on t.oid = i.indrelid left join pg_constraint k on k.conindid = i.indexrelid
+    from pg_index i join pg_class c on c.oid = i.indexrelid left join pg_constraint k on k.conindid = i.indexrelid
     where i.indrelid = any($1::oid[])
 """
 
@@ -77,10 +76,9 @@ async def plan(source: str, target: str) -> None:
             )
         for row in await there.fetch(_INDEXES, [table.oid for table in tables]):
             await here.execute(
-                """insert into _live_migration.indexes (oid, table_oid, name, statements, is_primary, is_unique, size_bytes, two_steps)
-                   values ($1, $2, $3, array[$4], $5, $6, $7, $8)""",
+                """insert into _live_migration.indexes (oid, table_oid, name, statements, is_primary, is_unique, size_bytes)
+                   values ($1, $2, $3, array[$4], $5, $6, $7)""",
                 *(row[k] for k in ("oid", "table_oid", "name", "statement", "is_primary", "is_unique", "size_bytes")),
-                split_key(row["statement"]),
             )
 
 
