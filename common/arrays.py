@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 Places = NDArray[np.intp]
 """Places in a buffer, in bytes."""
 Bytes = NDArray[np.uint8]
-_HEAD_BYTES = 8
-"""That messages of one form begin with."""
+HEAD_BYTES = 8
+"""That messages of one form begin with: in a row message its kind, relation, the tuple's kind, how many values it has."""
 _WORTH_MESSAGES = 64
 """Of one size, with which a search for others is not worth it."""
 _FEW_SIZES = 12
@@ -115,7 +115,7 @@ def _of_one_size(
     heads: NDArray[np.generic], sizes: NDArray[np.generic], head_bytes: int, size_at: int, stride: int
 ) -> int:
     """Give how many whole frames, the first included, follow one another whose messages begin alike and have one size."""
-    most = (len(sizes) + 3) // stride if stride >= head_bytes + _HEAD_BYTES else 0
+    most = (len(sizes) + 3) // stride if stride >= head_bytes + HEAD_BYTES else 0
     heads, sizes = heads[head_bytes::stride][:most], sizes[size_at::stride][:most]
     are_alike = (heads == heads[:1]) & (sizes == sizes[:1])
     return len(are_alike) if are_alike.all() else int(are_alike.argmin())

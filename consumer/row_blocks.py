@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from live_migration.common.arrays import Bytes, Places, leave_out, seen_from_each_byte
 from live_migration.common.segment import FRAME
 from live_migration.consumer.row_encoding import CopyRow, Message, insert_as_binary_row, insert_as_text_row
-from live_migration.consumer.spans import Piece, Span
+from live_migration.consumer.spans import Piece, Span, messages_of
 
 _TUPLE_AT = 6
 """Where the tuple stands in a message: after kind, relation and the tuple's kind."""
@@ -27,7 +27,7 @@ _SIZE_BYTES = 4
 _PAD = bytes(8)
 """What is read at once of a value's head reaches beyond it."""
 _FEWEST_ROWS = 16
-"""Messages below which a block is not made."""
+"""Messages, beside spans, below which a block is not made."""
 _WORTH_ROWS = 64
 """Rows below which COPY's are sooner made one by one: a block has fixed costs of some 9 µs a column."""
 _BLOCK_BYTES = 512 << 10
@@ -48,8 +48,8 @@ def copy_rows(pieces: Iterable[Piece], *, binary: bool) -> Iterator[CopyRow]:
         FormatError: a value is not in the stream, or of the other form.
     """
     encode = insert_as_binary_row if binary else insert_as_text_row
-    for block in _blocks(pieces):
-        rows = block.rows(binary=binary) if isinstance(block, _Block) and block.row_count >= _WORTH_ROWS else None
+    for block in _blocks(pieces, _WORTH_ROWS):
+        rows = block.rows(binary=binary) if isinstance(block, _Block) else None
         if rows is not None:
             yield rows
         else:
@@ -62,7 +62,7 @@ def alike_rows(pieces: Iterable[Piece], columns: Sequence[int]) -> list[CopyRow]
     None where the messages differ in more than their values' bytes, above all in what kind they are, or one of the columns is NULL.
     """
     found: list[CopyRow] = []
-    for block in _blocks(pieces):
+    for block in _blocks(pieces, 0):
         rows = block.alike(columns, may_be_null=False) if isinstance(block, _Block) else None
         if rows is None:
             return None
@@ -70,28 +70,27 @@ def alike_rows(pieces: Iterable[Piece], columns: Sequence[int]) -> list[CopyRow]
     return found
 
 
-def _blocks(pieces: Iterable[Piece]) -> Iterator[_Block | Sequence[Message]]:
-    """Give the messages in blocks, and those that are too few or too big for one as they are."""
+def _blocks(pieces: Iterable[Piece], few: int) -> Iterator[_Block | Sequence[Message]]:
+    """Give the messages in blocks, and those that are too few or too big for one as they are. `few`: below which they are too few."""
     spans: list[Span] = []
     size = rows = 0
     for piece in pieces:
-        for span in _cut(piece) if isinstance(piece, Span) else ():
-            if rows and rows + span.row_count > _rows_at_most(span.body, span.begin + FRAME.size):
-                yield _block_of_spans(spans)
+        for part in _cut(piece) if isinstance(piece, Span) else (piece,):
+            if spans and not (
+                isinstance(part, Span)
+                and size < _BLOCK_BYTES
+                and rows + part.row_count <= _rows_at_most(part.body, part.begin + FRAME.size)
+            ):
+                yield _block_of_spans(spans) if rows >= few else [*messages_of(spans)]
                 spans, size, rows = [], 0, 0
-            spans.append(span)
-            size += span.end - span.begin
-            rows += span.row_count
-            if size >= _BLOCK_BYTES:
-                yield _block_of_spans(spans)
-                spans, size, rows = [], 0, 0
-        if not isinstance(piece, Span):
-            if spans:
-                yield _block_of_spans(spans)
-                spans, size, rows = [], 0, 0
-            yield from _blocks_of_messages(piece)
+            if isinstance(part, Span):
+                spans.append(part)
+                size += part.end - part.begin
+                rows += part.row_count
+            else:
+                yield from _blocks_of_messages(part, max(few, _FEWEST_ROWS))
     if spans:
-        yield _block_of_spans(spans)
+        yield _block_of_spans(spans) if rows >= few else [*messages_of(spans)]
 
 
 def _rows_at_most(buffer: Message, at: int) -> int:
@@ -117,14 +116,14 @@ def _block_of_spans(spans: Sequence[Span]) -> _Block:
     return _Block(frames, np.concatenate(ends), FRAME.size)
 
 
-def _blocks_of_messages(messages: Sequence[Message]) -> Iterator[_Block | Sequence[Message]]:
+def _blocks_of_messages(messages: Sequence[Message], few: int) -> Iterator[_Block | Sequence[Message]]:
     sizes = np.fromiter(map(len, messages), np.intp, len(messages))
     most = _rows_at_most(messages[0], 0) if messages else 1
     blocks = np.cumsum(sizes) // _BLOCK_BYTES + np.arange(len(messages)) // most * (1 << 40)
     borders = [0, *(np.flatnonzero(blocks[1:] != blocks[:-1]) + 1).tolist(), len(messages)]
     for start, end in pairwise(borders):
         block = messages[start:end]
-        if end - start >= _FEWEST_ROWS and {*map(type, block)} == {bytes}:
+        if end - start >= few and {*map(type, block)} == {bytes}:
             yield _Block(b"".join([*block, _PAD]), np.cumsum(sizes[start:end]), 0)
         else:
             yield block
@@ -141,11 +140,6 @@ class _Block:
         self._frame_bytes = frame_bytes
         self._tuple_at = tuple_at = frame_bytes + _TUPLE_AT
         self._column_count = int.from_bytes(buffer[tuple_at : tuple_at + _COUNT_BYTES], "big")
-
-    @property
-    def row_count(self) -> int:
-        """How many messages."""
-        return len(self._ends)
 
     def messages(self) -> list[bytes]:
         """Give the messages."""

@@ -12,14 +12,12 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from live_migration.common.arrays import Places, messages_alike, seen_from_each_byte
+from live_migration.common.arrays import HEAD_BYTES, Places, messages_alike, seen_from_each_byte
 from live_migration.common.segment import FRAME
 from live_migration.consumer.row_encoding import Message
 
 SHORTEST_SPAN = 16
 """Frames below which a span is not worth its fixed costs."""
-_HEAD_BYTES = 8
-"""What messages of a span have in common: kind, relation, the tuple's kind, how many values it has."""
 _TUPLE_KIND_AT = 5
 FIELD_HEAD_BYTES = 5
 """Of a value: its tag and size."""
@@ -80,7 +78,7 @@ class Span:
         body, starts = self.body, self.starts
         tags = np.frombuffer(body, np.uint8)
         sizes = seen_from_each_byte(body, ">u4", 0, len(body))
-        at = _HEAD_BYTES
+        at = HEAD_BYTES
         for _ in range(count):
             found = sizes[starts + (at + 1)]
             if (tags[starts + at] != _BINARY).any() or (found != found[0]).any():
@@ -88,7 +86,7 @@ class Span:
             at += FIELD_HEAD_BYTES + int(found[0])
         if (starts + at > self.ends).any():
             return None
-        return seen_from_each_byte(body, f"V{at - _HEAD_BYTES}", 0, len(body))[starts + _HEAD_BYTES]
+        return seen_from_each_byte(body, f"V{at - HEAD_BYTES}", 0, len(body))[starts + HEAD_BYTES]
 
 
 Piece = Span | Sequence[Message]

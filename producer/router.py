@@ -298,11 +298,11 @@ class Router:
             self._look_at = found.end if found.count else at
             return 0
         count = shares.fitting(lambda lane: self._segment_bytes - self._lanes[lane].size)
+        if not count:
+            return 0
         if count < found.count:
             found = found.until(count)
             shares = Shares(found, lanes)
-        if not count:
-            return 0
         commit_lsns = found.commit_lsns
         is_new = commit_lsns[0] > max((self._lanes[lane].commit_lsn for lane in shares.lanes), default=0)
         if not is_new or (commit_lsns[1:] <= commit_lsns[:-1]).any():

@@ -70,21 +70,22 @@ class Shares:
         lane, of = lanes[rows], transactions.of[rows]
         is_first = np.ones(len(rows), np.bool_)
         is_first[1:] = (lane[1:] != lane[:-1]) | (of[1:] != of[:-1])
-        self._firsts = firsts = np.flatnonzero(is_first)  # rows, by share
-        self._ends = ends = np.concatenate((firsts[1:], [len(rows)]))[: len(firsts)]
+        firsts = np.flatnonzero(is_first)  # rows, by share
         self._transactions, self._lanes = of[firsts], lane[firsts]  # by share
         share = np.cumsum(is_first) - 1  # by row
         ordinals = rows - transactions.begins[of]
         self._bases = ordinals[firsts] - 1  # by share: the ordinal before its first row
         self._rows, self._relative = rows, ordinals - self._bases[share]
-        shares = np.arange(len(firsts))
-        self._messages = messages = np.empty(len(rows) + 2 * len(firsts), np.intp)  # by frame
-        messages[firsts + 2 * shares] = transactions.begins[self._transactions]
+        # Before each share's rows a frame for its Begin, behind them one for its Commit.
+        self._at = at = np.append(firsts, len(rows)) + 2 * np.arange(
+            len(firsts) + 1
+        )  # the frame that each share begins with, and the end
+        self._messages = messages = np.empty(int(at[-1]), np.intp)  # by frame
+        messages[at[:-1]] = transactions.begins[self._transactions]
         messages[np.arange(len(rows)) + 2 * share + 1] = rows
-        messages[ends + 2 * shares + 1] = transactions.commits[self._transactions]
-        self._sizes = (transactions.ends - transactions.starts + BASE.size * transactions.is_begin)[
-            messages
-        ] + FRAME.size
+        messages[at[1:] - 1] = transactions.commits[self._transactions]
+        self._message_sizes = transactions.ends - transactions.starts + BASE.size * transactions.is_begin
+        self._sizes = self._message_sizes[messages] + FRAME.size  # by frame
         borders = np.flatnonzero(np.diff(self._lanes, prepend=-1, append=-1))
         self._of_lanes = list(pairwise(borders.tolist()))  # which shares
 
@@ -103,24 +104,19 @@ class Shares:
         count = self._of.count
         until = np.cumsum(self._sizes)  # by frame
         for first, end in self._of_lanes:
-            begin, last = self._frame(first), self._frame(end)
-            before = int(until[begin - 1]) if begin else 0
-            room = room_of(int(self._lanes[first])) + before
-            if until[last - 1] > room:
-                commits = until[self._ends[first:end] + 2 * np.arange(first, end) + 1]
+            commits = until[self._at[first + 1 : end + 1] - 1]
+            begin = int(self._at[first])
+            room = room_of(int(self._lanes[first])) + (int(until[begin - 1]) if begin else 0)
+            if commits[-1] > room:
                 over = first + int(np.searchsorted(commits, room, "right"))
                 count = min(count, int(self._transactions[over]))
         return count
-
-    def _frame(self, share: int) -> int:
-        """Give which frame a share begins with."""
-        return (int(self._firsts[share]) if share < len(self._firsts) else len(self._rows)) + 2 * share
 
     def frames(self) -> Iterator[LaneFrames]:
         """Give what goes into each lane."""
         of = self._of
         heads = np.zeros((of.message_count, 2), ">u4")
-        heads[:, 0] = of.ends - of.starts + BASE.size * of.is_begin
+        heads[:, 0] = self._message_sizes
         heads[self._rows, 1] = self._relative
         # The stream has room before each message, for the log's head, and behind each Begin, for the base.
         origin = int(of.starts[0]) - FRAME.size
@@ -129,21 +125,21 @@ class Shares:
         eight_bytes[of.starts - origin - FRAME.size] = heads.view("V8").ravel()
         starts = of.starts[self._messages] - origin - FRAME.size
         bases, bases_at = self._bases.astype(">u8").view("V8"), of.ends[of.begins[self._transactions]] - origin
+        commit_lsns = of.commit_lsns[self._transactions]
         for first, end in self._of_lanes:
             eight_bytes[bases_at[first:end]] = bases[first:end]
-            begin, last = self._frame(first), self._frame(end)
+            begin, last = int(self._at[first]), int(self._at[end])
             content = joined(frames, starts[begin:last], self._sizes[begin:last])
-            change_count = int(self._ends[end - 1] - self._firsts[first])
-            commit_lsn = int(of.commit_lsns[self._transactions[end - 1]])
-            yield LaneFrames(int(self._lanes[first]), content, change_count, commit_lsn)
+            change_count = last - begin - 2 * (end - first)
+            yield LaneFrames(int(self._lanes[first]), content, change_count, int(commit_lsns[end - 1]))
 
 
 def find_transactions(data: bytes, at: int, end: int) -> StreamTransactions | None:
     """Give the whole transactions that follow one another from the CopyData at byte `at` on, which is a Begin's, up to byte `end`; None where there is none."""
     starts, ends = _messages(data, at, min(end, len(data)))
     kinds = np.frombuffer(data, np.uint8)[starts]
-    end = whole_transactions(kinds, ends - starts, after_begin=0)
-    return StreamTransactions(data, starts[:end], ends[:end], kinds[:end]) if end else None
+    count = whole_transactions(kinds, ends - starts, after_begin=0)
+    return StreamTransactions(data, starts[:count], ends[:count], kinds[:count]) if count else None
 
 
 def _messages(data: bytes, at: int, end: int) -> tuple[Places, Places]:

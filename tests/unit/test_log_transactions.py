@@ -149,6 +149,7 @@ async def test_most_small_transactions_are_taken_at_once(monkeypatch: pytest.Mon
     (step,) = batch.steps
     assert isinstance(step, dict)
     (run,) = all_runs(step)
+    assert run.count == 1000
     assert sum(piece.row_count for piece in run.pieces() if isinstance(piece, Span)) == 999
 
 

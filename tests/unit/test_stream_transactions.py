@@ -67,9 +67,8 @@ def random_stream(rng: random.Random, count: int, oids: list[int], others: float
     messages: list[bytes] = []
     lsn = 0
     described: set[int] = set()
-    sizes = rng.choice(
-        ((0, 4, 4, 4, 40, 41, 300), range(60))
-    )  # few pieces of one size are put together otherwise than many
+    # Where sizes are many, rows are put together otherwise than where they are few; those of one kind are taken for a span.
+    sizes = rng.choice(((0, 4, 4, 4, 40, 41, 300), range(60)))
     kinds = rng.choice(((b"I", b"I", b"U", b"D"), (b"I",), (b"D",)))
     for _ in range(count):
         lsn += rng.randrange(1, 1 << 20)
